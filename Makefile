@@ -1,0 +1,58 @@
+# Every target sets up what it needs, and repeats nothing that is done already.
+PYTHON ?= python3
+VENV := .venv
+UV := $(VENV)/uv/bin/uv
+BIN := $(VENV)/bin
+export UV_COMPILE_BYTECODE := 1
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test lint up down env bench chaos lock schema clean help
+
+help:            ## this list
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+demo: $(VENV)/installed $(VENV)/local-installed    ## upload a sample to a local S3; see it come out as a dataset and a report
+	$(BIN)/python -m local.demo
+
+test: $(VENV)/installed $(VENV)/local-installed    ## every test; starts what it needs itself
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed    ## ruff, and mypy --strict on the core
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+up: $(VENV)/installed $(VENV)/local-installed      ## the local stack with the Airflow UI, left running
+	$(BIN)/python -m local.stack up
+
+down:            ## stop the local stack
+	$(BIN)/python -m local.stack down
+
+env:             ## what to export so that the nightshift command talks to the local stack
+	@$(BIN)/python -m local.stack env
+
+lock: $(UV)      ## resolve pyproject.toml into requirements.txt again
+	$(UV) pip compile -q --universal --all-extras --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" pyproject.toml -o requirements.txt
+	$(UV) pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" local/requirements.in -o local/requirements.txt
+
+schema: $(VENV)/installed    ## write the JSON Schema of job files again
+	$(BIN)/nightshift schema > docs/job.schema.json
+
+clean: down      ## stop the stack and forget everything local
+	rm -rf $(VENV) .nightshift
+
+$(UV):
+	$(PYTHON) -m venv $(VENV)/uv
+	$(VENV)/uv/bin/pip install -q "uv>=0.9"
+
+$(VENV)/installed: requirements.txt pyproject.toml | $(UV)
+	$(UV) venv -q --allow-existing --python $(PYTHON) $(VENV)
+	$(UV) pip sync -q --python $(BIN)/python --require-hashes requirements.txt
+	$(UV) pip install -q --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+# The emulator pins its own botocore, so it gets an environment of its own.
+$(VENV)/local-installed: local/requirements.txt | $(UV)
+	$(UV) venv -q --allow-existing --python $(PYTHON) $(VENV)/local
+	$(UV) pip sync -q --python $(VENV)/local/bin/python --require-hashes local/requirements.txt
+	touch $@
