@@ -1,0 +1,423 @@
+"""The command line: the same job and the same steps as in Airflow, in one process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from nightshift import __version__
+from nightshift.errors import InputMissing, JobInvalid, NightshiftError
+from nightshift.job import Job, find_job, job_schema, load_job
+from nightshift.pages import MEANING, usd
+from nightshift.settings import Settings, read_settings
+from nightshift.shapes import OUTCOMES, Plan, Settled, Summary
+
+app = typer.Typer(
+    help="Batch LLM inference that pays once, accounts for every row and reports what it did.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+people = Console(stderr=True, highlight=False)
+
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="a job file, or the name of one in the jobs folder")]
+InputOption = Annotated[str | None, typer.Option("--input", help="object, pattern or folder to read in place of the job's")]
+StoreOption = Annotated[str | None, typer.Option("--store", help="where everything is kept; default NIGHTSHIFT_STORE")]
+DateOption = Annotated[str | None, typer.Option("--ds", metavar="YYYY-MM-DD", help="the date of a scheduled interval")]
+
+
+def main() -> None:
+    """The entry point: errors that a person can mend are one message and an exit code, never a stack trace."""
+    try:
+        app(standalone_mode=True)
+    except NightshiftError as error:
+        people.print(f"[bold red]{type(error).__name__}[/]", end=" ")
+        people.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        people.print("\nStopped. Batches that were sent go on at the provider; the same command goes on from here and pays nothing twice.")
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    """Batch LLM inference that pays once, accounts for every row and reports what it did."""
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def validate(job: JobArgument) -> None:
+    """Check a job file and everything that it names."""
+    loaded = load_job(find_job(job, read_settings().jobs))
+    spec = loaded.spec
+    people.print(
+        f"[green]ok[/] {loaded.name}: {spec.request.model} at {spec.request.endpoint}, prompt {loaded.prompt.version}", highlight=False
+    )
+    people.print(f"   reads  {', '.join(loaded.columns)} of {spec.input.uri}", markup=False)
+    people.print(
+        f"   checks {len(loaded.expectations)} expectations, publishes at {spec.policy.publish_at_least:.0%} succeeded", markup=False
+    )
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of job files, for editors."""
+    typer.echo(orjson.dumps(job_schema(), option=orjson.OPT_INDENT_2).decode())
+
+
+@app.command()
+def plan(job: JobArgument, input: InputOption = None, store: StoreOption = None, ds: DateOption = None) -> None:
+    """Rows, requests, reuse, shards and the estimate; sends nothing and keeps nothing."""
+    from nightshift.local_site import local_site
+    from nightshift.runs import Run, RunInput
+    from nightshift.steps.discover import pin
+    from nightshift.steps.plan import draft
+
+    settings = read_settings()
+    loaded = load_job(find_job(job, settings.jobs))
+    site = local_site(settings, _store(store, settings))
+    dates, pattern = _dates(ds), _pattern(loaded, input, ds)
+    with _tidy():
+        objects = pin(site, loaded, _rendered(pattern, dates)).objects
+        run = Run(site.store, RunInput(run="draft", label="draft", started_at=site.now(), partition="draft", objects=objects, job=loaded))
+        drafted = draft(site, run, keep=False)
+    people.print(_plan_table(drafted))
+
+
+@app.command()
+def run(
+    job: JobArgument,
+    input: InputOption = None,
+    store: StoreOption = None,
+    ds: DateOption = None,
+    json: Annotated[bool, typer.Option("--json", help="one JSON object, last on stdout")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="approve an estimate above policy.approve_above_usd")] = False,
+) -> None:
+    """Take a job the whole way: discover, plan, approve, submit, wait, collect, assemble, audit, publish, report."""
+    from nightshift.drive import begin, drive
+    from nightshift.local_site import local_site
+
+    settings = read_settings()
+    loaded = load_job(find_job(job, settings.jobs))
+    site = local_site(settings, _store(store, settings))
+    with _tidy(), _shown(quiet=json) as watcher:
+        begun = begin(site, loaded, pattern=_pattern(loaded, input, ds), dates=_dates(ds), scheduled=ds is not None and input is None)
+        summary = drive(site, begun, ask=_asker(yes), watcher=watcher)
+    if json:
+        typer.echo(orjson.dumps(as_json(summary)).decode())
+    else:
+        show_summary(summary)
+    if not summary.published:
+        raise typer.Exit(3)
+
+
+@app.command()
+def status(job: JobArgument, store: StoreOption = None, last: Annotated[int, typer.Option(help="how many runs")] = 10) -> None:
+    """The latest runs of a job: how each ended, or how far it has come."""
+    settings = read_settings()
+    table = Table(box=None, header_style="dim")
+    for column in ("run", "state", "partition", "rows", "succeeded", "submitted", "cost", "finished"):
+        table.add_column(column, justify="right" if column in ("rows", "succeeded", "submitted", "cost") else "left")
+    for label, state, summary in _runs(_store(store, settings), _job_name(job, settings), last):
+        if summary is None:
+            table.add_row(label, state)
+        else:
+            table.add_row(
+                f"{summary.label} ({summary.run})",
+                summary.state,
+                summary.partition,
+                f"{summary.rows:,}",
+                f"{summary.outcomes['succeeded']:,}",
+                f"{summary.requests.submitted:,}",
+                usd(summary.cost_usd.actual),
+                f"{summary.finished_at:%Y-%m-%d %H:%M}",
+            )
+    people.print(table)
+
+
+@app.command()
+def report(
+    job: JobArgument,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run as `status` names it, 16 hex digits")],
+    store: StoreOption = None,
+) -> None:
+    """Print what a run did, and write its page again from its summary."""
+    from nightshift.pages import render_report
+    from nightshift.runs import run_folder
+    from nightshift.stores.objects import open_objects
+
+    settings = read_settings()
+    objects = open_objects(_store(store, settings))
+    folder = run_folder(_job_name(job, settings), run)
+    summary = objects.get_shape(f"{folder}/summary.json", Summary)
+    if summary is None:
+        raise InputMissing(objects.uri_of(folder), "there is no such run, or it has not ended")
+    objects.put(f"{folder}/report.html", render_report(summary).encode())
+    show_summary(summary)
+
+
+@app.command()
+def rehearse(
+    state: Annotated[Path, typer.Option(help="folder of the server's state; it goes on from there")] = Path(".nightshift/rehearsal"),
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    port: Annotated[int, typer.Option()] = 8790,
+    key: Annotated[str, typer.Option(help="the API key that it accepts")] = "sk-rehearsal",
+    pace: Annotated[list[str] | None, typer.Option(help="seconds, such as running=5 or window=60")] = None,
+    fault: Annotated[list[str] | None, typer.Option(help="faults, such as errored=0.05 or create_500_after_accept=1")] = None,
+) -> None:
+    """Serve the provider's API on this machine: no key, no cloud, a small real model, a bill, a menu of faults."""
+    try:
+        import uvicorn
+
+        from nightshift.rehearsal.engine import Pace
+        from nightshift.rehearsal.faults import Faults
+        from nightshift.rehearsal.server import build_app
+    except ImportError as error:
+        raise JobInvalid(
+            [f"The rehearsal server needs its extra ({error.name} is missing): pip install 'nightshift[rehearsal]'"]
+        ) from error
+    try:
+        faults = Faults.model_validate(_pairs(fault))
+        paced = Pace(**{name: float(value) for name, value in _pairs(pace).items()})
+    except (ValueError, TypeError) as error:
+        raise JobInvalid([f"{error}\nFaults: {', '.join(Faults.model_fields)}"]) from error
+    people.print(
+        f"Rehearsing OpenAI at http://{host}:{port}/v1 with key {key}; bill at http://{host}:{port}/rehearsal/bill", highlight=False
+    )
+    uvicorn.run(
+        build_app(state, key=key, pace=paced, faults=faults), host=host, port=port, log_level="warning", timeout_graceful_shutdown=3
+    )
+
+
+def as_json(summary: Summary) -> dict[str, Any]:
+    """What `run --json` ends with."""
+    return {
+        "job": summary.job,
+        "run": summary.run,
+        "state": summary.state,
+        "rows": summary.rows,
+        "outcomes": summary.outcomes,
+        "requests": summary.requests.model_dump(),
+        "batches": summary.batches,
+        "cost_usd": {"estimated": summary.cost_usd.estimated, "actual": summary.cost_usd.actual, "saved": summary.cost_usd.saved},
+        "published": summary.published,
+        "results": summary.results,
+        "report": summary.report,
+    }
+
+
+def show_summary(summary: Summary, console: Console = people) -> None:
+    """The outcome table, the bill and where the report is."""
+    table = Table(box=None, header_style="dim", show_footer=True)
+    table.add_column("outcome", footer="all")
+    table.add_column("rows", justify="right", footer=f"{sum(summary.outcomes.values()):,}")
+    table.add_column("meaning", footer=f"of {summary.rows:,} rows read", style="dim")
+    for outcome in OUTCOMES:
+        if summary.outcomes[outcome] or outcome == "succeeded":
+            table.add_row(outcome, f"{summary.outcomes[outcome]:,}", MEANING[outcome])
+    console.print(table)
+    counts, cost = summary.requests, summary.cost_usd
+    console.print(
+        f"\nrequests  {counts.submitted:,} submitted in {summary.batches} batches, {counts.reused:,} reused, {counts.adopted:,} adopted, "
+        f"{counts.duplicates:,} duplicates"
+    )
+    if counts.submitted == 0:
+        console.print("          nothing had to be paid for: every request is answered, or in flight, elsewhere")
+    console.print(f"cost      {usd(cost.actual)}, estimated {usd(cost.estimated)}, saved {usd(cost.saved)}")
+    colour = {"published": "green", "held": "yellow"}.get(summary.state, "red")
+    console.print(f"state     [{colour}]{summary.state}[/]")
+    if summary.problem:
+        console.print(f"          {summary.problem}", markup=False, soft_wrap=True)
+    console.print(f"results   {summary.results or 'not published: readers see what they saw before'}", soft_wrap=True)
+    console.print(f"report    {summary.report}", soft_wrap=True)
+
+
+def _store(given: str | None, settings: Settings) -> str:
+    store = given or settings.store
+    if not store:
+        raise JobInvalid(["No store: give --store or set NIGHTSHIFT_STORE (s3://bucket/prefix or file:///folder)"])
+    if "://" not in store:
+        raise JobInvalid([f"The store {store!r} is not a URI: write s3://bucket/prefix or file://{Path(store).absolute()}"])
+    return store
+
+
+def _pattern(job: Job, given: str | None, ds: str | None) -> str:
+    if given is None:
+        if "{{" in job.spec.input.uri and ds is None:
+            raise JobInvalid([f"{job.name} reads {job.spec.input.uri}: give the date with --ds, or the objects with --input"])
+        return job.spec.input.uri
+    return given if "://" in given else f"file://{Path(given).absolute()}"
+
+
+def _dates(ds: str | None) -> dict[str, str]:
+    """The dates a template may use: those of a daily interval that starts on `ds`."""
+    if ds is None:
+        return {}
+    try:
+        start = date.fromisoformat(ds)
+    except ValueError as error:
+        raise JobInvalid([f"--ds {ds}: expected a date such as 2026-11-22"]) from error
+    return {
+        "ds": ds,
+        "ds_nodash": ds.replace("-", ""),
+        "data_interval_start": f"{start.isoformat()}T00:00:00+00:00",
+        "data_interval_end": f"{(start + timedelta(days=1)).isoformat()}T00:00:00+00:00",
+    }
+
+
+def _rendered(pattern: str, dates: dict[str, str]) -> str:
+    from nightshift.runs import render_dates
+
+    return render_dates(pattern, dates)
+
+
+def _pairs(given: list[str] | None) -> dict[str, Any]:
+    pairs = (pair.partition("=") for pair in given or [])
+    return {name: value if equals else "1" for name, equals, value in pairs}
+
+
+def _job_name(job: str, settings: Settings) -> str:
+    return load_job(find_job(job, settings.jobs)).name
+
+
+def _asker(yes: bool) -> Callable[[Any, Plan], bool]:
+    """A person at a terminal is asked; elsewhere only --yes approves."""
+    from nightshift.steps.approve import Ask, decide, question
+
+    def ask(run: Any, planned: Plan) -> bool:
+        if yes or not isinstance(decide(planned, run.job.spec.policy), Ask):
+            return yes
+        if not sys.stdin.isatty():
+            return False
+        people.print(question(run, planned), markup=False)
+        return typer.confirm("Send it?")
+
+    return ask
+
+
+@contextmanager
+def _tidy() -> Iterator[None]:
+    """Input URIs with a mistake in their template are the user's to mend."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except TemplateError as error:
+        raise JobInvalid(
+            [
+                f"A URI or partition template cannot be rendered: {error.message}. "
+                "Known: ds, ds_nodash, data_interval_start, data_interval_end"
+            ]
+        ) from error
+
+
+def _plan_table(drafted: Plan) -> Table:
+    table = Table(box=None, show_header=False)
+    table.add_column(justify="left")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    estimate = drafted.estimate
+    rows = [
+        ("rows", f"{drafted.rows:,}", ""),
+        ("rejected", f"{drafted.rejected:,}", "; ".join(f"{why}: {count}" for why, count in list(drafted.reasons.items())[:4])),
+        ("duplicates", f"{drafted.duplicates:,}", "rows that ask what another row asks"),
+        ("requests", f"{drafted.unique:,}", "distinct"),
+        ("  reused", f"{drafted.reused:,}", "answered and paid for earlier"),
+        ("  adopted", f"{drafted.adopted:,}", "in flight in another run"),
+        ("  to submit", f"{drafted.submitted:,}", f"in {len(drafted.shards) - len(drafted.adopted_shards)} shards"),
+        ("input tokens", f"{estimate.input_tokens:,}", "measured from bytes"),
+        ("output tokens", f"{estimate.output_tokens:,}", f"at most {estimate.output_tokens_max:,}"),
+        ("cost", usd(_float(estimate.usd)), f"at most {usd(_float(estimate.usd_max))}; {estimate.basis}"),
+        ("saved", usd(_float(drafted.saved_usd)), "by duplicates and reuse"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _float(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _runs(store: str, job: str, last: int) -> list[tuple[str, str, Summary | None]]:
+    """(label, state, summary) of the newest runs."""
+    from nightshift.runs import RunInput
+    from nightshift.stores.objects import open_objects
+
+    objects = open_objects(store)
+    begun = sorted(
+        (found for found in objects.scan(f"runs/{job}") if found.key.endswith("/input.json")),
+        key=lambda found: found.modified,
+        reverse=True,
+    )
+    runs: list[tuple[str, str, Summary | None]] = []
+    for found in begun[:last]:
+        folder = found.key.rpartition("/")[0]
+        summary = objects.get_shape(f"{folder}/summary.json", Summary)
+        started = objects.get_shape(found.key, RunInput)
+        label = f"{started.label} ({started.run})" if started else folder
+        planned = objects.head(f"{folder}/plan.json") is not None
+        runs.append((label, summary.state if summary else "under way" if planned else "planning", summary))
+    return runs
+
+
+@contextmanager
+def _shown(*, quiet: bool) -> Iterator[Any]:
+    """Progress bars on a terminal, and nothing elsewhere."""
+    from nightshift.drive import Watcher
+    from nightshift.providers.protocol import Snapshot
+
+    if quiet or not people.is_terminal:
+        yield Watcher()
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=people) as progress:
+        bars: dict[str, TaskID] = {}
+        shards: dict[str, tuple[int, bool]] = {}
+        totals = {"requests": 0}
+
+        def stage(name: str) -> None:
+            for bar in bars.values():
+                task = progress.tasks[bar]
+                progress.update(bar, completed=task.total or task.completed, total=task.total or max(task.completed, 1))
+            bars.setdefault(name, progress.add_task(name, total=None, note=""))
+
+        def rows(count: int) -> None:
+            progress.update(bars["plan"], completed=count, note="rows")
+
+        def planned(drafted: Plan) -> None:
+            totals["requests"] = drafted.submitted + drafted.adopted
+
+        def shard(key: str, seen: Snapshot | NightshiftError | Settled) -> None:
+            if isinstance(seen, NightshiftError):
+                people.print(f"looking again: {seen}", style="dim", markup=False, soft_wrap=True)
+                return
+            shards[key] = (seen.requests, True) if isinstance(seen, Settled) else (seen.done, False)
+            done, finished = sum(count for count, _ in shards.values()), sum(1 for _, ended in shards.values() if ended)
+            note = f"requests, {finished} shards settled"
+            progress.update(bars["wait"], completed=min(done, totals["requests"]), total=max(totals["requests"], 1), note=note)
+
+        yield Watcher(stage=stage, rows=rows, planned=planned, shard=shard)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Answers as columns: the Arrow type of a JSON Schema, and the files that answers are kept in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+SCALARS: dict[str, pa.DataType] = {
+    "string": pa.string(),
+    "integer": pa.int64(),
+    "number": pa.float64(),
+    "boolean": pa.bool_(),
+}
+
+
+def answer_type(schema: Mapping[str, Any] | None) -> pa.DataType:
+    """The struct that an answer under this schema fills; without a schema, one text field."""
+    if schema is None:
+        return pa.struct([("answer", pa.string())])
+    return pa.struct([(name, arrow_type(inner)) for name, inner in schema.get("properties", {}).items()])
+
+
+def arrow_type(schema: Any) -> pa.DataType:
+    """The Arrow type of a JSON Schema. What has no fixed type (unions, free objects) is kept as JSON text."""
+    kind = _single_type(schema) if isinstance(schema, Mapping) else None
+    if kind in SCALARS:
+        return SCALARS[kind]
+    if kind == "array" and isinstance(schema.get("items"), Mapping):
+        return pa.list_(arrow_type(schema["items"]))
+    if kind == "object" and schema.get("properties"):
+        return pa.struct([(name, arrow_type(inner)) for name, inner in schema["properties"].items()])
+    return pa.string()
+
+
+def is_json_text(schema: Any) -> bool:
+    """Whether values under this schema are kept as JSON text because no Arrow type fits them."""
+    kind = _single_type(schema) if isinstance(schema, Mapping) else None
+    if kind in SCALARS:
+        return False
+    return not ((kind == "array" and isinstance(schema.get("items"), Mapping)) or (kind == "object" and bool(schema.get("properties"))))
+
+
+def fit(value: Any, schema: Any) -> Any:
+    """A valid value as its column holds it: JSON text where the schema leaves the type open."""
+    import orjson
+
+    if value is None:
+        return None
+    if is_json_text(schema):
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode()
+    if isinstance(value, dict):
+        return {name: fit(value.get(name), inner) for name, inner in schema["properties"].items()}
+    if isinstance(value, list):
+        return [fit(item, schema["items"]) for item in value]
+    return value
+
+
+def needs_fitting(schema: Any) -> bool:
+    """Whether any part of a schema is kept as JSON text, so that plain values cannot be stored as they are."""
+    if not isinstance(schema, Mapping) or is_json_text(schema):
+        return True
+    inner = [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]
+    return any(needs_fitting(part) for part in inner)
+
+
+def answers_schema(schema: Mapping[str, Any] | None) -> pa.Schema:
+    """Columns of an answers file: one line per request."""
+    return pa.schema(
+        [
+            ("request_key", pa.binary(32)),
+            ("outcome", pa.string()),
+            ("reason", pa.string()),
+            ("text", pa.string()),  # raw answer; null where `output` holds it
+            ("output", answer_type(schema)),
+            ("paid", pa.bool_()),
+            ("again", pa.bool_()),  # to be asked again in the next attempt
+            ("attempt", pa.int32()),
+            ("batch_id", pa.string()),
+            ("model", pa.string()),
+            ("input_tokens", pa.int64()),
+            ("cached_tokens", pa.int64()),
+            ("output_tokens", pa.int64()),
+        ]
+    )
+
+
+def _single_type(schema: Mapping[str, Any]) -> str | None:
+    """The one type that a schema allows beside null, or None."""
+    kind = schema.get("type")
+    if isinstance(kind, list):
+        kinds = [each for each in kind if each != "null"]
+        return kinds[0] if len(kinds) == 1 else None
+    if isinstance(kind, str):
+        return kind
+    variants = schema.get("anyOf") or schema.get("oneOf")
+    if isinstance(variants, list):
+        kinds = [each for each in variants if isinstance(each, Mapping) and each.get("type") != "null"]
+        if len(kinds) == 1 and kinds[0].get("type") in SCALARS:
+            return str(kinds[0]["type"])
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
+        return "string"
+    return None

@@ -1,0 +1,125 @@
+"""The whole way in one process: the same steps as in Airflow, one after the other, shards side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Event
+
+from nightshift.errors import Interrupted, NightshiftError, RunHeld, ShardHeld, Transient
+from nightshift.job import Job
+from nightshift.providers.protocol import Snapshot
+from nightshift.runs import Run, Site, run_id
+from nightshift.shapes import Plan, Published, Settled, Summary
+from nightshift.steps.approve import approve
+from nightshift.steps.assemble import assemble
+from nightshift.steps.audit import audit
+from nightshift.steps.collect import collect
+from nightshift.steps.discover import discover, pin
+from nightshift.steps.plan import plan
+from nightshift.steps.publish import publish
+from nightshift.steps.report import report
+from nightshift.steps.submit import submit
+from nightshift.steps.wait import pauses
+
+SHARDS_AT_ONCE = 16  # threads that mostly sleep; the provider's queue is the real bound
+TRANSIENT_TRIES = 6
+TRANSIENT_PAUSE_SECONDS = 2.0  # doubles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watcher:
+    """What a person is shown while a run goes on; every part may stay silent."""
+
+    stage: Callable[[str], None] = lambda name: None
+    rows: Callable[[int], None] = lambda rows: None
+    planned: Callable[[Plan], None] = lambda plan: None
+    shard: Callable[[str, Snapshot | NightshiftError | Settled], None] = lambda shard, seen: None
+
+
+def begin(site: Site, job: Job, *, pattern: str, dates: Mapping[str, str], scheduled: bool) -> Run:
+    """Begin a run, or go on with one that was interrupted: the same job on the same objects is the same run until it is reported."""
+    identity = run_id(job.digest, pin(site, job, pattern).identity)
+    for number in range(1, 1_000_000):
+        name = run_id(identity, str(number))
+        run = discover(site, job, pattern=pattern, label=f"local {identity[:6]}-{number}", run=name, dates=dates, scheduled=scheduled)
+        summary = site.store.get_shape(run.key("summary.json"), Summary)
+        if summary is None or summary.state == "failed":
+            return run
+    raise AssertionError("a million runs of one job on one input")
+
+
+def drive(site: Site, run: Run, *, ask: Callable[[Run, Plan], bool], watcher: Watcher | None = None) -> Summary:
+    """Take a run the whole way. Raises what stopped it, after its report is written; an interruption leaves it to be gone on with."""
+    watcher = watcher or Watcher()
+    published: Published | None = None
+    problem: NightshiftError | None = None
+    try:
+        published = _drive(site, run, ask, watcher)
+    except NightshiftError as error:
+        problem = error
+    watcher.stage("report")
+    summary = report(site, run, published=published, problem=str(problem) if problem else None)
+    if problem is not None and not isinstance(problem, RunHeld):
+        raise problem
+    return summary
+
+
+def _drive(site: Site, run: Run, ask: Callable[[Run, Plan], bool], watcher: Watcher) -> Published:
+    watcher.stage("plan")
+    planned = plan(site, run, progress=watcher.rows)
+    watcher.planned(planned)
+    watcher.stage("approve")
+    approve(run, planned, approved=ask(run, planned))
+    watcher.stage("wait")
+    _settle_all(site, run, planned, watcher)
+    watcher.stage("assemble")
+    assembled = assemble(site, run, planned)
+    watcher.stage("audit")
+    verdict = audit(site, run, planned, assembled)
+    watcher.stage("publish")
+    return publish(site, run, assembled, verdict)
+
+
+def _settle_all(site: Site, run: Run, planned: Plan, watcher: Watcher) -> None:
+    """Drive every shard until it is settled. The first permanent error stops new work; what is in flight stays in the ledger."""
+    stop = Event()
+    with ThreadPoolExecutor(SHARDS_AT_ONCE, thread_name_prefix="shard") as pool:
+        futures = [pool.submit(_settle, site, run, shard, watcher, stop) for shard in planned.shards]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:  # Ctrl-C too: it wakes every sleeping shard, so that the process ends at once
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _settle(site: Site, run: Run, shard: str, watcher: Watcher, stop: Event) -> Settled:
+    """Submit → wait → collect, until the shard is settled."""
+    failures = 0
+    while True:
+        try:
+            submit(site, run, shard)
+            for pause in pauses(site, run, shard, seen=lambda look: watcher.shard(shard, look)):
+                _sleep(stop, pause)
+            settled = collect(site, run, shard)
+            failures = 0
+        except ShardHeld as held:
+            _sleep(stop, min(max(held.seconds_left, 1.0), 30.0))
+            continue
+        except Transient:
+            failures += 1
+            if failures == TRANSIENT_TRIES:
+                raise
+            _sleep(stop, TRANSIENT_PAUSE_SECONDS * 2 ** (failures - 1))
+            continue
+        if settled is not None:
+            watcher.shard(shard, settled)
+            return settled
+
+
+def _sleep(stop: Event, seconds: float) -> None:
+    if stop.wait(seconds):
+        raise Interrupted

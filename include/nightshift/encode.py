@@ -1,0 +1,100 @@
+"""Rows to requests. A request's identity is its content: its key is a hash of what is sent, and nothing else.
+
+JSON escaping distributes over concatenation, so the constant bytes of a body are escaped once and a row costs one
+render, one escape and one hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import orjson
+from jinja2 import Template, TemplateError
+
+from nightshift.contract import compile_contract
+from nightshift.job import Job
+from nightshift.prompts import NullInPrompt
+from nightshift.providers.openai_forms import FORMS
+
+SYSTEM, USER = "\x00SYSTEM\x00", "\x00USER\x00"  # placeholders that no prompt file can hold: they are control characters
+
+
+class Encoder:
+    """Compiled from a job: turns one row into one request body and its key."""
+
+    def __init__(self, job: Job) -> None:
+        request, prompt = job.spec.request, job.prompt
+        form = FORMS[request.endpoint]()
+        parts = {USER: prompt.user}
+        system = None
+        if prompt.system and prompt.system.variables:
+            system, parts[SYSTEM] = SYSTEM, prompt.system
+        elif prompt.system:
+            system = prompt.system.template.render()
+        body = form.body(
+            model=request.model,
+            system=system,
+            user=USER,
+            parameters=request.parameters,
+            schema=job.answer_schema,
+        )
+        self._pieces, order = _split(orjson.dumps(body))
+        self._renders = [_renderer(parts[mark].template) for mark in order]
+        self._checks = compile_contract(job.spec.input.require)
+        self._variables = tuple(sorted(prompt.variables))
+        head = orjson.dumps([request.provider, request.endpoint, request.model])
+        self._seed = hashlib.sha256(head + b"\n")
+        self.fingerprint = hashlib.sha256(
+            head + b"\n".join([*self._pieces, prompt.version.encode(), orjson.dumps(job.answer_schema, option=orjson.OPT_SORT_KEYS)])
+        ).hexdigest()
+
+    def body(self, row: Mapping[str, Any]) -> bytes | str:
+        """The request body of a row, or why the row is rejected."""
+        for column, check in self._checks.items():
+            reason = check(row[column])
+            if reason:
+                return reason
+        values = {name: row[name] for name in self._variables}
+        parts = [self._pieces[0]]
+        for render, piece in zip(self._renders, self._pieces[1:], strict=True):
+            try:
+                parts.append(orjson.dumps(render(values))[1:-1])
+            except NullInPrompt:
+                nulls = ", ".join(name for name, value in values.items() if value is None)
+                return f"the prompt prints a null ({nulls or 'computed'})"
+            except TemplateError as error:
+                return f"the prompt cannot be rendered: {error.message}"
+            except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+                # orjson refuses lone surrogates with a TypeError; filters raise the rest on values they cannot take.
+                return f"the prompt cannot be rendered: {error}"
+            parts.append(piece)
+        return b"".join(parts)
+
+    def key(self, body: bytes) -> bytes:
+        """The request key: sha256(provider, endpoint, model, body), 32 bytes."""
+        digest = self._seed.copy()
+        digest.update(body)
+        return digest.digest()
+
+
+def _renderer(template: Template) -> Callable[[Mapping[str, Any]], str]:
+    """Render through the documented context API: 2.3 times as fast as `template.render`, same text."""
+    root, concat, names = template.root_render_func, "".join, dict(template.globals)
+
+    def render(values: Mapping[str, Any]) -> str:
+        return concat(root(template.new_context({**names, **values}, shared=True)))
+
+    return render
+
+
+def _split(body: bytes) -> tuple[list[bytes], list[str]]:
+    """The constant bytes around the placeholders, and the placeholders in the order in which they stand."""
+    marks = {orjson.dumps(mark)[1:-1]: mark for mark in (SYSTEM, USER)}
+    found = sorted((body.index(raw), raw, mark) for raw, mark in marks.items() if raw in body)
+    pieces, at = [], 0
+    for position, raw, _ in found:
+        pieces.append(body[at:position])
+        at = position + len(raw)
+    return [*pieces, body[at:]], [mark for _, _, mark in found]

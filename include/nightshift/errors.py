@@ -1,0 +1,237 @@
+"""Everything Nightshift raises on purpose.
+
+NightshiftError
+├── Permanent                     mend something; repeating it as it is cannot help
+│   ├── JobInvalid                the job file, its prompt, schema or suite
+│   ├── InputMissing              nothing there to read
+│   ├── InputUnreadable           there, but not what it says it is
+│   ├── InputChanged              the pinned object was replaced or deleted during the run
+│   ├── AccessDenied              credentials missing, wrong, expired, or not allowed
+│   ├── ModelNotFound             the provider does not offer this model
+│   ├── RequestTooLarge           one request alone is over the limit for a whole batch
+│   ├── BatchRejected             the provider refused the batch; nothing ran
+│   ├── QuotaExhausted            the provider stopped billing us
+│   ├── BudgetExceeded            the estimate is over the job's budget
+│   ├── ApprovalNeeded            a person has to say yes first
+│   ├── RunHeld                   assembled, but not good enough to publish
+│   ├── CountsDisagree            rows, requests and outcomes do not add up
+│   └── LedgerCorrupt             a ledger object is not what was written
+└── Transient                     come back later; nothing is lost
+    ├── ProviderUnavailable       unreachable, overloaded, or talking nonsense
+    │   └── BatchUnknown          it has forgotten a batch of ours, or not heard of it yet
+    ├── StoreUnavailable          the object store did not answer
+    ├── DownloadIncomplete        fewer bytes came than the provider announced
+    ├── ShardHeld                 another attempt is at this shard right now
+    ├── SubmissionInDoubt         a create call was sent and its answer never came
+    └── Interrupted               stopped in the middle; the same call goes on from there
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import ClassVar
+
+
+class NightshiftError(Exception):
+    """Base of all errors; `exit_code` is what the command line ends with."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class Permanent(NightshiftError):
+    """Someone has to mend something before this can work."""
+
+    exit_code = 2
+
+
+class Transient(NightshiftError):
+    """The same call may work later; nothing was lost."""
+
+    exit_code = 2
+
+
+class JobInvalid(Permanent):
+    """The job file, or a file that it names, is not usable. Carries every problem found, one line each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class InputMissing(Permanent):
+    """Nothing to read at the given URI."""
+
+    def __init__(self, uri: str, why: str = "no object matches it") -> None:
+        self.uri = uri
+        super().__init__(f"Nothing to read at {uri}: {why}. Check the bucket, the key and the pattern; nothing was sent.")
+
+
+class InputUnreadable(Permanent):
+    """The object is there but cannot be read as what it should be."""
+
+    def __init__(self, uri: str, why: str) -> None:
+        self.uri = uri
+        super().__init__(f"Cannot read {uri}: {why}. Nothing was sent.")
+
+
+class InputChanged(Permanent):
+    """The object was replaced or deleted after this run pinned it."""
+
+    def __init__(self, uri: str, etag: str) -> None:
+        self.uri, self.etag = uri, etag
+        super().__init__(
+            f"{uri} is no longer the object this run pinned (eTag {etag}): it was replaced or deleted meanwhile. "
+            "Start a new run for the new object; this one cannot go on without the old one."
+        )
+
+
+class AccessDenied(Permanent):
+    """Credentials are missing, wrong or expired, or not allowed to do this."""
+
+    def __init__(self, where: str, why: str) -> None:
+        super().__init__(f"{where} refused our credentials: {why}")
+
+
+class ModelNotFound(Permanent):
+    """The provider does not offer this model under these credentials."""
+
+    def __init__(self, model: str, where: str) -> None:
+        self.model = model
+        super().__init__(f"Model {model!r} is not offered at {where}. Change request.model or the connection; nothing was sent.")
+
+
+class RequestTooLarge(Permanent):
+    """One request alone is over the limit for a whole batch."""
+
+    def __init__(self, row: int, size: int, limit: int) -> None:
+        self.row, self.size, self.limit = row, size, limit
+        super().__init__(
+            f"The request of row {row} is {size:,} bytes; a batch holds {limit:,}. "
+            "Limit the column's max_length under input.require; nothing was sent."
+        )
+
+
+class BatchRejected(Permanent):
+    """The provider took the batch and failed it as a whole; nothing ran and nothing is billed."""
+
+    def __init__(self, batch_id: str, reasons: Sequence[str]) -> None:
+        self.batch_id, self.reasons = batch_id, tuple(reasons)
+        shown = "; ".join(self.reasons[:3]) or "no reason given"
+        more = f" (and {len(self.reasons) - 3} more)" if len(self.reasons) > 3 else ""
+        super().__init__(f"The provider rejected batch {batch_id}: {shown}{more}. Nothing ran and nothing is billed.")
+
+
+class QuotaExhausted(Permanent):
+    """The account has no credit or the provider stopped billing it."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"The provider's billing stopped us: {why} Top up the account, then run this again; nothing is lost.")
+
+
+class BudgetExceeded(Permanent):
+    """The estimate is over the job's budget; nothing was sent."""
+
+    exit_code = 4
+
+    def __init__(self, estimate: Decimal, budget: Decimal) -> None:
+        self.estimate, self.budget = estimate, budget
+        super().__init__(
+            f"The run is estimated at ${estimate:.4f}; policy.budget_usd allows ${budget:.4f}. "
+            "Raise the budget or shrink the input; nothing was sent."
+        )
+
+
+class ApprovalNeeded(Permanent):
+    """The estimate needs a person's yes, and nobody gave it."""
+
+    exit_code = 4
+
+    def __init__(self, estimate: Decimal | None, limit: Decimal) -> None:
+        self.estimate, self.limit = estimate, limit
+        cost = "at an unknown cost (no price for this model)" if estimate is None else f"at ${estimate:.4f}"
+        super().__init__(
+            f"The run is estimated {cost}; policy.approve_above_usd lets ${limit:.4f} pass without asking. "
+            "Approve it (--yes on the command line, the task `approve` in Airflow); nothing was sent."
+        )
+
+
+class RunHeld(Permanent):
+    """The results are assembled and staged, but not good enough to be published."""
+
+    exit_code = 3
+
+    def __init__(self, reasons: Sequence[str], report: str) -> None:
+        self.reasons, self.report = tuple(reasons), report
+        super().__init__(
+            f"Held, not published: {'; '.join(reasons)}. The answers are paid for and kept; readers still see the old partition. "
+            f"Report: {report}"
+        )
+
+
+class CountsDisagree(Permanent):
+    """Rows, requests and outcomes do not add up: publishing would hide a loss."""
+
+    exit_code = 1
+
+
+class LedgerCorrupt(Permanent):
+    """A ledger object cannot be read back as what was written."""
+
+    exit_code = 1
+
+    def __init__(self, key: str, why: str) -> None:
+        super().__init__(f"Ledger object {key} is damaged: {why}. Nothing is sent for this shard until a person has looked.")
+
+
+class ProviderUnavailable(Transient):
+    """The provider is unreachable, overloaded, or answered with something that is not its API."""
+
+    def __init__(self, where: str, why: str) -> None:
+        super().__init__(f"{where} is unavailable: {why}")
+
+
+class BatchUnknown(ProviderUnavailable):
+    """The provider does not know a batch that it gave us a receipt for (yet, or any more)."""
+
+    def __init__(self, where: str, batch_id: str) -> None:
+        self.batch_id = batch_id
+        super().__init__(where, f"it does not know batch {batch_id} that it took from us.")
+
+
+class StoreUnavailable(Transient):
+    """The object store is unreachable or answered with a server error."""
+
+    def __init__(self, where: str, why: str) -> None:
+        super().__init__(f"Object store {where} is unavailable: {why}")
+
+
+class DownloadIncomplete(Transient):
+    """A result file came shorter than announced; it is fetched again."""
+
+    def __init__(self, file_id: str, received: int, expected: int) -> None:
+        self.file_id, self.received, self.expected = file_id, received, expected
+        super().__init__(f"Result file {file_id} broke off after {received:,} of {expected:,} bytes; it will be fetched again.")
+
+
+class ShardHeld(Transient):
+    """Another attempt holds a fresh claim on this shard."""
+
+    def __init__(self, shard: str, owner: str, seconds_left: float) -> None:
+        self.shard, self.owner, self.seconds_left = shard, owner, seconds_left
+        super().__init__(f"Shard {shard[:12]} is being submitted by {owner}; its claim lapses in {seconds_left:.0f} s.")
+
+
+class SubmissionInDoubt(Transient):
+    """A create call left, its answer did not come, and the batch is not in the provider's list (yet)."""
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+        super().__init__(
+            f"No answer came to a create call (token {token}). Nothing is sent again before its claim has lapsed and the "
+            "provider's list has been searched for the token."
+        )
+
+
+class Interrupted(Transient):
+    """Another shard failed, or a person stopped the process; this work can be gone on with."""

@@ -1,0 +1,260 @@
+"""Rows out of objects: Parquet, CSV and JSONL, plain, gzip or zstd, streamed in batches.
+
+A broken row is a row with a fault; a broken file is an error. Every line that holds something counts as a row.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import IO, TYPE_CHECKING, Any, cast
+
+import orjson
+
+from nightshift.errors import InputUnreadable
+from nightshift.shapes import Compression, Format
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BATCH_ROWS = 2048  # measured best: larger batches leave the processor's cache
+MAX_LINE_BYTES = 16 << 20  # one longer line is a fault of that row, not of the machine's memory (catalogue F15)
+RAW_KEPT = 2000  # characters of a broken row that quarantine shows
+ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # how surrogateescape spells a byte that is not UTF-8
+SUFFIXES: dict[str, Format] = {
+    ".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
+}  # fmt: skip
+PACKED: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a row could not be read, and what stood there."""
+
+    reason: str
+    raw: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """A batch of consecutive rows, by column. A faulty row holds None in every column."""
+
+    count: int
+    columns: Mapping[str, Sequence[Any]]  # the wanted columns, `count` values each
+    faults: dict[int, Fault] = field(default_factory=dict)  # by position in the batch
+
+
+def guess_format(key: str) -> tuple[Format | None, Compression | None]:
+    """Format and compression from an object's name; None where the name does not tell."""
+    path = PurePosixPath(key.lower())
+    packed = PACKED.get(path.suffix)
+    return SUFFIXES.get((path.with_suffix("") if packed else path).suffix), packed
+
+
+def read_rows(file: IO[bytes], uri: str, fmt: Format, compression: Compression | None, wanted: Sequence[str]) -> Iterator[Rows]:
+    """The rows of one object in order, `wanted` columns only. Memory: one batch.
+
+    Raises InputUnreadable for a file that is truncated, in the wrong format, or (Parquet, CSV) lacks a wanted column.
+    """
+    try:
+        match fmt:
+            case "parquet":
+                if compression:
+                    raise InputUnreadable(uri, "compressed Parquet cannot be read in parts; Parquet compresses its own pages")
+                yield from _parquet(file, uri, wanted)
+            case "csv":
+                yield from _csv(_unpack(file, uri, compression), uri, wanted)
+            case "jsonl":
+                yield from _jsonl(_unpack(file, uri, compression), wanted)
+    except (EOFError, zlib.error, OSError) as error:
+        raise InputUnreadable(uri, f"{compression or fmt} data is damaged or cut off ({error})") from error
+
+
+def column_types(file: IO[bytes], uri: str) -> dict[str, pa.DataType]:
+    """The column types of a Parquet object, from its footer."""
+    return {column.name: column.type for column in _parquet_file(file, uri).schema_arrow}
+
+
+def count_rows(file: IO[bytes], uri: str) -> int:
+    """The row count of a Parquet object, from its footer."""
+    return int(_parquet_file(file, uri).metadata.num_rows)
+
+
+def missing_column(uri: str, name: str, known: Sequence[str]) -> InputUnreadable:
+    """The error for a column that a whole file lacks."""
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return InputUnreadable(uri, f"it has no column {name!r}{hint} (columns: {', '.join(known)})")
+
+
+def _parquet_file(file: IO[bytes], uri: str) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(file, pre_buffer=False)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputUnreadable(uri, f"not a whole Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _parquet(file: IO[bytes], uri: str, wanted: Sequence[str]) -> Iterator[Rows]:
+    import pyarrow as pa
+
+    parquet = _parquet_file(file, uri)
+    known = parquet.schema_arrow.names
+    for name in wanted:
+        if name not in known:
+            raise missing_column(uri, name, known)
+    try:
+        for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=list(wanted), use_threads=False):
+            columns = {name: _to_list(batch.column(name)) for name in wanted}
+            yield Rows(count=batch.num_rows, columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputUnreadable(uri, f"a Parquet page is damaged ({str(error).splitlines()[0]})") from error
+
+
+def _to_list(column: Any) -> list[Any]:
+    """Arrow values as Python objects. Text that is not UTF-8 becomes None: Parquet writers do not always check."""
+    try:
+        return cast("list[Any]", column.to_pylist())
+    except UnicodeDecodeError:
+        return [_or_none(value) for value in column]
+
+
+def _or_none(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return None
+
+
+def _unpack(file: IO[bytes], uri: str, compression: Compression | None) -> IO[bytes]:
+    import gzip
+
+    import pyarrow as pa
+
+    if compression == "gzip":
+        plain: IO[bytes] = cast("IO[bytes]", gzip.GzipFile(fileobj=file, mode="rb"))
+    elif compression == "zstd":
+        plain = cast("IO[bytes]", io.BufferedReader(cast("Any", _Zstd(pa.CompressedInputStream(pa.PythonFile(file), "zstd"))), 1 << 20))
+    else:
+        plain = file
+    buffered = plain if hasattr(plain, "peek") else io.BufferedReader(cast("Any", plain), 1 << 20)
+    start = buffered.peek(4)[:4]
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise InputUnreadable(uri, "it is UTF-16; write it as UTF-8")
+    if start[:4] == b"PAR1":
+        raise InputUnreadable(uri, "it is a Parquet file under another name; rename it or set input.format")
+    if start[:2] == b"\x1f\x8b":
+        raise InputUnreadable(uri, "it is gzip data under another name; name it .gz or set input.compression")
+    if start[:3] == b"\xef\xbb\xbf":
+        buffered.read(3)
+    return buffered
+
+
+class _Zstd(io.RawIOBase):
+    """pyarrow's decompressor as a raw file that notices a stream which breaks off."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        data = self._stream.read(len(view))
+        view[: len(data)] = data
+        return len(data)
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes | Fault]:
+    r"""Lines split on `\n` bytes only, without `\n` and `\r\n`; a line over the limit is skipped to its end."""
+    while line := file.readline(MAX_LINE_BYTES):
+        if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+            start = line[:RAW_KEPT].decode("utf-8", "replace")
+            while line and not line.endswith(b"\n"):
+                line = file.readline(MAX_LINE_BYTES)
+            yield Fault(f"line longer than {MAX_LINE_BYTES >> 20} MiB", start)
+            continue
+        yield line.rstrip(b"\n").removesuffix(b"\r")
+
+
+def _jsonl(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Rows]:
+    yield from _in_batches((_json_row(line) for line in _lines(file) if line != b""), wanted)
+
+
+def _json_row(line: bytes | Fault) -> dict[str, Any] | Fault:
+    if isinstance(line, Fault):
+        return line
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        return Fault(f"not valid JSON: {error.msg}", line[:RAW_KEPT].decode("utf-8", "replace"))
+    if not isinstance(row, dict):
+        return Fault("not a JSON object", line[:RAW_KEPT].decode("utf-8", "replace"))
+    return row
+
+
+def _csv(file: IO[bytes], uri: str, wanted: Sequence[str]) -> Iterator[Rows]:
+    csv.field_size_limit(MAX_LINE_BYTES)
+    # surrogateescape lets a row with broken bytes be told from its neighbours: it alone is at fault.
+    text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+    reader = csv.reader(text, strict=True)
+    try:
+        header = next(reader, None)
+    except csv.Error as error:
+        raise InputUnreadable(uri, f"its header is not CSV ({error})") from error
+    if header is None:
+        return
+    header = [name.strip() for name in header]
+    for name in wanted:
+        if name not in header:
+            raise missing_column(uri, name, header)
+    doubled = sorted({name for name in header if header.count(name) > 1 and name in wanted})
+    if doubled:
+        raise InputUnreadable(uri, f"column {doubled[0]!r} stands twice in its header")
+    yield from _in_batches(_csv_rows(reader, header), wanted)
+
+
+def _csv_rows(reader: Any, header: list[str]) -> Iterator[dict[str, Any] | Fault]:
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            yield Fault(f"not valid CSV: {error}", "")
+            continue
+        if cells is None:
+            return
+        if not cells:
+            continue  # an empty line
+        raw = ",".join(cells)
+        if ESCAPED_BYTE.search(raw):
+            yield Fault("not valid UTF-8", raw[:RAW_KEPT].encode("utf-8", "replace").decode())
+        elif len(cells) != len(header):
+            yield Fault(f"{len(cells)} cells where the header has {len(header)}", raw[:RAW_KEPT])
+        else:
+            yield dict(zip(header, cells, strict=True))
+
+
+def _in_batches(rows: Iterable[dict[str, Any] | Fault], wanted: Sequence[str]) -> Iterator[Rows]:
+    batch: list[dict[str, Any] | Fault] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == BATCH_ROWS:
+            yield _as_rows(batch, wanted)
+            batch = []
+    if batch:
+        yield _as_rows(batch, wanted)
+
+
+def _as_rows(batch: list[dict[str, Any] | Fault], wanted: Sequence[str]) -> Rows:
+    faults = {i: row for i, row in enumerate(batch) if isinstance(row, Fault)}
+    read = [{} if isinstance(row, Fault) else row for row in batch]
+    return Rows(count=len(batch), columns={name: [row.get(name) for row in read] for name in wanted}, faults=faults)

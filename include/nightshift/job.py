@@ -1,0 +1,412 @@
+"""The job file: what the user wants. Its contract, its JSON Schema for editors, and errors that say what to mend where."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from decimal import Decimal
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import orjson
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from nightshift.errors import JobInvalid
+from nightshift.prompts import Prompt, PromptInvalid, parse_prompt
+from nightshift.shapes import Compression, Endpoint, Format, Outcome, ProviderName, Wire
+
+RetryableOutcome = Literal["invalid", "truncated", "errored", "expired", "missing"]
+NAME = r"^[a-z][a-z0-9_]{0,62}$"
+URI = re.compile(r"^(s3|gs|az|abfss?|file|memory)://")
+RESERVED_PARAMETERS = ("model", "messages", "input", "instructions", "stream", "n", "response_format", "text", "tools")
+
+
+class Section(BaseModel):
+    """A mapping of the job file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Requirement(Section):
+    """What a column must hold for its row to be asked at all. Rows that break it become `rejected` and cost nothing."""
+
+    type: Literal["string", "integer", "number", "boolean"] = "string"
+    optional: bool = Field(False, description="whether the value may be null or absent")
+    min_length: int | None = Field(None, ge=0, description="in characters, white space at the ends not counted")
+    max_length: int | None = Field(None, ge=1, description="in characters")
+    minimum: float | None = None
+    maximum: float | None = None
+    enum: list[str | int | float] | None = Field(None, min_length=1)
+
+
+class InputSpec(Section):
+    """What to read."""
+
+    uri: str = Field(description="object, pattern or folder; may use {{ ds }} and other run dates")
+    id: str = Field(description="the column that names a row; unique in one run")
+    require: dict[str, Requirement] = Field(default_factory=dict, description="the input contract, by column")
+    format: Format | None = Field(None, description="only where the file name does not tell")
+    compression: Compression | None = Field(None, description="only where the file name does not tell")
+    connection: str = Field("aws_default", description="Airflow connection of the bucket")
+    required: bool = Field(False, description="whether a scheduled run without input fails instead of ending as nothing to do")
+
+    @field_validator("uri")
+    @classmethod
+    def _has_a_scheme(cls, uri: str) -> str:
+        if not URI.match(uri):
+            raise ValueError("expected a URI such as s3://bucket/prefix/*.parquet or file:///folder/*.jsonl")
+        return uri
+
+
+class RequestSpec(Section):
+    """What to ask which model."""
+
+    provider: ProviderName
+    connection: str = Field("openai_default", description="Airflow connection with the endpoint and the key")
+    endpoint: Endpoint = "/v1/chat/completions"
+    model: str = Field(min_length=1)
+    prompt: str = Field(description="prompt file, relative to the job file or to the folder above it")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="sampling parameters, passed on as they are")
+
+    @field_validator("parameters")
+    @classmethod
+    def _leaves_the_request_alone(cls, parameters: dict[str, Any]) -> dict[str, Any]:
+        taken = sorted(set(parameters) & set(RESERVED_PARAMETERS))
+        if taken:
+            raise ValueError(f"{', '.join(taken)} cannot be set here: Nightshift writes it from the rest of the job")
+        return parameters
+
+
+class OutputSpec(Section):
+    """What a good answer looks like, and what is kept beside it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    answer_schema: str | None = Field(None, alias="schema", description="JSON Schema file of the answer")
+    keep: list[str] = Field(default_factory=list, description="input columns carried along")
+    expectations: str | None = Field(None, description="Great Expectations suite file, audited before publication")
+    partition: str | None = Field(None, description="partition name; default dt={{ ds }} or the name of the input")
+
+
+class RetrySpec(Section):
+    """How many times a request is asked again, by what became of it. Paid outcomes cost again."""
+
+    invalid: int = Field(1, ge=0, le=5)
+    truncated: int = Field(0, ge=0, le=5)
+    errored: int = Field(2, ge=0, le=5)
+    expired: int = Field(2, ge=0, le=5)
+    missing: int = Field(2, ge=0, le=5)
+
+    def allows(self, outcome: Outcome, times: int) -> bool:
+        """Whether a request that has had this outcome `times` times may be asked once more."""
+        return outcome in get_args(RetryableOutcome) and times <= getattr(self, outcome)
+
+
+class Policy(Section):
+    """Bounds: money, time, quality."""
+
+    retry: RetrySpec = Field(default_factory=RetrySpec)
+    budget_usd: Decimal | None = Field(None, gt=0, description="a run estimated above it is stopped before it costs")
+    approve_above_usd: Decimal | None = Field(None, ge=0, description="a run estimated above it asks a person first")
+    publish_at_least: float = Field(0.95, ge=0, le=1, description="share of the rows that must succeed, else the run is held")
+    deadline_hours: float | None = Field(None, gt=0, le=336, description="a batch still running then is cancelled and harvested")
+    max_requests_per_shard: int | None = Field(None, ge=1, description="smaller shards than the provider allows")
+
+
+class ReportSpec(Section):
+    """What the report shows beside the counts."""
+
+    drift: list[str] = Field(default_factory=list, description="answer fields compared with the last published run")
+    charts: list[str] = Field(default_factory=list, description="columns drawn as distributions")
+
+
+class JobFile(Section):
+    """A Nightshift job: what to read, what to ask which model, what a good answer looks like."""
+
+    name: str = Field(pattern=NAME, description="also the DAG id and the folder of the results")
+    description: str = ""
+    schedule: str | None = Field(None, description="cron expression; each run reads the interval that just ended")
+    timezone: str = "UTC"
+    start_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] = "2026-01-01"
+    on_upload: str | None = Field(None, description="pattern of uploads, each of which starts a run")
+    owner: str = "nightshift"
+    tags: list[str] = Field(default_factory=list)
+    input: InputSpec
+    request: RequestSpec
+    output: OutputSpec = Field(default_factory=OutputSpec)
+    policy: Policy = Field(default_factory=Policy)
+    report: ReportSpec = Field(default_factory=ReportSpec)
+
+    @field_validator("on_upload")
+    @classmethod
+    def _is_a_pattern(cls, uri: str | None) -> str | None:
+        if uri is not None and not URI.match(uri):
+            raise ValueError("expected a URI pattern such as s3://bucket/inbox/*.parquet")
+        return uri
+
+    @field_validator("schedule")
+    @classmethod
+    def _is_cron(cls, schedule: str | None) -> str | None:
+        if schedule is not None and not schedule.startswith("@") and len(schedule.split()) != 5:
+            raise ValueError('expected a cron expression of five fields, such as "0 2 * * *"')
+        return schedule
+
+
+class Expectation(Section):
+    """One line of a Great Expectations suite."""
+
+    type: str
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    severity: Literal["critical", "warning", "info"] = "critical"
+
+    @property
+    def column(self) -> str | None:
+        """The column that it looks at, if it names one."""
+        return self.kwargs.get("column")
+
+
+class Job(Wire):
+    """A job with everything it names: what a run freezes, so that an edit never changes a run under way."""
+
+    spec: JobFile
+    prompt_source: str
+    answer_schema: dict[str, Any] | None
+    expectations: tuple[Expectation, ...]
+
+    @property
+    def name(self) -> str:
+        """The job's name, DAG id and results folder."""
+        return self.spec.name
+
+    @cached_property
+    def prompt(self) -> Prompt:
+        """The compiled prompt."""
+        return parse_prompt(self.prompt_source)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the whole job: the same digest asks the same of the same input."""
+        return hashlib.sha256(orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every input column the job reads: id, contract, prompt, kept; each once."""
+        spec = self.spec
+        return tuple(dict.fromkeys([spec.input.id, *spec.input.require, *sorted(self.prompt.variables), *spec.output.keep]))
+
+    @property
+    def patience(self) -> timedelta | None:
+        """How long a batch may take before it is cancelled and harvested."""
+        hours = self.spec.policy.deadline_hours
+        return None if hours is None else timedelta(hours=hours)
+
+
+def job_schema() -> dict[str, Any]:
+    """JSON Schema of the job file, for editors."""
+    schema = JobFile.model_json_schema(by_alias=True)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Nightshift job", **schema}
+
+
+def find_job(name: str, jobs: Path) -> Path:
+    """The file of a job given as a path or as the name of a file in the jobs folder. Raises JobInvalid."""
+    for path in (Path(name), jobs / f"{name}.yaml", jobs / f"{name}.yml"):
+        if path.is_file():
+            return path
+    known = sorted(path.stem for path in jobs.glob("*.y*ml"))
+    raise JobInvalid([f"{name}: no such job file, and no job of that name in {jobs}{_nearest(name, known)}"])
+
+
+def load_job(path: Path) -> Job:
+    """The job in a file, with its prompt, schema and suite. Raises JobInvalid listing every problem found."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobInvalid([f"{path}: cannot be read: {error}"]) from error
+    tree = _parse_yaml(path, text)
+    try:
+        spec = JobFile.model_validate(yaml.safe_load(text))
+    except ValidationError as error:
+        raise JobInvalid([_problem(path, tree, problem) for problem in error.errors()]) from error
+    problems: list[str] = []
+    prompt_source = _read_part(path, tree, ("request", "prompt"), spec.request.prompt, problems) or ""
+    schema_text = _read_part(path, tree, ("output", "schema"), spec.output.answer_schema, problems)
+    suite_text = _read_part(path, tree, ("output", "expectations"), spec.output.expectations, problems)
+    if problems:
+        raise JobInvalid(problems)
+    answer_schema = _load_schema(_part_path(path, spec.output.answer_schema), schema_text, problems)
+    expectations = _load_suite(_part_path(path, spec.output.expectations), suite_text, problems)
+    try:
+        parse_prompt(prompt_source)
+    except PromptInvalid as error:
+        problems.append(f"{_part_path(path, spec.request.prompt)}:{error.line}: {error}")
+    job = Job(spec=spec, prompt_source=prompt_source, answer_schema=answer_schema, expectations=expectations)
+    problems += problems or [f"{path}:{_line(tree, keys)}: {'.'.join(keys)}: {why}" for keys, why in _contradictions(job)]
+    if problems:
+        raise JobInvalid(problems)
+    return job
+
+
+def answer_fields(schema: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Names of the columns that an answer under this schema fills."""
+    return ("answer",) if schema is None else tuple(schema.get("properties", {}))
+
+
+def _contradictions(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Parts that are fine alone and do not fit each other: (keys of the job file, what to mend)."""
+    spec, fields = job.spec, answer_fields(job.answer_schema)
+    if not spec.schedule and not spec.on_upload and "{{" in spec.input.uri:
+        yield ("input", "uri"), "uses run dates, but the job has no schedule; name the objects or set a schedule"
+    for column in sorted({spec.input.id, *spec.output.keep} & set(fields)):
+        yield ("output", "keep"), f"{column!r} is an input column and an answer field too; rename one of them"
+    readable = [*fields, *spec.output.keep, spec.input.id]
+    for key in ("drift", "charts"):
+        for column in getattr(spec.report, key):
+            if column not in readable:
+                yield ("report", key), f"{column!r} is not in the results{_nearest(column, readable)}"
+    for expectation in job.expectations:
+        if expectation.column and expectation.column not in readable:
+            yield (
+                ("output", "expectations"),
+                f"{expectation.type} looks at {expectation.column!r}, which is not in the results{_nearest(expectation.column, readable)}",
+            )
+
+
+def _parse_yaml(path: Path, text: str) -> yaml.Node:
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        why = getattr(error, "problem", None) or str(error)
+        raise JobInvalid([f"{path}:{line}: not valid YAML: {why}"]) from error
+    if not isinstance(tree, yaml.MappingNode):
+        raise JobInvalid([f"{path}:1: expected a mapping of keys such as name, input and request"])
+    duplicates = list(_duplicate_keys(path, tree))
+    if duplicates:
+        raise JobInvalid(duplicates)
+    return tree
+
+
+def _duplicate_keys(path: Path, node: yaml.Node) -> Iterator[str]:
+    """YAML lets a later key win silently; a job file must not."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                yield f"{path}:{key.start_mark.line + 1}: {key.value}: this key stands twice; remove one"
+            seen.add(key.value)
+            yield from _duplicate_keys(path, value)
+
+
+def _problem(path: Path, tree: yaml.Node, problem: Mapping[str, Any]) -> str:
+    """One pydantic error as `file:line: key: what was expected`."""
+    loc = tuple(str(part) for part in problem["loc"])
+    where = f"{path}:{_line(tree, loc)}: {'.'.join(loc) or 'job'}"
+    if problem["type"] == "extra_forbidden":
+        known = _known_names(loc[:-1])
+        return f"{where}: unknown key{_nearest(loc[-1], known)}; known here: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"{where}: missing, but required"
+    if problem["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+        return f"{where}: expected one of {', '.join(choices)}, found {problem['input']!r}{_nearest(str(problem['input']), choices)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}; found {problem['input']!r}"
+
+
+def _known_names(loc: tuple[str, ...]) -> list[str]:
+    """The keys that the contract knows below a location of the job file."""
+    model: type[BaseModel] = JobFile
+    for part in loc:
+        found = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
+        if found is None:
+            return list(Requirement.model_fields)  # below a free name, such as a column of input.require
+        annotation: Any = found.annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            annotation = Requirement
+        model = annotation
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _line(tree: yaml.Node, loc: tuple[str, ...]) -> int:
+    """1-based line of the deepest part of `loc` that the file has."""
+    node, line = tree, tree.start_mark.line + 1
+    for part in loc:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((key, value) for key, value in node.value if key.value == part), None)
+            if pair is None:
+                break
+            line, node = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and part.isdigit() and int(part) < len(node.value):
+            node = node.value[int(part)]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _part_path(path: Path, name: str | None) -> Path:
+    """A file the job names: beside the job file, or from the folder above it (`jobs/` and `prompts/` are neighbours)."""
+    beside, above = path.parent / (name or ""), path.parent.parent / (name or "")
+    return beside if beside.is_file() else above
+
+
+def _read_part(path: Path, tree: yaml.Node, loc: tuple[str, ...], name: str | None, problems: list[str]) -> str | None:
+    if name is None:
+        return None
+    part = _part_path(path, name)
+    try:
+        return part.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        known = sorted(str(p.relative_to(path.parent.parent)) for p in part.parent.glob("*") if p.is_file())
+        why = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+        problems.append(f"{path}:{_line(tree, loc)}: {'.'.join(loc)}: {name}: {why}{_nearest(name, known)}")
+        return None
+
+
+def _load_schema(path: Path, text: str | None, problems: list[str]) -> dict[str, Any] | None:
+    import jsonschema_rs
+
+    if text is None:
+        return None
+    try:
+        schema = orjson.loads(text)
+        jsonschema_rs.validator_for(schema)
+    except orjson.JSONDecodeError as error:
+        problems.append(f"{path}:{error.lineno}: not valid JSON: {error.msg}")
+        return None
+    except (jsonschema_rs.ValidationError, ValueError) as error:
+        problems.append(f"{path}:1: not a JSON Schema: {str(error).splitlines()[0]}")
+        return None
+    if not isinstance(schema, dict) or schema.get("type") != "object" or not schema.get("properties"):
+        problems.append(f"{path}:1: the answer has to be an object with properties: each becomes a column of the results")
+        return None
+    return schema
+
+
+def _load_suite(path: Path, text: str | None, problems: list[str]) -> tuple[Expectation, ...]:
+    if text is None:
+        return ()
+    try:
+        suite = yaml.safe_load(text)
+        lines = suite["expectations"]
+        return tuple(Expectation.model_validate(line) for line in lines)
+    except yaml.YAMLError as error:
+        problems.append(f"{path}:1: not valid YAML: {error}")
+    except (TypeError, KeyError):
+        problems.append(f"{path}:1: expected a mapping with a list under `expectations`")
+    except ValidationError as error:
+        first = error.errors()[0]
+        problems.append(f"{path}: expectation {'.'.join(map(str, first['loc']))}: {first['msg']}")
+    return ()

@@ -1,0 +1,1 @@
+"""What a run will cost, what it did cost, and by which price table."""

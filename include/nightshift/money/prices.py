@@ -1,0 +1,59 @@
+"""Prices: a table with a date and a source, and the rules for finding a model in it. Unknown is None, never 0."""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cache
+from importlib.resources import files
+from typing import Literal
+
+from nightshift.shapes import Usage
+
+READ_ON = "2026-11-21"
+SOURCE = "litellm 1.109.1 price map; second-hand, not checked against the vendor's page"
+MILLION = Decimal(1_000_000)
+SNAPSHOT = re.compile(r"-\d{4}-\d{2}-\d{2}$")
+
+Tier = Literal["batch", "standard"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """Dollars per million tokens."""
+
+    input: Decimal
+    cached: Decimal | None  # None: no discount is published
+    output: Decimal
+
+    def of(self, usage: Usage) -> Decimal:
+        """Dollars for tokens; cached tokens are a part of the input tokens."""
+        cached = self.input if self.cached is None else self.cached
+        fresh = usage.input_tokens - usage.cached_tokens
+        return (fresh * self.input + usage.cached_tokens * cached + usage.output_tokens * self.output) / MILLION
+
+
+def price_of(provider: str, model: str, tier: Tier) -> Price | None:
+    """The price of a model, by its name or by that of its dated snapshot; None where the table has none."""
+    table = _table()
+    return table.get((provider, model, tier)) or table.get((provider, SNAPSHOT.sub("", model), tier))
+
+
+def basis(provider: str, model: str, tier: Tier) -> str:
+    """Where a price comes from, in words for a report."""
+    if price_of(provider, model, tier) is None:
+        return f"no {tier} price known for {model}: cost unknown (table of {READ_ON})"
+    return f"{tier} prices of {READ_ON} ({SOURCE})"
+
+
+@cache
+def _table() -> dict[tuple[str, str, str], Price]:
+    with files("nightshift.money").joinpath("prices.csv").open(encoding="utf-8") as file:
+        return {(line["provider"], line["model"], line["tier"]): _price(line) for line in csv.DictReader(file)}
+
+
+def _price(line: dict[str, str]) -> Price:
+    cached = Decimal(line["cached"]) if line["cached"] else None
+    return Price(input=Decimal(line["input"]), cached=cached, output=Decimal(line["output"] or "0"))

@@ -1,0 +1,112 @@
+"""Prompt files: optional YAML front matter, then `system:` and `user:` parts, each a sandboxed Jinja2 template.
+
+The role lines are those of the Prompty format: a line that is just `system:` or `user:` starts that part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+ROLE_LINE = re.compile(r"^(system|user):[ \t]*$", re.MULTILINE)
+FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+
+
+class PromptInvalid(ValueError):
+    """The prompt file cannot be used; `line` is 1-based."""
+
+    def __init__(self, line: int, why: str) -> None:
+        self.line = line
+        super().__init__(why)
+
+
+class NullInPrompt(ValueError):
+    """A template printed a null: the model would read the word None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One compiled template and the columns that it reads."""
+
+    template: Template
+    variables: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """The parts of a prompt. `version` is the hash of the source: what was asked, exactly."""
+
+    system: Part | None
+    user: Part
+    front_matter: dict[str, Any]
+    version: str  # 12 hex digits
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """The columns that the prompt reads."""
+        return self.user.variables | (self.system.variables if self.system else frozenset())
+
+
+def _refuse_null(value: object) -> object:
+    if value is None:
+        raise NullInPrompt
+    return value
+
+
+def environment() -> ImmutableSandboxedEnvironment:
+    """The one environment prompts are compiled in: sandboxed, and loud about unknown names and nulls."""
+    return ImmutableSandboxedEnvironment(autoescape=False, undefined=StrictUndefined, keep_trailing_newline=False, finalize=_refuse_null)
+
+
+def parse_prompt(source: str) -> Prompt:
+    """A prompt from its file's text. Raises PromptInvalid with the line to mend."""
+    source = source.replace("\r\n", "\n").removeprefix("\ufeff")
+    front, body, offset = _split_front_matter(source)
+    env = environment()
+    parts: dict[str, Part] = {}
+    for role, text, line in _split_roles(body, offset):
+        try:
+            variables = meta.find_undeclared_variables(env.parse(text)) - set(env.globals)
+            parts[role] = Part(env.from_string(text), frozenset(variables))
+        except TemplateSyntaxError as error:
+            raise PromptInvalid(line + error.lineno - 1, f"template error: {error.message}") from error
+    if not any(part.variables for part in parts.values()):
+        raise PromptInvalid(offset + 1, "the prompt reads no column, so every row would ask the same; use {{ column }}")
+    version = hashlib.sha256(source.encode()).hexdigest()[:12]
+    return Prompt(system=parts.get("system"), user=parts["user"], front_matter=front, version=version)
+
+
+def _split_front_matter(source: str) -> tuple[dict[str, Any], str, int]:
+    found = FRONT_MATTER.match(source)
+    if not found:
+        return {}, source, 0
+    try:
+        front = yaml.safe_load(found[1]) or {}
+    except yaml.YAMLError as error:
+        raise PromptInvalid(1, f"front matter is not YAML: {error}") from error
+    if not isinstance(front, dict):
+        raise PromptInvalid(1, "front matter has to be a YAML mapping")
+    return front, source[found.end() :], found[0].count("\n")
+
+
+def _split_roles(body: str, offset: int) -> list[tuple[str, str, int]]:
+    """(role, template text, 1-based line of its first line) in file order."""
+    marks = list(ROLE_LINE.finditer(body))
+    if not marks:
+        return [("user", body.strip("\n"), offset + 1)]
+    if body[: marks[0].start()].strip():
+        raise PromptInvalid(offset + 1, "text before the first `system:` or `user:` line belongs to no part")
+    roles = [mark[1] for mark in marks]
+    if sorted(roles) not in (["user"], ["system", "user"]):
+        raise PromptInvalid(offset + 1, f"expected one `user:` part and at most one `system:` part, found {roles}")
+    ends = [mark.start() for mark in marks[1:]] + [len(body)]
+    return [
+        (mark[1], body[mark.end() : end].strip("\n"), offset + body.count("\n", 0, mark.end()) + 2)
+        for mark, end in zip(marks, ends, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""Places that take a shard of requests now and have answers later."""

@@ -1,0 +1,306 @@
+"""OpenAI's Files + Batches API, and servers that speak it.
+
+Statuses, limits and odd behaviours: the OpenAI Batch API as read on 2026-11-21 (openai 3.54.0). The SDK has no
+idempotency for `batches.create` and by default repeats it up to three times, so here that one call goes out once.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nightshift.errors import (
+    AccessDenied,
+    BatchRejected,
+    BatchUnknown,
+    DownloadIncomplete,
+    ModelNotFound,
+    ProviderUnavailable,
+    QuotaExhausted,
+    SubmissionInDoubt,
+    Transient,
+)
+from nightshift.providers.openai_forms import FORMS
+from nightshift.providers.protocol import BatchState, Garbage, Limits, Reply, Snapshot
+from nightshift.shapes import Endpoint, Receipt
+from nightshift.stores.ledger import CREATE_TIMEOUT
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+    from openai.types import Batch
+
+STATES: dict[str, BatchState] = {
+    "validating": "running",
+    "in_progress": "running",
+    "finalizing": "running",
+    "cancelling": "running",  # up to ten minutes; what finishes meanwhile is billed and comes with the results
+    "completed": "ended",
+    "expired": "ended",
+    "cancelled": "ended",
+    "failed": "failed",
+}  # an unknown status is a running one (F45)
+
+LIMITS = Limits(requests=50_000, request_bytes=200_000_000)
+QUEUE_FULL = "token_limit_exceeded"
+TOKEN = "nightshift_token"  # noqa: S105 — not a secret: the metadata key that carries an attempt's token
+CLOCK_SKEW = timedelta(hours=1)  # between the ledger's clock and the provider's, when looking for a batch
+LIST_LAG_SECONDS = (0.0, 2.0, 5.0)  # looks at the list after a doubtful create: read-after-write is not promised
+NOT_VISIBLE_PATIENCE_SECONDS = 20.0  # a file just uploaded may be unknown to `create` for a while (F30)
+DOWNLOAD_ATTEMPTS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenAIAccess:
+    """Where the API is and how to get in. From `OPENAI_*`, or from an Airflow connection."""
+
+    base_url: str | None = None  # None: the SDK's own default
+    api_key: str | None = None
+    headers: Mapping[str, str] | None = None
+
+
+class OpenAIBatches:
+    """The provider `openai`."""
+
+    limits = LIMITS
+
+    def __init__(self, endpoint: Endpoint, access: OpenAIAccess | None = None, *, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.endpoint, self._access, self._sleep = endpoint, access or OpenAIAccess(), sleep
+        self._form = FORMS[endpoint]()
+        self._sdk: OpenAI | None = None
+
+    @property
+    def where(self) -> str:
+        """The endpoint's base URL."""
+        return str(self._client.base_url).rstrip("/")
+
+    @property
+    def _client(self) -> OpenAI:
+        """The SDK, loaded on first use: it costs 0.9 s that a plan without submissions never needs."""
+        if self._sdk is None:
+            import openai
+
+            try:
+                self._sdk = openai.OpenAI(
+                    api_key=self._access.api_key, base_url=self._access.base_url, default_headers=self._access.headers
+                )
+            except openai.OpenAIError as error:
+                raise AccessDenied("OpenAI", f"{error} Set OPENAI_API_KEY; inside Airflow, the connection's password.") from error
+        return self._sdk
+
+    def check(self, model: str) -> None:
+        """See Provider. A server without `/models/{id}` passes: only a clear no is a no."""
+        import openai
+
+        try:
+            with self._errors():
+                self._client.models.retrieve(model)
+        except openai.NotFoundError as error:
+            if error.code == "model_not_found":
+                raise ModelNotFound(model, self.where) from error
+
+    def line(self, custom_id: str, body: bytes) -> bytes:
+        """See Provider."""
+        return b'{"custom_id":"%b","method":"POST","url":"%b","body":%b}' % (custom_id.encode(), self.endpoint.encode(), body)
+
+    def upload(self, name: str, path: Path) -> str:
+        """See Provider. The file needs a name ending in .jsonl: bare bytes would be sent as `upload` and refused (F28)."""
+        with path.open("rb") as file, self._errors():
+            return self._client.files.create(file=(f"{name}.jsonl", file, "application/jsonl"), purpose="batch").id
+
+    def create(self, uploaded: str, token: str, labels: Mapping[str, str]) -> Receipt:
+        """See Provider."""
+        waited = 0.0
+        while True:
+            try:
+                return self._create_once(uploaded, token, labels)
+            except _FileNotVisible as error:
+                if waited >= NOT_VISIBLE_PATIENCE_SECONDS:
+                    raise ProviderUnavailable(self.where, f"it does not find the file just uploaded: {error}") from error
+                self._sleep(2.0)
+                waited += 2.0
+
+    def _create_once(self, uploaded: str, token: str, labels: Mapping[str, str]) -> Receipt:
+        """One POST. A clear refusal is raised as what it is; everything else is looked up before it is called a doubt."""
+        import openai
+
+        once = self._client.with_options(max_retries=0, timeout=CREATE_TIMEOUT.total_seconds())
+        started = datetime.now(UTC)
+        try:
+            batch = once.batches.create(
+                input_file_id=uploaded,
+                endpoint=self.endpoint,
+                completion_window="24h",
+                metadata={TOKEN: token, **labels},
+            )
+        except openai.NotFoundError as error:
+            raise BatchRejected("-", [f"{self.where} has no batch API ({_message(error)})"]) from error
+        except openai.APIStatusError as error:
+            if error.status_code >= 500 or error.status_code == 408:
+                return self._look_after_doubt(token, started, error)
+            if error.status_code == 400 and "Cannot find file" in str(error):
+                raise _FileNotVisible(str(error)) from error
+            with self._errors():
+                raise
+        except openai.APIConnectionError as error:
+            if _never_connected(error):
+                raise ProviderUnavailable(self.where, f"cannot connect ({error.__cause__})") from error
+            return self._look_after_doubt(token, started, error)
+        except (openai.OpenAIError, ValueError) as error:  # an answer came, but not the API's: HTML, half a JSON
+            return self._look_after_doubt(token, started, error)
+        if not getattr(batch, "id", None):
+            return self._look_after_doubt(token, started, ValueError("the answer holds no batch id"))
+        return _receipt(batch, token)
+
+    def _look_after_doubt(self, token: str, started: datetime, cause: Exception) -> Receipt:
+        for pause in LIST_LAG_SECONDS:
+            self._sleep(pause)
+            try:
+                receipt = self.find([token], started)
+            except Transient:
+                continue
+            if receipt is not None:
+                return receipt
+        raise SubmissionInDoubt(token) from cause
+
+    def find(self, tokens: Sequence[str], since: datetime) -> Receipt | None:
+        """See Provider. The list is newest first and knows no filter, so it is read back to before the claim."""
+        horizon = (since - CLOCK_SKEW).timestamp()
+        found: dict[str, Batch] = {}
+        with self._errors():
+            for batch in self._client.batches.list(limit=100):
+                token = (batch.metadata or {}).get(TOKEN)
+                if token and token in tokens:
+                    found[token] = batch  # a later page is older: the oldest of a token wins
+                if batch.created_at < horizon:
+                    break
+        for token in tokens:
+            if token in found:
+                return _receipt(found[token], token)
+        return None
+
+    def poll(self, batch_id: str) -> Snapshot:
+        """See Provider."""
+        import openai
+
+        try:
+            with self._errors():
+                batch = self._client.batches.retrieve(batch_id)
+        except openai.NotFoundError as error:
+            raise BatchUnknown(self.where, batch_id) from error
+        status = getattr(batch, "status", None)
+        if not isinstance(status, str):
+            raise ProviderUnavailable(self.where, f"its answer about batch {batch_id} holds no status")
+        counts = batch.request_counts
+        errors = (batch.errors.data if batch.errors else None) or []
+        reasons = [": ".join(part for part in (error.code, error.message) if part) for error in errors]
+        return Snapshot(
+            state=STATES.get(status, "running"),
+            status=status,
+            done=(counts.completed + counts.failed) if counts else 0,
+            total=counts.total if counts else 0,
+            result_files=tuple(file for file in (batch.output_file_id, batch.error_file_id) if file),  # "" was seen (F54)
+            reasons=tuple(reasons),
+            bad_lines={error.line: reason for error, reason in zip(errors, reasons, strict=True) if error.line},
+            queue_full=status == "failed" and any(error.code == QUEUE_FULL for error in errors),
+        )
+
+    def replies(self, snapshot: Snapshot, scratch: Path) -> Iterator[Reply | Garbage]:
+        """See Provider. Both files are read, always: errors stand in the second one only (F55)."""
+        for file_id in snapshot.result_files:
+            path = scratch / f"{file_id}.jsonl"
+            self._download(file_id, path)
+            with path.open("rb", buffering=1 << 20) as file:
+                for line in file:
+                    if line.strip():
+                        yield self._form.read(line)
+            path.unlink()
+
+    def _download(self, file_id: str, path: Path) -> None:
+        """Stream a result file to disk, whole or not at all: the SDK calls a truncated body a success (F64)."""
+        for attempt in range(1, DOWNLOAD_ATTEMPTS + 1):
+            try:
+                self._download_once(file_id, path)
+                return
+            except Transient:
+                if attempt == DOWNLOAD_ATTEMPTS:
+                    raise
+                self._sleep(min(2.0**attempt, 30.0) * random.uniform(0.5, 1.0))
+
+    def _download_once(self, file_id: str, path: Path) -> None:
+        import openai
+
+        try:
+            with self._errors():
+                expected = self._client.files.retrieve(file_id).bytes
+                with self._client.files.with_streaming_response.content(file_id) as response, path.open("wb") as file:
+                    for chunk in response.iter_bytes(1 << 20):
+                        file.write(chunk)
+        except openai.NotFoundError as error:  # results can lag behind the status (F60); after 30 days they are gone (F61)
+            raise ProviderUnavailable(self.where, f"result file {file_id} is not there") from error
+        received = path.stat().st_size
+        if expected is not None and received != expected:
+            raise DownloadIncomplete(file_id, received, expected)
+
+    def cancel(self, batch_id: str) -> None:
+        """See Provider. A cancel that comes too late is no error: the batch is read again and harvested (F48)."""
+        import openai
+
+        try:
+            with self._errors():
+                self._client.batches.cancel(batch_id)
+        except (openai.NotFoundError, BatchRejected):
+            self.poll(batch_id)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """The SDK's errors as ours."""
+        import httpx2
+        import openai
+
+        try:
+            yield
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise AccessDenied(self.where, f"{_message(error)} Check OPENAI_API_KEY (in Airflow, the connection's password).") from error
+        except openai.RateLimitError as error:
+            if error.code == "insufficient_quota":
+                raise QuotaExhausted(_message(error)) from error
+            raise ProviderUnavailable(self.where, f"rate limited: {_message(error)}") from error
+        except openai.NotFoundError:
+            raise  # what a 404 means depends on what was asked for
+        except openai.APIStatusError as error:
+            if error.status_code >= 500 or error.status_code in (408, 409, 425):
+                raise ProviderUnavailable(self.where, f"HTTP {error.status_code}: {_message(error)}") from error
+            raise BatchRejected("-", [_message(error)]) from error
+        except openai.APIConnectionError as error:
+            raise ProviderUnavailable(self.where, f"cannot connect ({error.__cause__ or error}).") from error
+        except (openai.OpenAIError, httpx2.HTTPError, json.JSONDecodeError) as error:
+            raise ProviderUnavailable(self.where, f"{type(error).__name__}: {error}") from error
+
+
+class _FileNotVisible(Exception):
+    """The provider does not know the file yet that it has just stored."""
+
+
+def _receipt(batch: Batch, token: str) -> Receipt:
+    return Receipt(batch_id=batch.id, token=token, created_at=datetime.fromtimestamp(batch.created_at, UTC))
+
+
+def _never_connected(error: BaseException) -> bool:
+    """Whether the request certainly never left: the connection itself was refused or timed out."""
+    import httpx2
+
+    return isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout)
+
+
+def _message(error: Any) -> str:
+    body = error.body
+    text = body.get("message") if isinstance(body, dict) else None
+    text = str(text or error).strip().splitlines()[0][:300]
+    return text if text.endswith(".") else f"{text}."

@@ -1,0 +1,283 @@
+"""OpenAI's endpoints as forms: how `/v1/chat/completions` and `/v1/responses` are asked, and how their answers read.
+
+Shapes: contracts of the OpenAI API as read on 2026-11-21 (openai 3.54.0). Unknown fields are ignored, missing ones expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import orjson
+
+from nightshift.providers.protocol import Garbage, Reply
+from nightshift.shapes import Endpoint, Outcome
+
+NEVER_RUN: dict[str, Outcome] = {"batch_expired": "expired", "batch_cancelled": "cancelled", "batch_canceled": "cancelled"}
+FILTERED_CODES = frozenset({"content_filter", "content_policy_violation", "responsible_ai_policy_violation"})
+RETRYABLE_STATUS = frozenset({0, 408, 409, 425, 429})  # and every 5xx; 0 was seen in batches that reported no failure (F70)
+
+
+class Error(msgspec.Struct, gc=False):
+    code: str | int | None = None
+    message: str | None = None
+
+
+class Message(msgspec.Struct, gc=False):
+    content: str | None = None
+    refusal: str | None = None
+    tool_calls: list[Any] | None = None
+
+
+class Choice(msgspec.Struct, gc=False):
+    message: Message
+    finish_reason: str | None = None
+
+
+class Details(msgspec.Struct, gc=False):
+    cached_tokens: int | None = None
+
+
+class ChatUsage(msgspec.Struct, gc=False):
+    prompt_tokens: int
+    completion_tokens: int = 0
+    prompt_tokens_details: Details | None = None
+
+
+class ChatBody(msgspec.Struct, gc=False):
+    choices: list[Choice] = []
+    usage: ChatUsage | None = None
+    model: str | None = None
+    error: Error | None = None
+
+
+class Part(msgspec.Struct, gc=False):
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class Item(msgspec.Struct, gc=False):
+    type: str
+    content: list[Part] | None = None
+
+
+class Incomplete(msgspec.Struct, gc=False):
+    reason: str | None = None
+
+
+class ResponsesUsage(msgspec.Struct, gc=False):
+    input_tokens: int
+    output_tokens: int = 0
+    input_tokens_details: Details | None = None
+
+
+class ResponsesBody(msgspec.Struct, gc=False):
+    status: str | None = None
+    output: list[Item] = []
+    usage: ResponsesUsage | None = None
+    model: str | None = None
+    error: Error | None = None
+    incomplete_details: Incomplete | None = None
+
+
+class ChatResponse(msgspec.Struct, gc=False):
+    status_code: int = 0
+    body: ChatBody | None = None
+
+
+class ChatLine(msgspec.Struct, gc=False):
+    custom_id: str
+    response: ChatResponse | None = None
+    error: Error | None = None
+
+
+class ResponsesResponse(msgspec.Struct, gc=False):
+    status_code: int = 0
+    body: ResponsesBody | None = None
+
+
+class ResponsesLine(msgspec.Struct, gc=False):
+    custom_id: str
+    response: ResponsesResponse | None = None
+    error: Error | None = None
+
+
+class ChatForm:
+    """`/v1/chat/completions`."""
+
+    endpoint: Endpoint = "/v1/chat/completions"
+
+    def __init__(self) -> None:
+        self._decode = msgspec.json.Decoder(ChatLine).decode
+
+    def body(
+        self, *, model: str, system: str | None, user: str, parameters: Mapping[str, Any], schema: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """The request body; `max_output_tokens` goes under this endpoint's own name."""
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        body = {"model": model, "messages": [*messages, {"role": "user", "content": user}], **_renamed(parameters)}
+        if schema is not None:
+            body["response_format"] = {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "strict": is_strict(schema), "schema": schema},
+            }
+        return body
+
+    def read(self, line: bytes) -> Reply | Garbage:
+        """One line of a result file, of either file."""
+        try:
+            decoded = self._decode(line)
+        except msgspec.DecodeError as error:
+            return _unreadable(line, error)
+        response, key = decoded.response, decoded.custom_id
+        if decoded.error is not None or response is None:
+            return _not_run(key, decoded.error)
+        body = response.body
+        if response.status_code != 200 or body is None or body.error is not None:
+            return _api_error(key, response.status_code, body.error if body else None)
+        usage = body.usage
+        paid: dict[str, Any] = {
+            "paid": True,
+            "model": body.model,
+            "input_tokens": usage.prompt_tokens if usage else None,
+            "cached_tokens": _cached(usage.prompt_tokens_details if usage else None),
+            "output_tokens": usage.completion_tokens if usage else None,
+        }
+        if not body.choices:
+            return Reply(custom_id=key, outcome="invalid", reason="empty answer: no choices", **paid)
+        choice = body.choices[0]
+        message = choice.message
+        outcome, reason = _chat_outcome(choice)
+        return Reply(custom_id=key, outcome=outcome, text=message.refusal or message.content, reason=reason, **paid)
+
+
+class ResponsesForm:
+    """`/v1/responses`."""
+
+    endpoint: Endpoint = "/v1/responses"
+
+    def __init__(self) -> None:
+        self._decode = msgspec.json.Decoder(ResponsesLine).decode
+
+    def body(
+        self, *, model: str, system: str | None, user: str, parameters: Mapping[str, Any], schema: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """The request body. `store` is off: answers live in our store, not in the provider's."""
+        body: dict[str, Any] = {"model": model, "input": [{"role": "user", "content": user}], "store": False, **parameters}
+        if system is not None:
+            body["instructions"] = system
+        if schema is not None:
+            body["text"] = {"format": {"type": "json_schema", "name": "answer", "strict": is_strict(schema), "schema": schema}}
+        return body
+
+    def read(self, line: bytes) -> Reply | Garbage:
+        """One line of a result file, of either file."""
+        try:
+            decoded = self._decode(line)
+        except msgspec.DecodeError as error:
+            return _unreadable(line, error)
+        response, key = decoded.response, decoded.custom_id
+        if decoded.error is not None or response is None:
+            return _not_run(key, decoded.error)
+        body = response.body
+        if response.status_code != 200 or body is None or (body.error is not None and body.status is None):
+            return _api_error(key, response.status_code, body.error if body else None)
+        usage = body.usage
+        parts = [part for item in body.output if item.type == "message" for part in item.content or []]
+        text = "".join(part.text or "" for part in parts if part.type == "output_text")
+        refusal = next((part.refusal for part in parts if part.type == "refusal"), None)
+        outcome, reason = _responses_outcome(body, text, refusal)
+        return Reply(
+            custom_id=key,
+            outcome=outcome,
+            text=refusal or text or None,
+            reason=reason,
+            retryable=outcome == "errored",
+            paid=True,
+            model=body.model,
+            input_tokens=usage.input_tokens if usage else None,
+            cached_tokens=_cached(usage.input_tokens_details if usage else None),
+            output_tokens=usage.output_tokens if usage else None,
+        )
+
+
+FORMS: dict[Endpoint, type[ChatForm] | type[ResponsesForm]] = {"/v1/chat/completions": ChatForm, "/v1/responses": ResponsesForm}
+
+
+def is_strict(schema: Mapping[str, Any]) -> bool:
+    """Whether a schema is in the subset that `strict: true` accepts: closed objects with every property required."""
+    properties = schema.get("properties")
+    if isinstance(properties, Mapping):
+        if schema.get("additionalProperties") is not False or set(schema.get("required", ())) != set(properties):
+            return False
+        if not all(is_strict(inner) for inner in properties.values() if isinstance(inner, Mapping)):
+            return False
+    items = schema.get("items")
+    return is_strict(items) if isinstance(items, Mapping) else True
+
+
+def _renamed(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {"max_completion_tokens" if name == "max_output_tokens" else name: value for name, value in parameters.items()}
+
+
+def _chat_outcome(choice: Choice) -> tuple[Outcome, str | None]:
+    message = choice.message
+    if message.refusal:
+        return "refused", None
+    match choice.finish_reason:
+        case "length":
+            return "truncated", "token limit reached"
+        case "content_filter":
+            return "filtered", "content filter"
+        case "tool_calls" | "function_call":
+            return "invalid", "a tool call in place of an answer"
+    return ("succeeded", None) if message.content else ("invalid", "empty answer")
+
+
+def _responses_outcome(body: ResponsesBody, text: str, refusal: str | None) -> tuple[Outcome, str | None]:
+    if refusal:
+        return "refused", None
+    if body.status == "incomplete":
+        reason = body.incomplete_details.reason if body.incomplete_details else None
+        return ("filtered", "content filter") if reason == "content_filter" else ("truncated", "token limit reached")
+    if body.status not in ("completed", None):
+        return "errored", _shown(body.error) or f"response status {body.status}"
+    return ("succeeded", None) if text else ("invalid", "empty answer")
+
+
+def _not_run(key: str, error: Error | None) -> Reply:
+    """A line without a response: the request was never answered, and is not billed."""
+    code = str(error.code) if error else None
+    outcome = NEVER_RUN.get(code or "", "errored")
+    return Reply(custom_id=key, outcome=outcome, reason=_shown(error) or "no response and no error", retryable=True)
+
+
+def _api_error(key: str, status: int, error: Error | None) -> Reply:
+    """A line whose request the API refused; the error hides inside the response body (F71)."""
+    reason = _shown(error) or f"HTTP status {status}"
+    if error is not None and str(error.code) in FILTERED_CODES:
+        return Reply(custom_id=key, outcome="filtered", reason=reason)
+    return Reply(custom_id=key, outcome="errored", reason=reason, retryable=status in RETRYABLE_STATUS or status >= 500)
+
+
+def _shown(error: Error | None) -> str | None:
+    if error is None:
+        return None
+    return ": ".join(str(part) for part in (error.code, error.message) if part) or None
+
+
+def _cached(details: Details | None) -> int:
+    return (details.cached_tokens or 0) if details else 0
+
+
+def _unreadable(line: bytes, error: msgspec.DecodeError) -> Reply | Garbage:
+    """A line outside the contract. Where its id can still be read, that request is errored, else the line is garbage."""
+    try:
+        custom_id = orjson.loads(line)["custom_id"]
+    except (ValueError, KeyError, TypeError):
+        return Garbage(reason=f"unreadable result line: {error}")
+    if not isinstance(custom_id, str):
+        return Garbage(reason="result line whose custom_id is no string")
+    return Reply(custom_id=custom_id, outcome="errored", reason=f"answer outside the API's contract: {error}", retryable=True, paid=True)

@@ -1,0 +1,96 @@
+"""What every provider offers, and the shapes that cross that line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, Protocol
+
+from nightshift.shapes import Outcome, Receipt
+
+BatchState = Literal["running", "ended", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one batch may hold."""
+
+    requests: int
+    request_bytes: int  # of the whole input file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """One look at a batch. Counters are for progress bars only: correctness never reads them."""
+
+    state: BatchState  # ended: there may be results, in whatever status; failed: validation refused it, nothing ran
+    status: str  # the provider's own word
+    done: int
+    total: int
+    result_files: tuple[str, ...]
+    reasons: tuple[str, ...]  # why it failed as a whole
+    bad_lines: Mapping[int, str]  # 1-based input line → why, where the provider names lines
+    queue_full: bool = False  # failed only because too much is enqueued: the same batch is welcome later
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What the provider said to one request, classified but not yet validated."""
+
+    custom_id: str
+    outcome: Outcome
+    text: str | None = None  # the raw answer
+    reason: str | None = None
+    retryable: bool = False  # for `errored`: whether asking again can help
+    paid: bool = False
+    model: str | None = None
+    input_tokens: int | None = None
+    cached_tokens: int = 0
+    output_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Garbage:
+    """A result line that cannot be read or matched; counted, and its request counts as missing."""
+
+    reason: str
+
+
+class Provider(Protocol):
+    """A place that takes a shard's requests now and has answers later.
+
+    `create` is the only call that costs. It is made once per claim, with SDK retries off, and tells three endings
+    apart: a Receipt; a refusal (any error but SubmissionInDoubt: nothing was created); SubmissionInDoubt.
+    """
+
+    limits: Limits
+
+    @property
+    def where(self) -> str:
+        """The endpoint, for messages."""
+
+    def check(self, model: str) -> None:
+        """Raise AccessDenied, ModelNotFound or ProviderUnavailable where a run could not succeed. Free."""
+
+    def line(self, custom_id: str, body: bytes) -> bytes:
+        """One request as a line of the input file, without the newline."""
+
+    def upload(self, name: str, path: Path) -> str:
+        """Make an input file known to the provider. Free, and harmless when repeated."""
+
+    def create(self, uploaded: str, token: str, labels: Mapping[str, str]) -> Receipt:
+        """Start the paid work."""
+
+    def find(self, tokens: Sequence[str], since: datetime) -> Receipt | None:
+        """The batch that carries one of these tokens, oldest first, among those created after `since` (less clock skew)."""
+
+    def poll(self, batch_id: str) -> Snapshot:
+        """One look."""
+
+    def replies(self, snapshot: Snapshot, scratch: Path) -> Iterator[Reply | Garbage]:
+        """Every line of every result file, in no particular order."""
+
+    def cancel(self, batch_id: str) -> None:
+        """Ask the provider to stop; what already ran is still billed and still harvested."""

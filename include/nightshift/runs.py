@@ -1,0 +1,126 @@
+"""A run: one interval, one upload, or one call of the command line. Where its files are, and what it was asked to do."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from urllib.parse import urlsplit
+
+from nightshift.errors import LedgerCorrupt
+from nightshift.job import Job, RequestSpec
+from nightshift.prompts import environment
+from nightshift.providers.protocol import Provider
+from nightshift.shapes import PinnedObject, Wire
+from nightshift.stores.answers import AnswerStore
+from nightshift.stores.ledger import Ledger
+from nightshift.stores.objects import Objects
+
+UNSAFE = re.compile(r"[^A-Za-z0-9._=-]+")
+
+
+def utc_now() -> datetime:
+    """The time, at the edge: everything that decides takes it as an argument."""
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """What surrounds a run: its store, its buckets, its provider, its clock and its disk."""
+
+    store: Objects
+    open_input: Callable[[str], tuple[Objects, str]]  # object pattern → bucket, key pattern
+    open_provider: Callable[[RequestSpec], Provider]
+    owner: str  # who claims: readable, for messages
+    poll_seconds: float
+    scratch_folder: Path | None = None
+    now: Callable[[], datetime] = utc_now
+
+    def scratch(self) -> AbstractContextManager[str]:
+        """A folder on local disk, gone afterwards."""
+        return TemporaryDirectory(prefix="nightshift-", dir=self.scratch_folder)
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger of this store."""
+        return Ledger(self.store)
+
+    def answers(self, fingerprint: str) -> AnswerStore:
+        """The answers of one fingerprint in this store."""
+        return AnswerStore(self.store, fingerprint)
+
+
+class RunInput(Wire):
+    """What a run was asked to do, frozen at discovery. Stored as `runs/<job>/<run>/input.json`, once."""
+
+    run: str
+    label: str
+    started_at: datetime
+    partition: str
+    objects: tuple[PinnedObject, ...]
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run in its store."""
+
+    store: Objects
+    input: RunInput
+
+    @property
+    def job(self) -> Job:
+        """The job as it was when the run began."""
+        return self.input.job
+
+    @property
+    def uri(self) -> str:
+        """Where the run's files are: all that XCom carries of it."""
+        return self.store.uri_of(run_folder(self.job.name, self.input.run))
+
+    def key(self, name: str) -> str:
+        """The key of one of the run's files."""
+        return f"{run_folder(self.job.name, self.input.run)}/{name}"
+
+
+def run_folder(job: str, run: str) -> str:
+    """The folder of a run in the store."""
+    return f"runs/{job}/{run}"
+
+
+def load_run(store: Objects, uri: str) -> Run:
+    """A run from its URI. Raises LedgerCorrupt where it was never begun."""
+    key = f"{store.key_of(uri).rstrip('/')}/input.json"
+    found = store.get_shape(key, RunInput)
+    if found is None:
+        raise LedgerCorrupt(key, "it does not exist; was the run begun in another store?")
+    return Run(store, found)
+
+
+def run_id(*parts: str) -> str:
+    """A run's name in the store: 16 hex digits, safe in every provider's names."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def render_dates(template: str, dates: Mapping[str, str]) -> str:
+    """A URI or partition template with the run's dates (`ds`, `ds_nodash`, `data_interval_start`, …) filled in."""
+    return environment().from_string(template).render(dates) if "{{" in template else template
+
+
+def partition_of(job: Job, dates: Mapping[str, str], objects: Sequence[PinnedObject], *, scheduled: bool) -> str:
+    """The partition a run publishes: as the job says, else by its date, else by its input's name.
+
+    Uploading a file again under its name replaces its partition; files of the same name in two folders stay apart.
+    """
+    if job.spec.output.partition:
+        return "/".join(UNSAFE.sub("-", part) for part in render_dates(job.spec.output.partition, dates).split("/") if part.strip("."))
+    if scheduled:
+        return f"dt={dates['ds']}"
+    first = objects[0].uri
+    stem = UNSAFE.sub("-", PurePosixPath(urlsplit(first).path).name.partition(".")[0])[:60] or "input"
+    return f"input={stem}-{run_id(*(found.uri for found in objects))[:8]}"

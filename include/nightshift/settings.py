@@ -1,0 +1,33 @@
+"""Settings that belong to the place Nightshift runs at, not to a job: read from the environment, once, at the edge."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Where things are. Credentials are not here: each SDK finds its own."""
+
+    store: str | None  # NIGHTSHIFT_STORE, s3://bucket/prefix or file:///dir
+    jobs: Path  # NIGHTSHIFT_JOBS, the folder of job files
+    poll_seconds: float  # NIGHTSHIFT_POLL_SECONDS, between two looks at a batch
+    upload_poll_seconds: float  # NIGHTSHIFT_UPLOAD_POLL_SECONDS, between two looks at an inbox
+    store_connection: str  # NIGHTSHIFT_STORE_CONNECTION, the Airflow connection of the store
+    scratch: Path | None  # NIGHTSHIFT_SCRATCH, local disk for spools; None = the system's temporary folder
+
+
+def read_settings(env: Mapping[str, str] = os.environ) -> Settings:
+    """Settings from environment variables; relative folders are taken from the working directory."""
+    scratch = env.get("NIGHTSHIFT_SCRATCH")
+    return Settings(
+        store=env.get("NIGHTSHIFT_STORE"),
+        jobs=Path(env.get("NIGHTSHIFT_JOBS") or Path(__file__).parent.parent / "jobs"),
+        poll_seconds=float(env.get("NIGHTSHIFT_POLL_SECONDS", "30")),
+        upload_poll_seconds=float(env.get("NIGHTSHIFT_UPLOAD_POLL_SECONDS", "30")),
+        store_connection=env.get("NIGHTSHIFT_STORE_CONNECTION", "aws_default"),
+        scratch=Path(scratch) if scratch else None,
+    )

@@ -1,0 +1,209 @@
+"""Shapes of data that leave the process: XCom, ledger, plan, summary. Frozen, and strict about unknown keys."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict
+
+ProviderName = Literal["openai"]
+Endpoint = Literal["/v1/chat/completions", "/v1/responses"]
+Outcome = Literal[
+    "succeeded", "invalid", "truncated", "refused", "filtered", "errored", "expired", "cancelled", "missing", "rejected"
+]  # fmt: skip
+Format = Literal["parquet", "csv", "jsonl"]
+Compression = Literal["gzip", "zstd"]
+
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+PAID_OUTCOMES: tuple[Outcome, ...] = ("succeeded", "invalid", "truncated", "refused", "filtered")  # the provider billed tokens
+
+
+class Wire(BaseModel):
+    """A shape that leaves the process."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PinnedObject(Wire):
+    """One input object, fixed at discovery: what is not pinned is not read."""
+
+    uri: str
+    etag: str
+    version: str | None
+    size: int  # bytes, as stored
+    rows: int | None  # from the footer, where the format has one
+    format: Format
+    compression: Compression | None
+
+
+class Shard(Wire):
+    """Requests that become one provider batch per attempt. Stored as `shards/<key>/shard.json`."""
+
+    key: str  # hash of its request keys: same requests, same key, whoever asks
+    fingerprint: str
+    provider: ProviderName
+    endpoint: Endpoint
+    model: str
+    request_count: int
+    request_bytes: int
+
+
+class Receipt(Wire):
+    """Proof that the provider took a shard."""
+
+    batch_id: str
+    token: str
+    created_at: datetime  # the provider's clock
+
+
+class Usage(Wire):
+    """Tokens as the provider reported them. `unknown` counts paid answers that came without usage."""
+
+    input_tokens: int = 0
+    cached_tokens: int = 0  # part of input_tokens
+    output_tokens: int = 0
+    unknown: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            input_tokens=self.input_tokens + other.input_tokens,
+            cached_tokens=self.cached_tokens + other.cached_tokens,
+            output_tokens=self.output_tokens + other.output_tokens,
+            unknown=self.unknown + other.unknown,
+        )
+
+
+class Settled(Wire):
+    """A shard that needs no more driving. Stored as `shards/<key>/settled.json`; one line per request is in `answers`."""
+
+    shard: str
+    answers: str  # key of the Parquet file in the store
+    requests: int
+    batches: int
+    usage: Usage  # over all attempts: what was paid, not only what was kept
+    alarms: dict[str, int]  # oddities in the result files, by name: counted, never trusted
+
+
+class Estimate(Wire):
+    """What a plan will cost, before it is paid. Tokens are measured from bytes; dollars are None where no price is known."""
+
+    input_tokens: int
+    output_tokens: int  # expected
+    output_tokens_max: int  # if every answer used its whole limit
+    usd: Decimal | None
+    usd_max: Decimal | None
+    basis: str  # price table, its date and its tier
+
+
+class Plan(Wire):
+    """What a run will do. Stored as `runs/<job>/<run>/plan.json`, once."""
+
+    fingerprint: str
+    rows: int
+    rejected: int
+    reasons: dict[str, int]  # rejections, by reason
+    unique: int  # distinct requests among the rows that are not rejected
+    duplicates: int  # rows whose request another row of this run asks as well
+    reused: int  # requests answered and paid for earlier
+    adopted: int  # requests in flight in somebody else's shard
+    submitted: int  # requests in this run's own shards
+    shards: tuple[str, ...]  # own and adopted
+    adopted_shards: tuple[str, ...]
+    answers: tuple[str, ...]  # answer files that hold the reused requests
+    slices: tuple[str, ...]  # row indexes, in order of the rows
+    estimate: Estimate
+    saved_usd: Decimal | None  # what the duplicates and the reused requests would have cost
+
+
+class Assembled(Wire):
+    """The joined dataset, staged. Stored as `runs/<job>/<run>/assembled.json`."""
+
+    outcomes: dict[Outcome, int]
+    reasons: dict[str, dict[str, int]]  # per outcome other than succeeded: the most frequent reasons
+    parts: tuple[str, ...]  # keys of staged Parquet files, in row order
+    quarantine: tuple[str, ...]
+    batches: int
+    usage: Usage
+    alarms: dict[str, int]
+
+
+class Check(Wire):
+    """One expectation, applied to the staged dataset."""
+
+    expectation: str
+    column: str | None
+    severity: Literal["critical", "warning", "info"]
+    success: bool
+    unexpected: int | None
+    examples: tuple[str, ...]  # ids of rows that broke it
+    detail: str | None
+
+
+class Audit(Wire):
+    """The verdict on the staged dataset. Stored as `runs/<job>/<run>/audit.json`."""
+
+    passed: bool
+    share_succeeded: float
+    reasons: tuple[str, ...]  # why it is held, empty when passed
+    checks: tuple[Check, ...]
+
+
+class Published(Wire):
+    """A partition that readers see. Its manifest is the commit."""
+
+    uri: str
+    rows: int
+    parts: tuple[str, ...]  # file names below uri
+
+
+class Counts(Wire):
+    """What became of the requests of a run."""
+
+    unique: int
+    duplicates: int
+    reused: int
+    adopted: int
+    submitted: int
+
+
+class Cost(Wire):
+    """Dollars. None = unknown, never 0."""
+
+    estimated: float | None
+    actual: float | None
+    saved: float | None
+    basis: str
+
+
+class Summary(Wire):
+    """What happened, in numbers that add up. Stored as `runs/<job>/<run>/summary.json`."""
+
+    job: str
+    run: str
+    label: str  # what people call the run: Airflow's run id, or the command line's
+    state: Literal["published", "held", "failed"]
+    problem: str | None
+    partition: str
+    model: str
+    prompt_version: str
+    started_at: datetime
+    finished_at: datetime
+    input_uris: tuple[str, ...]
+    rows: int
+    outcomes: dict[Outcome, int]
+    reasons: dict[str, dict[str, int]]
+    requests: Counts
+    batches: int
+    usage: Usage
+    alarms: dict[str, int]
+    cost_usd: Cost
+    audit: Audit | None
+    figures: dict[str, dict[str, Any]]  # per chart column: its distribution in this run
+    drift: dict[str, float | None]  # per drift column: total variation distance to the last published run, 0..1
+    drift_against: str | None
+    published: bool
+    results: str | None
+    quarantine: str | None
+    report: str

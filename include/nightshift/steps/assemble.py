@@ -1,0 +1,181 @@
+"""assemble: join answers to rows. Each row gets exactly one outcome; what did not succeed goes to quarantine with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nightshift.errors import CountsDisagree
+from nightshift.job import Job, answer_fields
+from nightshift.runs import Run, Site
+from nightshift.shapes import OUTCOMES, Assembled, Outcome, Plan, Settled, Usage
+from nightshift.stores.database import open_database
+
+if TYPE_CHECKING:
+    import duckdb
+
+PART_ROWS = 500_000
+STREAM_ROWS = 16_384
+REASONS_SHOWN = 8
+
+
+def assemble(site: Site, run: Run, plan: Plan) -> Assembled:
+    """Join, count, stage. Raises CountsDisagree, naming ids, where a row would have no outcome or two.
+
+    The same run assembles to the same bytes, for any number of workers: rows keep the order of the input.
+    """
+    stored = site.store.get_shape(run.key("assembled.json"), Assembled)
+    if stored is not None:
+        return stored
+    settled = [_settled(site, shard) for shard in plan.shards]
+    with site.scratch() as folder, open_database(Path(folder)) as database:
+        _load(site, Path(folder), database, plan, settled)
+        _reconcile(database, plan)
+        parts = _stage(site, run, Path(folder), database, "staged", _succeeded_query(run.job))
+        quarantine = _stage(site, run, Path(folder), database, "quarantine", _quarantine_query(run.job))
+        own = [each for each in settled if each.shard not in plan.adopted_shards]
+        assembled = Assembled(
+            outcomes=_outcomes(database),
+            reasons=_reasons(database),
+            parts=tuple(parts),
+            quarantine=tuple(quarantine),
+            batches=sum(each.batches for each in own),
+            usage=sum((each.usage for each in own), Usage()),
+            alarms=_sum_alarms(settled),
+        )
+    return site.store.settle(run.key("assembled.json"), assembled)
+
+
+def _settled(site: Site, shard: str) -> Settled:
+    settled = site.ledger.settled(shard)
+    if settled is None:
+        raise CountsDisagree(
+            f"Shard {shard[:12]} is planned but not settled: its rows would have no outcome. Clear its tasks and run them again."
+        )
+    return settled
+
+
+def _load(site: Site, folder: Path, database: duckdb.DuckDBPyConnection, plan: Plan, settled: list[Settled]) -> None:
+    """Rows and answers as views over local copies. Of several answers to one request a success wins, then a paid one."""
+    rows = [site.store.download(key, folder / f"rows-{i:05d}.parquet") for i, key in enumerate(plan.slices)]
+    keys = [*(each.answers for each in settled), *plan.answers]
+    files = [site.store.download(key, folder / f"answers-{i:05d}.parquet") for i, key in enumerate(dict.fromkeys(keys))]
+    database.execute(f"CREATE VIEW rows AS SELECT * FROM read_parquet({_paths(rows)}, union_by_name = true)")
+    if not files:
+        database.execute("CREATE VIEW answers AS SELECT NULL::BLOB AS request_key, NULL AS outcome, NULL AS reason WHERE false")
+        return
+    database.execute(f"CREATE VIEW everything AS SELECT * FROM read_parquet({_paths(files)}, filename = true)")
+    database.execute(
+        """CREATE TABLE chosen AS SELECT request_key, arg_max(filename, (outcome = 'succeeded', paid, filename)) AS filename
+           FROM everything SEMI JOIN rows USING (request_key) GROUP BY request_key"""
+    )
+    database.execute("CREATE VIEW answers AS SELECT everything.* FROM everything JOIN chosen USING (request_key, filename)")
+
+
+def _paths(paths: list[Path]) -> str:
+    return "[" + ", ".join("'" + str(path).replace("'", "''") + "'" for path in paths) + "]"
+
+
+def _reconcile(database: duckdb.DuckDBPyConnection, plan: Plan) -> None:
+    """Prove from the files that every row has one outcome, before anything is staged."""
+    rows, distinct, rejected = database.execute("SELECT count(*), count(DISTINCT ordinal), count(reason) FROM rows").fetchall()[0]
+    if (rows, distinct, rejected) != (plan.rows, plan.rows, plan.rejected):
+        raise CountsDisagree(
+            f"The plan counted {plan.rows} rows, {plan.rejected} of them rejected; "
+            f"its row indexes hold {rows} ({distinct} distinct), {rejected} rejected."
+        )
+    lost = database.execute(
+        "SELECT id FROM rows ANTI JOIN answers USING (request_key) WHERE rows.reason IS NULL ORDER BY ordinal LIMIT 10"
+    ).fetchall()
+    if lost:
+        raise CountsDisagree(
+            f"No answer, not even a failure, was harvested for rows {', '.join(str(each[0]) for each in lost)}, … Nothing is published."
+        )
+    doubled = database.execute("SELECT count(*) FROM (SELECT request_key FROM answers GROUP BY 1 HAVING count(*) > 1)").fetchall()[0][0]
+    if doubled:
+        raise CountsDisagree(f"{doubled} requests have two answers in one file. Nothing is published.")
+
+
+def _stage(site: Site, run: Run, folder: Path, database: duckdb.DuckDBPyConnection, kind: str, query: str) -> list[str]:
+    """Stream a query into Parquet parts in the run's folder; their keys."""
+    keys = []
+    for number, path in enumerate(_parts(folder, kind, database.sql(query).to_arrow_reader(STREAM_ROWS))):
+        key = run.key(f"{kind}/part-{number:05d}.parquet")
+        site.store.put(key, path)
+        keys.append(key)
+    return keys
+
+
+def _parts(folder: Path, kind: str, reader: pa.RecordBatchReader) -> Iterator[Path]:
+    """Parts of at most PART_ROWS rows, at least one: an empty partition still has its columns."""
+    path = folder / f"{kind}.parquet"
+    writer, rows = pq.ParquetWriter(path, reader.schema, compression="zstd"), 0
+    for batch in reader:
+        if rows + batch.num_rows > PART_ROWS:
+            writer.close()
+            yield path
+            writer, rows = pq.ParquetWriter(path, reader.schema, compression="zstd"), 0
+        writer.write_batch(batch)
+        rows += batch.num_rows
+    writer.close()
+    yield path
+
+
+def _kept(job: Job) -> str:
+    names = dict.fromkeys([job.spec.input.id, *job.spec.output.keep])
+    return ", ".join(f"rows.{_quoted(f'keep_{name}')} AS {_quoted(name)}" for name in names)
+
+
+def _succeeded_query(job: Job) -> str:
+    fields = "".join(f", answers.output.{_quoted(name)} AS {_quoted(name)}" for name in answer_fields(job.answer_schema))
+    return f"""SELECT {_kept(job)}{fields}, answers.model AS _model, '{job.prompt.version}' AS _prompt_version,
+                      lower(hex(rows.request_key)) AS _request_key
+               FROM rows JOIN answers USING (request_key) WHERE answers.outcome = 'succeeded' ORDER BY rows.ordinal"""
+
+
+def _quarantine_query(job: Job) -> str:
+    return f"""SELECT rows.ordinal AS row, {_kept(job)}, coalesce(answers.outcome, 'rejected') AS outcome,
+                      coalesce(rows.reason, answers.reason) AS reason, coalesce(rows.raw, answers.text) AS raw,
+                      lower(hex(rows.request_key)) AS _request_key
+               FROM rows LEFT JOIN answers USING (request_key)
+               WHERE coalesce(answers.outcome, 'rejected') <> 'succeeded' ORDER BY rows.ordinal"""
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _outcomes(database: duckdb.DuckDBPyConnection) -> dict[Outcome, int]:
+    found = dict(
+        database.execute(
+            "SELECT coalesce(answers.outcome, 'rejected'), count(*) FROM rows LEFT JOIN answers USING (request_key) GROUP BY 1"
+        ).fetchall()
+    )
+    return {outcome: found.get(outcome, 0) for outcome in OUTCOMES}
+
+
+def _reasons(database: duckdb.DuckDBPyConnection) -> dict[str, dict[str, int]]:
+    """Per outcome the most frequent reasons."""
+    found = database.execute(
+        """SELECT coalesce(answers.outcome, 'rejected') AS outcome, coalesce(rows.reason, answers.reason, '') AS why, count(*) AS n
+           FROM rows LEFT JOIN answers USING (request_key) WHERE coalesce(answers.outcome, 'rejected') <> 'succeeded'
+           GROUP BY 1, 2 ORDER BY 1, 3 DESC, 2"""
+    ).fetchall()
+    reasons: dict[str, dict[str, int]] = {}
+    for outcome, why, count in found:
+        shown = reasons.setdefault(outcome, {})
+        if len(shown) < REASONS_SHOWN:
+            shown[why] = count
+    return reasons
+
+
+def _sum_alarms(settled: list[Settled]) -> dict[str, int]:
+    alarms: dict[str, int] = {}
+    for each in settled:
+        for name, count in each.alarms.items():
+            alarms[name] = alarms.get(name, 0) + count
+    return alarms

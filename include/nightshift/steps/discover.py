@@ -1,0 +1,65 @@
+"""discover: list the input objects of a run and pin each by version or eTag. What is not pinned is not read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+
+from nightshift.errors import InputMissing, InputUnreadable, ProviderUnavailable
+from nightshift.formats import count_rows, guess_format
+from nightshift.job import Job
+from nightshift.runs import Run, RunInput, Site, partition_of, render_dates, run_folder, run_id
+from nightshift.shapes import PinnedObject, Wire
+from nightshift.stores.objects import Found, Objects, matching
+
+
+class Pinned(Wire):
+    """The objects of a run, in key order."""
+
+    objects: tuple[PinnedObject, ...]
+
+    @property
+    def identity(self) -> str:
+        """The same objects in the same versions have the same identity."""
+        return run_id(*(f"{found.uri} {found.version or found.etag}" for found in self.objects))
+
+
+def pin(site: Site, job: Job, pattern: str) -> Pinned:
+    """Every object that matches a pattern, pinned. Empty objects and folder markers hold no rows and are left out.
+
+    Raises InputMissing where nothing matches and InputUnreadable where a format cannot be told or a Parquet footer is broken.
+    """
+    bucket, key_pattern = site.open_input(pattern)
+    found = [item for item in matching(bucket, key_pattern) if item.size and not item.key.endswith("/")]
+    if not found:
+        raise InputMissing(pattern)
+    return Pinned(objects=tuple(_pinned(bucket, item, job) for item in sorted(found, key=lambda item: item.key)))
+
+
+def discover(site: Site, job: Job, *, pattern: str, label: str, run: str, dates: Mapping[str, str], scheduled: bool = False) -> Run:
+    """Begin a run, or find it begun: a repeated discovery reads the objects of the first.
+
+    Raises AccessDenied or ModelNotFound now, where the provider would refuse every request later.
+    """
+    key = f"{run_folder(job.name, run)}/input.json"
+    begun = site.store.get_shape(key, RunInput)
+    if begun is None:
+        objects = pin(site, job, render_dates(pattern, dates)).objects
+        with suppress(ProviderUnavailable):  # submit will meet it again, where waiting can help
+            site.open_provider(job.spec.request).check(job.spec.request.model)
+        partition = partition_of(job, dates, objects, scheduled=scheduled)
+        begun = site.store.settle(key, RunInput(run=run, label=label, started_at=site.now(), partition=partition, objects=objects, job=job))
+    return Run(site.store, begun)
+
+
+def _pinned(bucket: Objects, found: Found, job: Job) -> PinnedObject:
+    uri = bucket.uri_of(found.key)
+    fmt, compression = guess_format(found.key)
+    fmt, compression = job.spec.input.format or fmt, job.spec.input.compression or compression
+    if fmt is None:
+        raise InputUnreadable(uri, "its name does not tell the format; set input.format to parquet, csv or jsonl")
+    rows = None
+    if fmt == "parquet" and not compression:
+        with bucket.open(found.key, etag=found.etag, version=found.version) as file:
+            rows = count_rows(file, uri)
+    return PinnedObject(uri=uri, etag=found.etag, version=found.version, size=found.size, rows=rows, format=fmt, compression=compression)

@@ -1,0 +1,378 @@
+"""plan: rows to requests, duplicates collapsed, paid answers reused, the rest packed into shards. Sends nothing.
+
+Rows stream once: each is rendered, hashed and written to a local spool; DuckDB (spilling to disk) decides in SQL which
+requests are new; their lines are then copied from the spool into shards. Memory is bounded whatever the rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nightshift.contract import typed
+from nightshift.encode import Encoder
+from nightshift.errors import RequestTooLarge
+from nightshift.formats import Fault, Rows, column_types, read_rows
+from nightshift.job import Job
+from nightshift.money.estimate import estimate_requests
+from nightshift.providers.protocol import Limits, Provider
+from nightshift.runs import Run, Site
+from nightshift.shapes import PinnedObject, Plan, Shard
+from nightshift.stores.answers import AnswerStore
+from nightshift.stores.database import open_database
+
+if TYPE_CHECKING:
+    import duckdb
+
+DECLARED = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
+SPOOLED = pa.schema([("ordinal", pa.int64()), ("id", pa.string()), ("key", pa.binary(32)), ("start", pa.int64()), ("size", pa.int32())])
+
+Progress = Callable[[int], None]  # rows read so far
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """One request to be sent: where its line stands in the spool."""
+
+    key: bytes
+    start: int
+    size: int  # bytes, with the newline
+    ordinal: int
+
+
+def plan(site: Site, run: Run, *, progress: Progress = lambda rows: None) -> Plan:
+    """The run's plan, made once: a repeated call finds the first. Writes row indexes and frozen shards, sends nothing."""
+    key = run.key("plan.json")
+    stored = site.store.get_shape(key, Plan)
+    return stored or site.store.settle(key, draft(site, run, keep=True, progress=progress))
+
+
+def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows: None) -> Plan:
+    """A plan. With `keep` its row indexes and shards are written to the store, without it nothing is."""
+    job, encoder, provider = run.job, Encoder(run.job), site.open_provider(run.job.spec.request)
+    with site.scratch() as folder, open_database(Path(folder)) as database:
+        spool = _Spool(Path(folder), database, encoder, provider, progress)
+        for index, pinned in enumerate(run.input.objects):
+            spool.read(site, job, pinned, f"rows-{index:05d}")
+        doubled = _reject_doubled_ids(database)
+        if doubled:
+            spool.mark_doubled()
+        _collapse(database)
+        answers = site.answers(encoder.fingerprint)
+        reused_files = _find_known(database, answers)
+        adopted_shards = _find_in_flight(site, database, answers)
+        shards = list(_pack(site, run, database, spool, provider.limits, encoder.fingerprint, keep=keep))
+        slices = [run.key(f"slices/{path.name}") for path in spool.slices]
+        if keep:
+            for slice_key, path in zip(slices, spool.slices, strict=True):
+                site.store.put(slice_key, path)
+        counted = _counts(database)
+        reasons = spool.reasons + (Counter({"the id stands twice": doubled}) if doubled else Counter())
+        return Plan(
+            fingerprint=encoder.fingerprint,
+            rows=spool.rows,
+            rejected=sum(reasons.values()),
+            reasons=dict(reasons.most_common()),
+            unique=counted["unique"],
+            duplicates=counted["asked"] - counted["unique"],
+            reused=counted["reused"],
+            adopted=counted["adopted"],
+            submitted=counted["new"],
+            shards=(*(shard.key for shard in shards), *adopted_shards),
+            adopted_shards=tuple(adopted_shards),
+            answers=tuple(reused_files),
+            slices=tuple(slices),
+            estimate=estimate_requests(job, counted["new"], counted["new_bytes"]),
+            saved_usd=_saved(job, counted),
+        )
+
+
+class _Spool:
+    """Lines of every request on local disk, and what DuckDB needs to choose among them."""
+
+    def __init__(self, folder: Path, database: duckdb.DuckDBPyConnection, encoder: Encoder, provider: Provider, progress: Progress) -> None:
+        self._folder, self._database, self._encoder, self._provider, self._progress = folder, database, encoder, provider, progress
+        self.path = folder / "spool.jsonl"
+        self._file = self.path.open("wb", buffering=1 << 20)
+        self._end = 0
+        self.rows = 0
+        self.slices: list[Path] = []
+        self.reasons: Counter[str] = Counter()
+        database.execute("CREATE TABLE spool (ordinal BIGINT, id VARCHAR, key BLOB, start BIGINT, size INTEGER)")
+
+    def read(self, site: Site, job: Job, pinned: PinnedObject, name: str) -> None:
+        """Encode the rows of one pinned object; its row index becomes one slice."""
+        bucket, key = site.open_input(pinned.uri)
+        schema = _slice_schema(job, bucket.open(key, etag=pinned.etag, version=pinned.version), pinned)
+        path = self._folder / f"{name}.parquet"
+        with (
+            bucket.open(key, etag=pinned.etag, version=pinned.version) as file,
+            pq.ParquetWriter(path, schema, compression="zstd") as writer,
+        ):
+            for rows in read_rows(file, pinned.uri, pinned.format, pinned.compression, job.columns):
+                self._encode(job, rows, writer, schema)
+                self._progress(self.rows)
+        self._file.flush()
+        self.slices.append(path)
+
+    def _encode(self, job: Job, rows: Rows, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
+        ids = [_as_id(value) for value in rows.columns[job.spec.input.id]]
+        keys: list[bytes | None] = []
+        reasons: list[str | None] = []
+        starts: list[int] = []
+        sizes: list[int] = []
+        for row_id, body in zip(ids, self._bodies(rows), strict=True):
+            if isinstance(body, Fault | str) or row_id is None:
+                reason = body.reason if isinstance(body, Fault) else body if isinstance(body, str) else "the id is missing"
+                self.reasons[reason] += 1
+                reasons.append(reason)
+                keys.append(None)
+                starts.append(0)
+                sizes.append(0)
+                continue
+            key = self._encoder.key(body)
+            line = self._provider.line(key.hex(), body)
+            self._file.write(line)
+            self._file.write(b"\n")
+            size = len(line) + 1
+            if size > self._provider.limits.request_bytes:
+                raise RequestTooLarge(self.rows + len(keys), size, self._provider.limits.request_bytes)
+            keys.append(key)
+            reasons.append(None)
+            starts.append(self._end)
+            sizes.append(size)
+            self._end += size
+        ordinals = range(self.rows, self.rows + rows.count)
+        raws = [rows.faults[i].raw if i in rows.faults else None for i in range(rows.count)]
+        kept = [_kept(job, name, rows.columns[name], schema.field(f"keep_{name}").type) for name in _kept_columns(job)]
+        values = [ordinals, ids, keys, reasons, raws]
+        arrays = [pa.array(value, field.type) for value, field in zip(values, schema, strict=False)]
+        writer.write_batch(pa.RecordBatch.from_arrays([*arrays, *kept], schema=schema))
+        spooled = [arrays[0], arrays[1], arrays[2], pa.array(starts, pa.int64()), pa.array(sizes, pa.int32())]
+        batch = pa.Table.from_arrays(spooled, schema=SPOOLED)  # DuckDB finds it by its name in this scope
+        self._database.execute("INSERT INTO spool SELECT * FROM batch")
+        del batch
+        self.rows += rows.count
+
+    def _bodies(self, rows: Rows) -> Iterator[bytes | str | Fault]:
+        names, faults, body = list(rows.columns), rows.faults, self._encoder.body
+        for i, values in enumerate(zip(*rows.columns.values(), strict=True)):
+            yield faults[i] if i in faults else body(dict(zip(names, values, strict=True)))
+
+    def mark_doubled(self) -> None:
+        """Write the late discovery that an id stands twice into the row indexes."""
+        for path in self.slices:
+            marked = path.with_suffix(".marked")
+            self._database.execute(
+                f"""COPY (SELECT s.* REPLACE (CASE WHEN d.ordinal IS NULL THEN s.request_key END AS request_key,
+                                              CASE WHEN d.ordinal IS NULL THEN s.reason ELSE 'the id stands twice' END AS reason)
+                          FROM read_parquet('{path}') s LEFT JOIN doubled d USING (ordinal) ORDER BY s.ordinal)
+                    TO '{marked}' (FORMAT parquet, COMPRESSION zstd)"""
+            )
+            marked.replace(path)
+
+
+def _kept_columns(job: Job) -> list[str]:
+    return list(dict.fromkeys([job.spec.input.id, *job.spec.output.keep]))
+
+
+def _slice_schema(job: Job, file: Any, pinned: PinnedObject) -> pa.Schema:
+    """Columns of a row index: the row's place, its id, its request or why it has none, and the columns carried along."""
+    known = column_types(file, pinned.uri) if pinned.format == "parquet" else {}
+    declared = {name: DECLARED[requirement.type] for name, requirement in job.spec.input.require.items()}
+    kept = [(f"keep_{name}", known.get(name) or declared.get(name) or pa.string()) for name in _kept_columns(job)]
+    fixed = [("ordinal", pa.int64()), ("id", pa.string()), ("request_key", pa.binary(32)), ("reason", pa.string()), ("raw", pa.string())]
+    return pa.schema([*fixed, *kept])
+
+
+def _kept(job: Job, name: str, values: Iterable[Any], kind: pa.DataType) -> pa.Array:
+    """A column carried along, in its type; a value that does not fit it is null (its row is rejected by the contract)."""
+    requirement = job.spec.input.require.get(name)
+    plain = [typed(value, requirement) for value in values]
+    try:
+        return pa.array(plain, kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return pa.array([_fits(value, kind) for value in plain], kind)
+
+
+def _fits(value: Any, kind: pa.DataType) -> Any:
+    try:
+        return pa.scalar(value, kind).as_py()
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return str(value) if kind == pa.string() else None
+
+
+def _as_id(value: Any) -> str | None:
+    return None if value is None or value == "" else str(value)
+
+
+def _reject_doubled_ids(database: duckdb.DuckDBPyConnection) -> int:
+    """Of several rows under one id the first stays; the count of the others."""
+    database.execute(
+        """CREATE TABLE doubled AS SELECT ordinal FROM (
+             SELECT ordinal, row_number() OVER (PARTITION BY id ORDER BY ordinal) AS nth FROM spool WHERE key IS NOT NULL) WHERE nth > 1"""
+    )
+    database.execute("UPDATE spool SET key = NULL WHERE ordinal IN (SELECT ordinal FROM doubled)")
+    return _one(database, "SELECT count(*) FROM doubled")
+
+
+def _collapse(database: duckdb.DuckDBPyConnection) -> None:
+    """Rows that ask the same become one request, which stands where its first row stands."""
+    database.execute(
+        """CREATE TABLE requests AS SELECT key, min(ordinal) AS ordinal, arg_min(start, ordinal) AS start, arg_min(size, ordinal) AS size,
+             NULL::VARCHAR AS known FROM spool WHERE key IS NOT NULL GROUP BY key"""
+    )
+
+
+def _find_known(database: duckdb.DuckDBPyConnection, answers: AnswerStore) -> list[str]:
+    """Mark the requests that somebody has paid for; the answer files that hold them."""
+    used = []
+    for file in answers.files():
+        database.execute("CREATE OR REPLACE TEMP TABLE paid (key BLOB)")
+        for batch in answers.paid_keys(file):
+            found = pa.Table.from_batches([batch])
+            database.execute("INSERT INTO paid SELECT * FROM found")
+            del found
+        if _mark(database, "paid", "answered"):
+            used.append(file)
+    return used
+
+
+def _find_in_flight(site: Site, database: duckdb.DuckDBPyConnection, answers: AnswerStore) -> list[str]:
+    """Mark the requests that are in somebody's shard already; those shards."""
+    used = []
+    for shard in answers.open_shards():
+        database.execute("CREATE OR REPLACE TEMP TABLE flying (key BLOB)")
+        keys = request_keys(site, shard)
+        found = pa.table({"key": pa.array(keys, pa.binary(32))})
+        database.execute("INSERT INTO flying SELECT * FROM found")
+        del found
+        if _mark(database, "flying", "in flight"):
+            used.append(shard)
+    return used
+
+
+def _mark(database: duckdb.DuckDBPyConnection, table: str, word: str) -> int:
+    database.execute(f"UPDATE requests SET known = '{word}' WHERE known IS NULL AND key IN (SELECT key FROM {table})")
+    return int(database.fetchall()[0][0])
+
+
+def request_keys(site: Site, shard: str) -> list[bytes]:
+    """The request keys of a shard, in the order of its lines; a shard holds at most one batch's worth."""
+    with site.store.open(f"shards/{shard}/requests.jsonl") as file:
+        return [key_of_line(line) for line in file]
+
+
+def key_of_line(line: bytes) -> bytes:
+    """The request key in a line of `requests.jsonl`: every provider's line starts with its id."""
+    start = line.index(b'":"') + 3
+    return bytes.fromhex(line[start : start + 64].decode())
+
+
+def _pack(
+    site: Site, run: Run, database: duckdb.DuckDBPyConnection, spool: _Spool, limits: Limits, fingerprint: str, *, keep: bool
+) -> Iterator[Shard]:
+    """Freeze the new requests into shards, in row order. A shard found there already is the same shard."""
+    request = run.job.spec.request
+    most = min(limits.requests, run.job.spec.policy.max_requests_per_shard or limits.requests)
+    for wanted in cut(_wanted(database), most, limits.request_bytes):
+        shard = Shard(
+            key=shard_key(item.key for item in wanted),
+            fingerprint=fingerprint,
+            provider=request.provider,
+            endpoint=request.endpoint,
+            model=request.model,
+            request_count=len(wanted),
+            request_bytes=sum(item.size for item in wanted),
+        )
+        if keep and site.store.get_shape(f"shards/{shard.key}/shard.json", Shard) is None:
+            site.store.put(f"shards/{shard.key}/requests.jsonl", _gather(spool.path, wanted))
+            site.store.create_shape(f"shards/{shard.key}/shard.json", shard)
+        yield shard
+
+
+def cut(wanted: Iterable[Wanted], most: int, most_bytes: int) -> Iterator[list[Wanted]]:
+    """Requests in groups that keep both limits, filled in order."""
+    group: list[Wanted] = []
+    size = 0
+    for item in wanted:
+        if group and (len(group) == most or size + item.size > most_bytes):
+            yield group
+            group, size = [], 0
+        group.append(item)
+        size += item.size
+    if group:
+        yield group
+
+
+def shard_key(keys: Iterable[bytes]) -> str:
+    """A shard's name: the hash of its request keys, in any order."""
+    digest = hashlib.sha256()
+    for key in sorted(keys):
+        digest.update(key)
+    return digest.hexdigest()
+
+
+def _wanted(database: duckdb.DuckDBPyConnection) -> Iterator[Wanted]:
+    cursor = database.cursor()
+    cursor.execute("SELECT key, start, size, ordinal FROM requests WHERE known IS NULL ORDER BY ordinal")
+    while rows := cursor.fetchmany(4096):
+        for key, start, size, ordinal in rows:
+            yield Wanted(key=bytes(key), start=start, size=size, ordinal=ordinal)
+
+
+def _gather(spool: Path, wanted: list[Wanted]) -> Path:
+    """The lines of one shard in a file of their own; neighbours in the spool are copied in one piece."""
+    path = spool.with_name("shard.jsonl")
+    with spool.open("rb") as source, path.open("wb", buffering=1 << 20) as target:
+        for start, size in _runs(wanted):
+            source.seek(start)
+            while size:
+                piece = source.read(min(size, 4 << 20))
+                target.write(piece)
+                size -= len(piece)
+    return path
+
+
+def _runs(wanted: list[Wanted]) -> Iterator[tuple[int, int]]:
+    """(start, size) of stretches of the spool without gaps."""
+    start, end = wanted[0].start, wanted[0].start
+    for item in wanted:
+        if item.start != end:
+            yield start, end - start
+            start = item.start
+        end = item.start + item.size
+    yield start, end - start
+
+
+def _counts(database: duckdb.DuckDBPyConnection) -> dict[str, int]:
+    asked, asked_bytes = database.execute("SELECT count(*), coalesce(sum(size), 0)::BIGINT FROM spool WHERE key IS NOT NULL").fetchall()[0]
+    found = database.execute("SELECT coalesce(known, 'new'), count(*), sum(size)::BIGINT FROM requests GROUP BY 1").fetchall()
+    by = {word: (count, size) for word, count, size in found}
+    return {
+        "asked": asked,
+        "asked_bytes": asked_bytes,
+        "unique": sum(count for count, _ in by.values()),
+        "reused": by.get("answered", (0, 0))[0],
+        "adopted": by.get("in flight", (0, 0))[0],
+        "new": by.get("new", (0, 0))[0],
+        "new_bytes": by.get("new", (0, 0))[1],
+    }
+
+
+def _saved(job: Job, counted: dict[str, int]) -> Decimal | None:
+    """What the rows that cost nothing would have cost: duplicates, reused and adopted requests."""
+    spared = estimate_requests(job, counted["asked"] - counted["new"], counted["asked_bytes"] - counted["new_bytes"])
+    return spared.usd
+
+
+def _one(database: duckdb.DuckDBPyConnection, query: str) -> int:
+    return int(database.execute(query).fetchall()[0][0])

@@ -1,0 +1,90 @@
+"""publish: swap a partition in one atomic step.
+
+Parts are named by their content, so that writing them never disturbs a reader; the manifest is one object, written
+last: whoever reads through it sees the old partition or the new one. Publishing again writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import orjson
+
+from nightshift.errors import RunHeld
+from nightshift.runs import Run, Site
+from nightshift.shapes import Assembled, Audit, Outcome, Published, Wire
+
+MANIFEST = "_manifest.json"
+
+
+class Part(Wire):
+    """One file of a partition."""
+
+    name: str
+    size: int  # bytes
+    sha256: str
+
+
+class Manifest(Wire):
+    """What a partition consists of. Stored as `results/<job>/<partition>/_manifest.json`: the commit."""
+
+    job: str
+    partition: str
+    parts: tuple[Part, ...]
+    outcomes: dict[Outcome, int]
+    prompt_version: str
+    model: str
+
+
+def publish(site: Site, run: Run, assembled: Assembled, audit: Audit) -> Published:
+    """Make the staged dataset what readers see. Raises RunHeld, and touches nothing, when the audit is red."""
+    if not audit.passed:
+        raise RunHeld(audit.reasons, site.store.uri_of(run.key("report.html")))
+    _swap(site, run, quarantine_folder(run), assembled.quarantine, assembled)
+    manifest = _swap(site, run, results_folder(run), assembled.parts, assembled)
+    return Published(
+        uri=site.store.uri_of(results_folder(run)),
+        rows=assembled.outcomes["succeeded"],
+        parts=tuple(part.name for part in manifest.parts),
+    )
+
+
+def results_folder(run: Run) -> str:
+    """Where the run's partition stands."""
+    return f"results/{run.job.name}/{run.input.partition}"
+
+
+def quarantine_folder(run: Run) -> str:
+    """Where the rows of the run's partition stand that did not succeed."""
+    return f"quarantine/{run.job.name}/{run.input.partition}"
+
+
+def _swap(site: Site, run: Run, folder: str, staged: tuple[str, ...], assembled: Assembled) -> Manifest:
+    """Copy parts in, commit by manifest, then sweep what the manifest no longer names."""
+    parts = []
+    with site.scratch() as scratch:
+        for number, key in enumerate(staged):
+            path = site.store.download(key, Path(scratch) / "part.parquet")
+            digest = _sha256(path)
+            part = Part(name=f"part-{number:05d}-{digest[:16]}.parquet", size=path.stat().st_size, sha256=digest)
+            if site.store.head(f"{folder}/{part.name}") is None:
+                site.store.put(f"{folder}/{part.name}", path)
+            parts.append(part)
+    manifest = Manifest(
+        job=run.job.name,
+        partition=run.input.partition,
+        parts=tuple(parts),
+        outcomes=assembled.outcomes,
+        prompt_version=run.job.prompt.version,
+        model=run.job.spec.request.model,
+    )
+    site.store.put(f"{folder}/{MANIFEST}", orjson.dumps(manifest.model_dump(mode="json"), option=orjson.OPT_INDENT_2))
+    named = {f"{folder}/{part.name}" for part in parts} | {f"{folder}/{MANIFEST}"}
+    site.store.delete([found.key for found in site.store.scan(folder) if found.key not in named and found.key.rpartition("/")[0] == folder])
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,189 @@
+"""report: write what happened: counts that add up, cost against estimate, quality, drift. `summary.json` and `report.html`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyarrow.parquet as pq
+
+from nightshift.errors import CountsDisagree
+from nightshift.job import Job
+from nightshift.money.estimate import actual_cost
+from nightshift.pages import render_report
+from nightshift.runs import Run, Site
+from nightshift.shapes import OUTCOMES, Assembled, Audit, Cost, Counts, Plan, Published, Summary, Usage, Wire
+from nightshift.steps.publish import quarantine_folder
+from nightshift.stores.database import open_database
+from nightshift.stores.objects import dump_json
+
+if TYPE_CHECKING:
+    import duckdb
+
+CHART_BARS = 12
+
+
+class LastPublished(Wire):
+    """The newest published run of a job: what the next run's drift is measured against."""
+
+    run: str
+
+
+def report(site: Site, run: Run, *, published: Published | None, problem: str | None = None) -> Summary:
+    """Write the summary and the page from what the run left in the store, however far it came.
+
+    Raises CountsDisagree where a run that was assembled does not add up.
+    """
+    store = site.store
+    plan = store.get_shape(run.key("plan.json"), Plan)
+    assembled = store.get_shape(run.key("assembled.json"), Assembled)
+    audit = store.get_shape(run.key("audit.json"), Audit)
+    figures = distributions(site, run.job, assembled) if assembled else {}
+    last = _last_published(site, run)
+    summary = summarise(site, run, plan, assembled, audit, published, problem, figures, last)
+    check_sums(summary)
+    store.put(run.key("summary.json"), dump_json(summary.model_dump(mode="json")))
+    store.put(run.key("report.html"), render_report(summary).encode())
+    if published:
+        store.put(f"runs/{run.job.name}/last-published.json", LastPublished(run=run.input.run).model_dump_json().encode())
+    return summary
+
+
+def summarise(
+    site: Site,
+    run: Run,
+    plan: Plan | None,
+    assembled: Assembled | None,
+    audit: Audit | None,
+    published: Published | None,
+    problem: str | None,
+    figures: Mapping[str, dict[str, Any]],
+    last: Summary | None,
+) -> Summary:
+    """The summary of a run from its facts."""
+    job, request = run.job, run.job.spec.request
+    usage = assembled.usage if assembled else Usage()
+    actual = actual_cost(request.provider, request.model, usage) if assembled else None
+    state: Literal["published", "held", "failed"] = "published" if published else "held" if audit and not audit.passed else "failed"
+    return Summary(
+        job=job.name,
+        run=run.input.run,
+        label=run.input.label,
+        state=state,
+        problem=problem or ("; ".join(audit.reasons) if audit and not audit.passed else None),
+        partition=run.input.partition,
+        model=request.model,
+        prompt_version=job.prompt.version,
+        started_at=run.input.started_at,
+        finished_at=site.now(),
+        input_uris=tuple(found.uri for found in run.input.objects),
+        rows=plan.rows if plan else 0,
+        outcomes=assembled.outcomes if assembled else dict.fromkeys(OUTCOMES, 0),
+        reasons=assembled.reasons if assembled else {"rejected": dict(plan.reasons)} if plan and plan.reasons else {},
+        requests=Counts(
+            unique=plan.unique if plan else 0,
+            duplicates=plan.duplicates if plan else 0,
+            reused=plan.reused if plan else 0,
+            adopted=plan.adopted if plan else 0,
+            submitted=plan.submitted if plan else 0,
+        ),
+        batches=assembled.batches if assembled else 0,
+        usage=usage,
+        alarms=assembled.alarms if assembled else {},
+        cost_usd=Cost(
+            estimated=_dollars(plan.estimate.usd) if plan else None,
+            actual=_dollars(actual),
+            saved=_dollars(plan.saved_usd) if plan else None,
+            basis=plan.estimate.basis if plan else "not planned",
+        ),
+        audit=audit,
+        figures=dict(figures),
+        drift={column: _drift(column, figures, last) for column in job.spec.report.drift},
+        drift_against=last.label if last else None,
+        published=published is not None,
+        results=published.uri if published else None,
+        quarantine=site.store.uri_of(quarantine_folder(run)) if published else None,
+        report=site.store.uri_of(run.key("report.html")),
+    )
+
+
+def check_sums(summary: Summary) -> None:
+    """Raise CountsDisagree unless the numbers of an assembled run add up."""
+    counts, outcomes = summary.requests, summary.outcomes
+    if counts.unique != counts.reused + counts.adopted + counts.submitted:
+        raise CountsDisagree(
+            f"{counts.unique} unique requests are not {counts.reused} reused + {counts.adopted} adopted + {counts.submitted} submitted."
+        )
+    if not any(outcomes.values()):
+        return
+    if sum(outcomes.values()) != summary.rows:
+        raise CountsDisagree(f"The outcomes add up to {sum(outcomes.values())}, the rows read are {summary.rows}.")
+    if summary.rows - outcomes["rejected"] != counts.unique + counts.duplicates:
+        raise CountsDisagree(
+            f"{summary.rows} rows less {outcomes['rejected']} rejected are not "
+            f"{counts.unique} unique requests + {counts.duplicates} duplicates."
+        )
+
+
+def distributions(site: Site, job: Job, assembled: Assembled) -> dict[str, dict[str, Any]]:
+    """Per column of report.charts and report.drift: how its values are spread over the staged rows."""
+    columns = dict.fromkeys([*job.spec.report.charts, *job.spec.report.drift])
+    if not columns:
+        return {}
+    with site.scratch() as folder, open_database(Path(folder)) as database:
+        paths = [site.store.download(key, Path(folder) / f"part-{i}.parquet") for i, key in enumerate(assembled.parts)]
+        names = "[" + ", ".join(f"'{path}'" for path in paths) + "]"
+        database.execute(f"CREATE VIEW results AS SELECT * FROM read_parquet({names})")
+        types = {field.name: str(field.type) for field in pq.read_schema(paths[0])}
+        return {column: _distribution(database, column, types[column]) for column in columns}
+
+
+def _distribution(database: duckdb.DuckDBPyConnection, column: str, kind: str) -> dict[str, Any]:
+    """{"kind": "shares" | "histogram", "bars": [[label, count], …], "total": n}"""
+    name = '"' + column.replace('"', '""') + '"'
+    if kind in ("double", "float"):
+        low, high, total = database.execute(f"SELECT min({name}), max({name}), count({name}) FROM results").fetchall()[0]
+        if not total:
+            return {"kind": "histogram", "bars": [], "total": 0}
+        width = (high - low) / 10 or 1.0
+        counts: dict[int, int] = dict(
+            database.execute(
+                f"SELECT least(9, floor(({name} - {low!r}) / {width!r}))::INTEGER, count(*) "
+                f"FROM results WHERE {name} IS NOT NULL GROUP BY 1"
+            ).fetchall()
+        )
+        return {"kind": "histogram", "bars": [[f"{low + i * width:.2f}", counts.get(i, 0)] for i in range(10)], "total": total}
+    value = f"unnest({name})" if kind.startswith("list") else name
+    found = database.execute(
+        f"SELECT v::VARCHAR, count(*) AS n FROM (SELECT {value} AS v FROM results) WHERE v IS NOT NULL GROUP BY 1 ORDER BY n DESC, 1"
+    ).fetchall()
+    bars = [[label, count] for label, count in found[:CHART_BARS]]
+    rest = sum(count for _, count in found[CHART_BARS:])
+    return {"kind": "shares", "bars": [*bars, *([["(others)", rest]] if rest else [])], "total": sum(count for _, count in found)}
+
+
+def _drift(column: str, figures: Mapping[str, dict[str, Any]], last: Summary | None) -> float | None:
+    """Total variation distance between two distributions: 0 = the same shares, 1 = nothing in common."""
+    if last is None or column not in figures or column not in last.figures:
+        return None
+    one, two = _shares(figures[column]), _shares(last.figures[column])
+    if not one or not two:
+        return None
+    return round(sum(abs(one.get(label, 0.0) - two.get(label, 0.0)) for label in one.keys() | two.keys()) / 2, 4)
+
+
+def _shares(figure: Mapping[str, Any]) -> dict[str, float]:
+    return {label: count / figure["total"] for label, count in figure["bars"]} if figure["total"] else {}
+
+
+def _last_published(site: Site, run: Run) -> Summary | None:
+    last = site.store.get_shape(f"runs/{run.job.name}/last-published.json", LastPublished)
+    if last is None or last.run == run.input.run:
+        return None
+    return site.store.get_shape(f"runs/{run.job.name}/{last.run}/summary.json", Summary)
+
+
+def _dollars(value: Decimal | None) -> float | None:
+    return None if value is None else float(value)

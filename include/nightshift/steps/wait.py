@@ -1,0 +1,94 @@
+"""wait: look at a batch until it has ended. Reads only; every look may fail without ending the wait."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from nightshift.errors import BatchUnknown, NightshiftError, Permanent, Transient
+from nightshift.job import Job
+from nightshift.providers.protocol import Provider, Snapshot
+from nightshift.runs import Run, Site
+from nightshift.shapes import Receipt
+from nightshift.stores.ledger import Attach, Hold, next_move
+
+UNKNOWN_PATIENCE = timedelta(minutes=10)  # how long a batch that we hold a receipt for may be unknown to the provider
+ERROR_PAUSE_MAX_SECONDS = 300.0
+
+Seen = Callable[[Snapshot | NightshiftError], None]  # told of every look, also of those that failed
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Look again after a pause."""
+
+    after_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The deadline has passed: stop the batch, then go on looking until it has stopped."""
+
+    after_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Nothing more to wait for; collect reads what there is."""
+
+
+def next_look(
+    snapshot: Snapshot | NightshiftError, *, failures: int, waited: timedelta, patience: timedelta | None, poll_seconds: float
+) -> Look | Cancel | Ended:
+    """Decide from one look. `failures`: looks in a row that failed, this one included; `waited`: since the batch began."""
+    if isinstance(snapshot, BatchUnknown):
+        return Ended() if waited > UNKNOWN_PATIENCE else Look(_backoff(poll_seconds, failures))
+    if isinstance(snapshot, Permanent):
+        return Ended()  # collect meets the same error on a worker, where it can be reported and retried by a person
+    if isinstance(snapshot, NightshiftError):
+        return Look(_backoff(poll_seconds, failures))
+    if snapshot.state != "running":
+        return Ended()
+    if patience is not None and waited > patience and snapshot.status != "cancelling":
+        return Cancel(poll_seconds)
+    return Look(poll_seconds)
+
+
+def watch(
+    provider: Provider, receipt: Receipt, job: Job, *, poll_seconds: float, now: Callable[[], datetime], seen: Seen
+) -> Iterator[float]:
+    """Pauses in seconds between looks, ending when there is nothing more to wait for. The driver sleeps as suits it."""
+    failures = 0
+    while True:
+        try:
+            snapshot: Snapshot | NightshiftError = provider.poll(receipt.batch_id)
+            failures = 0
+        except (Permanent, Transient) as error:
+            snapshot, failures = error, failures + 1
+        seen(snapshot)
+        move = next_look(snapshot, failures=failures, waited=now() - receipt.created_at, patience=job.patience, poll_seconds=poll_seconds)
+        match move:
+            case Ended():
+                return
+            case Cancel(after_seconds=pause):
+                provider.cancel(receipt.batch_id)
+                yield pause
+            case Look(after_seconds=pause):
+                yield pause
+
+
+def pauses(site: Site, run: Run, shard: str, *, seen: Seen = lambda look: None) -> Iterator[float]:
+    """The waiting that a shard needs now, as pauses in seconds: for its batch, for somebody's claim, for the provider's queue."""
+    match next_move(site.ledger.attempts(shard), now=site.now()):
+        case Attach(receipt=receipt):
+            provider = site.open_provider(run.job.spec.request)
+            yield from watch(provider, receipt, run.job, poll_seconds=site.poll_seconds, now=site.now, seen=seen)
+        case Hold(until=until):
+            yield max(0.0, (until - site.now()).total_seconds())
+
+
+def _backoff(poll_seconds: float, failures: int) -> float:
+    """Doubling, capped, jittered: a provider that comes back is not met by every waiter at once."""
+    return float(min(poll_seconds * 2 ** min(failures, 10), ERROR_PAUSE_MAX_SECONDS)) * random.uniform(0.75, 1.25)
