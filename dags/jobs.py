@@ -1,0 +1,19 @@
+"""One DAG per job file in `include/jobs` (or NIGHTSHIFT_JOBS)."""
+
+from airflow.sdk import get_parsing_context
+
+from nightshift.errors import JobInvalid
+from nightshift.job import load_job
+from nightshift.settings import read_settings
+from nightshift_airflow.dags import broken_job_dag, job_dag
+
+wanted = get_parsing_context().dag_id  # a worker needs one DAG of this file, not all of them
+
+for path in sorted(read_settings().jobs.glob("*.y*ml")):
+    if wanted not in (None, path.stem):
+        continue
+    try:
+        dag = job_dag(load_job(path).spec, path)
+    except JobInvalid as error:
+        dag = broken_job_dag(path, error)
+    globals()[dag.dag_id] = dag

@@ -1,0 +1,29 @@
+"""Starts one run per uploaded object, for every job with `on_upload`. A doorbell and a list: nothing depends on an event."""
+
+import pendulum
+from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
+from airflow.sdk import dag
+
+from nightshift_airflow.dags import DEFAULTS
+from nightshift_airflow.uploads import UploadSensor, find_uploads, note_uploads
+
+
+@dag(
+    schedule="@continuous",
+    start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
+    catchup=False,
+    max_active_runs=1,
+    tags=["nightshift"],
+    default_args={**DEFAULTS, "owner": "nightshift"},
+    doc_md=__doc__,
+)
+def uploads():
+    arrived = UploadSensor(task_id="arrived")
+    found = find_uploads()
+    # The run id is the object's identity, so a second announcement finds the run that the first one started.
+    started = TriggerDagRunOperator.partial(task_id="start", logical_date=None, skip_when_already_exists=True).expand_kwargs(found)
+    arrived >> found
+    started >> note_uploads(found)
+
+
+uploads()

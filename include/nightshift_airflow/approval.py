@@ -1,0 +1,36 @@
+"""The task `approve`: passes, stops, or asks a person in the Airflow UI."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from airflow.providers.standard.operators.hitl import ApprovalOperator
+
+from nightshift.shapes import Plan
+from nightshift.steps.approve import Ask, approve, decide, question
+from nightshift.steps.plan import plan
+from nightshift_airflow.site import owner_of, run_at
+
+
+class ApproveRun(ApprovalOperator):
+    """Asks only where the estimate is above `policy.approve_above_usd`; over the budget nobody is asked."""
+
+    template_fields = ("run_uri", "subject", "body")
+
+    def __init__(self, *, run_uri: str, **kwargs: Any) -> None:
+        super().__init__(
+            subject="Send this run to the model?", body="", fail_on_reject=True, response_timeout=timedelta(hours=24), **kwargs
+        )
+        self.run_uri = run_uri
+
+    def execute(self, context: Any) -> Any:
+        """Decide from the plan; a question waits in the state `awaiting_input`, with no worker and no trigger."""
+        site, run = run_at(self.run_uri, owner_of(context))
+        planned: Plan = plan(site, run)
+        if isinstance(decide(planned, run.job.spec.policy), Ask):
+            self.subject = f"Send {planned.submitted:,} requests of {run.job.name} to {run.job.spec.request.model}?"
+            self.body = question(run, planned)
+            return super().execute(context)
+        approve(run, planned, approved=False)
+        return None

@@ -1,0 +1,123 @@
+"""One DAG per job file."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pendulum
+from airflow.sdk import DAG, Asset, CronDataIntervalTimetable, Param, chain, task, task_group
+
+from nightshift.errors import JobInvalid
+from nightshift.job import JobFile
+from nightshift.settings import read_settings
+from nightshift_airflow.approval import ApproveRun
+from nightshift_airflow.retries import RETRIES, RETRY_DELAY, ByErrorClass
+from nightshift_airflow.tasks import assemble, audit, discover, plan, publish_to, report, submit
+from nightshift_airflow.waits import CollectShard, WaitForShard
+
+STEP_TIMEOUT = timedelta(hours=6)
+DEFAULTS = {
+    "retries": RETRIES,
+    "retry_delay": RETRY_DELAY,
+    "retry_exponential_backoff": 2.0,
+    "max_retry_delay": timedelta(minutes=10),
+    "retry_policy": ByErrorClass(),
+}
+
+
+def job_dag(spec: JobFile, path: Path) -> DAG:
+    """The DAG of a job: the steps in the order of the data, shards side by side."""
+    with DAG(
+        dag_id=spec.name,
+        description=spec.description or f"{spec.request.model} over {spec.input.uri}",
+        doc_md=_doc(spec),
+        schedule=CronDataIntervalTimetable(spec.schedule, timezone=spec.timezone) if spec.schedule else None,
+        start_date=pendulum.parse(spec.start_date, tz=spec.timezone),
+        catchup=False,
+        max_active_runs=16,
+        max_active_tasks=64,
+        tags=["nightshift", *spec.tags],
+        params={
+            "input": Param(
+                None, type=["null", "string"], title="Input", description="object, pattern or folder to read in place of the job's"
+            )
+        },
+        default_args={**DEFAULTS, "owner": spec.owner},
+    ) as dag:
+        run_uri: Any = discover.override(execution_timeout=STEP_TIMEOUT)(str(path))
+        shards = plan.override(execution_timeout=STEP_TIMEOUT)(run_uri)
+        approved = ApproveRun(task_id="approve", run_uri=run_uri, retries=2)
+
+        @task_group(group_id="shard")
+        def shard_group(run_uri: str, shard: str) -> Any:
+            submitted = submit.override(execution_timeout=STEP_TIMEOUT)(run_uri, shard)
+            waited = WaitForShard(task_id="wait", run_uri=run_uri, shard=submitted)
+            collected = CollectShard(task_id="collect", run_uri=run_uri, shard=submitted)
+            chain(submitted, waited, collected)
+            return collected.output
+
+        settled = shard_group.partial(run_uri=run_uri).expand(shard=shards)
+        assembled = assemble.override(execution_timeout=STEP_TIMEOUT)(run_uri, shards, settled)
+        audited = audit.override(execution_timeout=STEP_TIMEOUT)(assembled)
+        published = publish_to(results_asset(spec)).override(execution_timeout=STEP_TIMEOUT)(audited)
+        # A teardown: it runs however far the run came, and leaves the run's state to the steps before it.
+        reported = report.override(execution_timeout=STEP_TIMEOUT)(run_uri).as_teardown()
+        chain(shards, approved, dag.task_group_dict["shard"])  # the whole group: nothing is submitted before it is approved
+        chain(published, reported)
+    return dag
+
+
+def results_asset(spec: JobFile) -> Asset:
+    """The results of a job, for other DAGs to be scheduled on."""
+    store = read_settings().store
+    uri = f"{store.rstrip('/')}/results/{spec.name}" if store else None
+    return Asset(name=f"{spec.name}_results", uri=uri, group="nightshift")
+
+
+def broken_job_dag(path: Path, error: JobInvalid) -> DAG:
+    """A DAG in place of a job file that cannot be used: it says what to mend, where everybody looks."""
+    with DAG(
+        dag_id=path.stem,
+        description=f"INVALID JOB FILE: {error.problems[0]}",
+        doc_md="# This job file has to be mended\n\n" + "\n".join(f"- `{problem}`" for problem in error.problems),
+        schedule=None,
+        tags=["nightshift", "invalid job file"],
+        default_args={**DEFAULTS, "owner": "nightshift"},
+    ) as dag:
+
+        @task
+        def mend_the_job_file(problems: list[str]) -> None:
+            """Fails with everything that is wrong."""
+            raise JobInvalid(problems)
+
+        mend_the_job_file(list(error.problems))
+    return dag
+
+
+def _doc(spec: JobFile) -> str:
+    """What a person finds under the DAG's docs button."""
+    starts = " and ".join(
+        part
+        for part in (
+            f"on `{spec.schedule}` ({spec.timezone})" if spec.schedule else "",
+            f"for each upload to `{spec.on_upload}`" if spec.on_upload else "",
+        )
+        if part
+    )
+    policy = spec.policy
+    return (
+        f"# {spec.name}\n\n{spec.description}\n\n"
+        f"Starts {starts or 'by hand'}. Reads `{spec.input.uri}`, asks `{spec.request.model}` at `{spec.request.endpoint}` "
+        f"with `{spec.request.prompt}`, "
+        f"publishes `results/{spec.name}/` when at least {policy.publish_at_least:.0%} of the rows succeeded.\n\n"
+        "| task | does |\n|---|---|\n"
+        "| discover | pins the input objects |\n| plan | renders, hashes, collapses duplicates, reuses paid answers, packs shards |\n"
+        "| approve | compares the estimate with the budget "
+        f"({policy.budget_usd or 'none'} USD; asks above {policy.approve_above_usd or 'nothing'}) |\n"
+        "| shard.submit → wait → collect | one provider batch per shard, paid once |\n| assemble | one outcome per row |\n"
+        "| audit | Great Expectations on the staged results |\n"
+        "| publish | swaps the partition in one step |\n| report | counts, cost, quality |\n\n"
+        "Clearing any task is safe: what was paid for is found again."
+    )

@@ -1,0 +1,185 @@
+"""The steps as tasks. XCom carries the run's URI and shard keys; everything else is in the store."""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk import task
+from airflow.sdk.exceptions import AirflowSkipException
+
+from nightshift.errors import InputMissing, JobInvalid, ShardHeld
+from nightshift.job import load_job
+from nightshift.runs import run_id
+from nightshift.shapes import Assembled, Audit, Published
+from nightshift.steps.assemble import assemble as assemble_run
+from nightshift.steps.audit import audit as audit_run
+from nightshift.steps.discover import discover as discover_run
+from nightshift.steps.plan import plan as plan_run
+from nightshift.steps.publish import publish as publish_run
+from nightshift.steps.publish import results_folder
+from nightshift.steps.report import report as report_run
+from nightshift.steps.submit import submit as submit_shard
+from nightshift_airflow.site import owner_of, run_at, site_for
+
+log = logging.getLogger(__name__)
+
+
+@task
+def discover(job_file: str, **context: Any) -> str:
+    """Pin the objects of this run. Skips the run, green and quick, where a schedule finds nothing to do."""
+    job = load_job(Path(job_file))
+    given = context["params"].get("input")
+    dates = run_dates(context)
+    if not given and not dates and "{{" in job.spec.input.uri:
+        raise JobInvalid([f"{job.name} reads {job.spec.input.uri}, and this run has no dates: give `input` in the trigger form."])
+    dag_run = context["dag_run"]
+    try:
+        run = discover_run(
+            site_for(job.spec, owner_of(context)),
+            job,
+            pattern=given or job.spec.input.uri,
+            label=dag_run.run_id,
+            run=run_id(dag_run.dag_id, dag_run.run_id),
+            dates=dates,
+            scheduled=not given and bool(dates),
+        )
+    except InputMissing as error:
+        if given or job.spec.input.required:
+            raise
+        raise AirflowSkipException(f"Nothing to do: {error}") from error
+    log.info("Pinned %s objects, %s bytes", len(run.input.objects), sum(found.size for found in run.input.objects))
+    return run.uri
+
+
+@task
+def plan(run_uri: str, **context: Any) -> list[str]:
+    """The run's shards: their keys."""
+    site, run = run_at(run_uri, owner_of(context))
+    planned = plan_run(site, run, progress=_every(100_000))
+    log.info(
+        "%s rows: %s rejected, %s duplicates, %s reused, %s adopted, %s to submit in %s shards; estimate %s",
+        planned.rows, planned.rejected, planned.duplicates, planned.reused, planned.adopted, planned.submitted, len(planned.shards),
+        planned.estimate.usd,
+    )  # fmt: skip
+    return list(planned.shards)
+
+
+@task
+def submit(run_uri: str, shard: str, **context: Any) -> str:
+    """Bring one shard to the provider, once; its key."""
+    site, run = run_at(run_uri, owner_of(context))
+    try:
+        receipt = submit_shard(site, run, shard)
+        log.info("Shard %s: %s", shard[:12], f"batch {receipt.batch_id}" if receipt else "settled earlier")
+    except ShardHeld as held:
+        log.info("%s The wait waits for that, too.", held)
+    return shard
+
+
+@task(trigger_rule="none_failed_min_one_success")
+def assemble(run_uri: str, planned: list[str], settled: Any, **context: Any) -> str:
+    """Join answers to rows. Given the plan as well: a failed shard vanishes from what its siblings return."""
+    site, run = run_at(run_uri, owner_of(context))
+    assembled = assemble_run(site, run, plan_run(site, run))
+    log.info("Outcomes: %s", {name: count for name, count in assembled.outcomes.items() if count})
+    return run_uri
+
+
+@task
+def audit(run_uri: str, **context: Any) -> str:
+    """Judge the staged dataset; publish acts on the verdict."""
+    site, run = run_at(run_uri, owner_of(context))
+    planned = plan_run(site, run)
+    verdict = audit_run(site, run, planned, assemble_run(site, run, planned))
+    for check in verdict.checks:
+        log.log(
+            logging.INFO if check.success else logging.WARNING,
+            "%s on %s: %s",
+            check.expectation,
+            check.column,
+            "passed" if check.success else "failed",
+        )
+    return run_uri
+
+
+def publish_to(asset: Any) -> Any:
+    """The task `publish` of a job, whose results are an Airflow asset."""
+
+    @task(task_id="publish", outlets=[asset])
+    def publish(run_uri: str, **context: Any) -> str:
+        """Swap the partition, or hold it."""
+        site, run = run_at(run_uri, owner_of(context))
+        planned = plan_run(site, run)
+        assembled = assemble_run(site, run, planned)
+        published = publish_run(site, run, assembled, audit_run(site, run, planned, assembled))
+        log.info("Published %s rows at %s", published.rows, published.uri)
+        context["outlet_events"][asset].extra = {"partition": run.input.partition, "rows": published.rows, "results": published.uri}
+        return published.uri
+
+    return publish
+
+
+@task
+def report(run_uri: str | None, **context: Any) -> str:
+    """Write what happened, however far the run came."""
+    if not run_uri:
+        raise AirflowSkipException("Nothing was begun, so there is nothing to report")
+    site, run = run_at(run_uri, owner_of(context))
+    states = task_states(context)
+    published = _published(site, run) if states.get("publish") == "success" else None
+    failed = sorted(name for name, state in states.items() if state in ("failed", "upstream_failed") and name != "report")
+    problem = None if published else f"Failed tasks: {', '.join(failed)}" if failed else "Stopped before it was published"
+    summary = report_run(site, run, published=published, problem=None if _held(site, run) else problem)
+    log.info("Report: %s", summary.report)
+    return summary.report
+
+
+def run_dates(context: Any) -> dict[str, str]:
+    """The dates of a run's interval as templates know them; none for a run without an interval."""
+    start, end = context.get("data_interval_start"), context.get("data_interval_end")
+    if not isinstance(start, datetime) or not isinstance(end, datetime):
+        return {}
+    return {
+        "ds": f"{start:%Y-%m-%d}",
+        "ds_nodash": f"{start:%Y%m%d}",
+        "data_interval_start": start.isoformat(),
+        "data_interval_end": end.isoformat(),
+    }
+
+
+def task_states(context: Any) -> dict[str, str]:
+    """The states of this run's tasks by task id; of a mapped task the worst."""
+    ti = context["ti"]
+    found = ti.get_task_states(dag_id=ti.dag_id, run_ids=[ti.run_id]).get(ti.run_id, {})
+    states: dict[str, str] = {}
+    for name, state in found.items():
+        plain = name.rpartition("_")[0] if name.rpartition("_")[2].isdigit() else name
+        if states.get(plain) not in ("failed", "upstream_failed"):
+            states[plain] = str(state)
+    return states
+
+
+def _published(site: Any, run: Any) -> Published | None:
+    assembled = site.store.get_shape(run.key("assembled.json"), Assembled)
+    folder = results_folder(run)
+    return Published(uri=site.store.uri_of(folder), rows=assembled.outcomes["succeeded"], parts=()) if assembled else None
+
+
+def _held(site: Any, run: Any) -> bool:
+    verdict = site.store.get_shape(run.key("audit.json"), Audit)
+    return verdict is not None and not verdict.passed
+
+
+def _every(step: int) -> Any:
+    """Log progress now and then."""
+    seen = [0]
+
+    def progress(rows: int) -> None:
+        if rows // step > seen[0]:
+            seen[0] = rows // step
+            log.info("%s rows read", f"{rows:,}")
+
+    return progress
