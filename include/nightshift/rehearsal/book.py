@@ -133,13 +133,14 @@ class Book:
             """SELECT batch_id, model, tier, count(*) AS requests, sum(input_tokens) AS input_tokens, sum(output_tokens) AS output_tokens
                FROM bill GROUP BY batch_id, model, tier"""
         )
+        total = Decimal(0)
         for line in per_batch:
             cost = _cost(line)
+            total += cost or 0
             line["usd"] = None if cost is None else float(cost)
         totals = self._rows("SELECT count(*) AS requests, count(DISTINCT custom_id) AS unique_requests FROM bill")[0]
-        known = [line["usd"] for line in per_batch if line["usd"] is not None]
         batches = self._rows("SELECT count(*) AS n FROM batches")[0]["n"]
-        bill = {**totals, "batches": batches, "usd": round(sum(known), 6), "by_batch": per_batch}
+        bill = {**totals, "batches": batches, "usd": float(round(total, 6)), "by_batch": per_batch}
         if by_request:
             paid = self._rows("SELECT custom_id, count(*) AS times FROM bill GROUP BY custom_id")
             bill["by_request"] = {line["custom_id"]: line["times"] for line in paid}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nightshift.columns import answers_schema
 from nightshift.errors import CountsDisagree
 from nightshift.job import Job, answer_fields
 from nightshift.runs import Run, Site
@@ -33,7 +34,7 @@ def assemble(site: Site, run: Run, plan: Plan) -> Assembled:
         return stored
     settled = [_settled(site, shard) for shard in plan.shards]
     with site.scratch() as folder, open_database(Path(folder)) as database:
-        _load(site, Path(folder), database, plan, settled)
+        _load(site, run.job, Path(folder), database, plan, settled)
         _reconcile(database, plan)
         parts = _stage(site, run, Path(folder), database, "staged", _succeeded_query(run.job))
         quarantine = _stage(site, run, Path(folder), database, "quarantine", _quarantine_query(run.job))
@@ -59,15 +60,15 @@ def _settled(site: Site, shard: str) -> Settled:
     return settled
 
 
-def _load(site: Site, folder: Path, database: duckdb.DuckDBPyConnection, plan: Plan, settled: list[Settled]) -> None:
+def _load(site: Site, job: Job, folder: Path, database: duckdb.DuckDBPyConnection, plan: Plan, settled: list[Settled]) -> None:
     """Rows and answers as views over local copies. Of several answers to one request a success wins, then a paid one."""
     rows = [site.store.download(key, folder / f"rows-{i:05d}.parquet") for i, key in enumerate(plan.slices)]
     keys = [*(each.answers for each in settled), *plan.answers]
     files = [site.store.download(key, folder / f"answers-{i:05d}.parquet") for i, key in enumerate(dict.fromkeys(keys))]
+    if not files:  # every row was rejected; the columns are still those of an answer
+        files = [folder / "answers-none.parquet"]
+        pq.write_table(answers_schema(job.answer_schema).empty_table(), files[0])
     database.execute(f"CREATE VIEW rows AS SELECT * FROM read_parquet({_paths(rows)}, union_by_name = true)")
-    if not files:
-        database.execute("CREATE VIEW answers AS SELECT NULL::BLOB AS request_key, NULL AS outcome, NULL AS reason WHERE false")
-        return
     database.execute(f"CREATE VIEW everything AS SELECT * FROM read_parquet({_paths(files)}, filename = true)")
     database.execute(
         """CREATE TABLE chosen AS SELECT request_key, arg_max(filename, (outcome = 'succeeded', paid, filename)) AS filename

@@ -99,6 +99,7 @@ def _check(expectation: Expectation, result: Mapping[str, Any], id_column: str) 
     examples = [str(each.get(id_column)) for each in found.get("unexpected_index_list") or [] if isinstance(each, dict)]
     failed = (result.get("exception_info") or {}) if not result["success"] else {}
     observed = found.get("observed_value")
+    observed = round(observed, 4) if isinstance(observed, float) else observed
     return Check(
         expectation=expectation.type,
         column=expectation.column,

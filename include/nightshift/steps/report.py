@@ -160,6 +160,8 @@ def _distribution(database: duckdb.DuckDBPyConnection, column: str, kind: str) -
         f"SELECT v::VARCHAR, count(*) AS n FROM (SELECT {value} AS v FROM results) WHERE v IS NOT NULL GROUP BY 1 ORDER BY n DESC, 1"
     ).fetchall()
     bars = [[label, count] for label, count in found[:CHART_BARS]]
+    if kind.startswith("int"):
+        bars.sort(key=lambda bar: int(bar[0]))
     rest = sum(count for _, count in found[CHART_BARS:])
     return {"kind": "shares", "bars": [*bars, *([["(others)", rest]] if rest else [])], "total": sum(count for _, count in found)}
 

@@ -33,8 +33,8 @@ class AnswerStore:
         return f"{self._folder}/{shard}.parquet"
 
     def files(self) -> list[str]:
-        """Every answers file there is, in key order."""
-        return [found.key for found in self._objects.scan(self._folder) if found.key.endswith(".parquet")]
+        """Every answers file there is, in key order, so that every plan reads them alike."""
+        return sorted(found.key for found in self._objects.scan(self._folder) if found.key.endswith(".parquet"))
 
     def paid_keys(self, file: str) -> Iterator[pa.RecordBatch]:
         """Request keys in one answers file that hold a paid answer: batches of one column `request_key`."""

@@ -116,12 +116,11 @@ class Objects:
         return stored
 
     def scan(self, prefix: str) -> Iterator[Found]:
-        """Every object whose key starts with `prefix` up to a `/`, in key order."""
+        """Every object whose key starts with `prefix` up to a `/`, in the store's order."""
         with _translated(self.uri_of(prefix)):
             try:
                 for page in obstore.list(self._store, prefix.rstrip("/") or None, chunk_size=1000):
-                    for meta in sorted(page, key=lambda meta: meta["path"]):
-                        yield _found(meta)
+                    yield from map(_found, page)
             except (NotFoundError, FileNotFoundError):
                 return
 

@@ -1,0 +1,171 @@
+"""Shared pieces: a rehearsal provider over real HTTP, stores in temporary folders, and small jobs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import uvicorn
+
+from nightshift.job import Job, load_job
+from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
+from nightshift.rehearsal.engine import Pace
+from nightshift.rehearsal.faults import Faults
+from nightshift.rehearsal.server import build_app
+from nightshift.runs import Site
+from nightshift.stores.objects import open_input, open_objects
+
+FAST = Pace(validating=0.0, running=0.05, finalizing=0.0, cancelling=0.05)
+NOON = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+SCHEMA = {
+    "type": "object",
+    "properties": {"sentiment": {"type": "string", "enum": ["positive", "neutral", "negative"]}, "confidence": {"type": "number"}},
+    "required": ["sentiment", "confidence"],
+    "additionalProperties": False,
+}
+
+
+@dataclass
+class Rehearsal:
+    """A rehearsal server that runs in this process, on a port of its own."""
+
+    url: str
+    key: str
+    state: Path
+    server: uvicorn.Server
+    thread: threading.Thread
+
+    def faults(self, **wanted: Any) -> None:
+        httpx2.put(f"{self.url}/rehearsal/faults", json=Faults(**wanted).model_dump()).raise_for_status()
+
+    def pace(self, **wanted: float) -> None:
+        httpx2.put(f"{self.url}/rehearsal/pace", json=wanted).raise_for_status()
+
+    def bill(self) -> dict[str, Any]:
+        return httpx2.get(f"{self.url}/rehearsal/bill", params={"by_request": True}).json()
+
+    def access(self, key: str | None = None) -> OpenAIAccess:
+        return OpenAIAccess(base_url=f"{self.url}/v1", api_key=key or self.key)
+
+    def provider(self, endpoint: str = "/v1/chat/completions") -> OpenAIBatches:
+        return OpenAIBatches(endpoint, self.access(), sleep=lambda seconds: time.sleep(min(seconds, 0.05)))
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(timeout=20)
+
+
+def serve(state: Path, *, pace: Pace = FAST, faults: Faults | None = None, port: int = 0) -> Rehearsal:
+    config = uvicorn.Config(build_app(state, pace=pace, faults=faults), host="127.0.0.1", port=port or free_port(), log_level="critical")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not server.started:
+        assert time.monotonic() < deadline, "the rehearsal server did not start"
+        time.sleep(0.01)
+    return Rehearsal(url=f"http://127.0.0.1:{config.port}", key="sk-rehearsal", state=state, server=server, thread=thread)
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def rehearsal(tmp_path: Path) -> Iterator[Rehearsal]:
+    server = serve(tmp_path / "provider")
+    yield server
+    server.stop()
+
+
+@dataclass
+class Clock:
+    """A clock that tests move."""
+
+    at: datetime = NOON
+
+    def __call__(self) -> datetime:
+        return self.at
+
+    def pass_by(self, **delta: float) -> None:
+        self.at += timedelta(**delta)
+
+
+@dataclass
+class World:
+    """A store, a folder of inputs, a provider and a job: all that a run needs."""
+
+    folder: Path
+    rehearsal: Rehearsal
+    site: Site
+    jobs: int = field(default=0)
+
+    def job(self, **changes: Any) -> Job:
+        """A small job; keyword arguments replace whole sections of its file."""
+        self.jobs += 1
+        folder = self.folder / f"job-{self.jobs}"
+        (folder / "jobs").mkdir(parents=True)
+        (folder / "prompt.md").write_text(changes.pop("prompt", "system:\nJudge the review.\n\nuser:\n{{ text }}\n"))
+        (folder / "schema.json").write_text(json.dumps(changes.pop("schema", SCHEMA)))
+        suite = changes.pop("suite", None)
+        if suite is not None:
+            (folder / "suite.yaml").write_text(json.dumps({"expectations": suite}))
+        spec: dict[str, Any] = {
+            "name": "reviews",
+            "input": {"uri": f"file://{self.folder}/input/*", "id": "id", "require": {"text": {"min_length": 1, "max_length": 500}}},
+            "request": {"provider": "openai", "model": "gpt-5.4-nano", "prompt": "prompt.md", "parameters": {"max_output_tokens": 100}},
+            "output": {"schema": "schema.json", "keep": ["stars"], **({"expectations": "suite.yaml"} if suite is not None else {})},
+            "policy": {"publish_at_least": 0.5},
+        }
+        for name, value in changes.items():
+            spec[name] = {**spec[name], **value} if isinstance(spec.get(name), dict) else value
+        path = folder / "jobs" / "reviews.yaml"
+        path.write_text(json.dumps(spec))
+        return load_job(path)
+
+    def write(self, name: str, rows: list[dict[str, Any]] | bytes) -> str:
+        """An input file; its URI."""
+        path = self.folder / "input" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(rows if isinstance(rows, bytes) else b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+        return f"file://{path}"
+
+
+def make_world(folder: Path, rehearsal: Rehearsal, owner: str = "test", **changes: Any) -> World:
+    """A world over a folder; two worlds on one folder share their store."""
+    shared = rehearsal.provider()
+    site = Site(
+        store=open_objects(f"file://{folder}/store"),
+        open_input=open_input,
+        open_provider=lambda request: shared if request.endpoint == shared.endpoint else rehearsal.provider(request.endpoint),
+        owner=owner,
+        poll_seconds=0.05,
+        scratch_folder=folder,
+        **changes,
+    )
+    return World(folder=folder, rehearsal=rehearsal, site=site)
+
+
+@pytest.fixture
+def world(tmp_path: Path, rehearsal: Rehearsal) -> World:
+    return make_world(tmp_path, rehearsal)
+
+
+def reviews(count: int, **extra: Any) -> list[dict[str, Any]]:
+    """Rows that all ask something different."""
+    return [
+        {"id": f"r{i}", "text": f"The room number {i} was {'lovely' if i % 2 else 'awful'}.", "stars": 1 + i % 5, **extra}
+        for i in range(count)
+    ]

@@ -1,0 +1,135 @@
+"""The pure decisions of the steps, as tables."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from decimal import Decimal
+
+import pytest
+from nightshift.errors import AccessDenied, ApprovalNeeded, BatchUnknown, BudgetExceeded, ProviderUnavailable
+from nightshift.job import Policy, RetrySpec
+from nightshift.providers.protocol import Garbage, Reply, Snapshot
+from nightshift.shapes import Estimate, Plan
+from nightshift.steps.approve import Ask, Pass, Stop, approve, decide
+from nightshift.steps.collect import match_replies
+from nightshift.steps.plan import Wanted, cut, shard_key
+from nightshift.steps.wait import UNKNOWN_PATIENCE, Cancel, Ended, Look, next_look
+
+HOUR = timedelta(hours=1)
+
+
+def plan(usd: str | None, submitted: int = 10) -> Plan:
+    estimate = Estimate(input_tokens=1, output_tokens=1, output_tokens_max=1, usd=usd and Decimal(usd), usd_max=usd and Decimal(usd), basis="")
+    return Plan(
+        fingerprint="f", rows=10, rejected=0, reasons={}, unique=10, duplicates=0, reused=0, adopted=0, submitted=submitted,
+        shards=(), adopted_shards=(), answers=(), slices=(), estimate=estimate, saved_usd=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("planned", "policy", "decision"),
+    [
+        pytest.param(plan("5"), Policy(), Pass(), id="no bounds"),
+        pytest.param(plan("5"), Policy(budget_usd=10, approve_above_usd=6), Pass(), id="below both"),
+        pytest.param(plan("5"), Policy(budget_usd=10, approve_above_usd=4), Ask(Decimal(4)), id="above what passes unasked"),
+        pytest.param(plan("11"), Policy(budget_usd=10, approve_above_usd=4), Stop(Decimal(10)), id="over the budget, whoever agrees"),
+        pytest.param(plan(None), Policy(budget_usd=10), Ask(Decimal(10)), id="unknown price is not a price of zero"),
+        pytest.param(plan(None), Policy(), Pass(), id="unknown price, unbounded"),
+        pytest.param(plan("11", submitted=0), Policy(budget_usd=10), Pass(), id="nothing to send costs nothing"),
+    ],
+)
+def test_what_the_estimate_allows(planned, policy, decision):
+    assert decide(planned, policy) == decision
+
+
+def test_approval_is_asked_for_and_a_budget_is_not_negotiable(world):
+    run = type("R", (), {"job": world.job(policy={"approve_above_usd": 4, "budget_usd": 10})})()
+    approve(run, plan("5"), approved=True)
+    with pytest.raises(ApprovalNeeded, match=r"estimated at \$5.0000") as asked:
+        approve(run, plan("5"), approved=False)
+    with pytest.raises(BudgetExceeded, match="nothing was sent") as stopped:
+        approve(run, plan("11"), approved=True)
+    assert asked.value.exit_code == stopped.value.exit_code == 4
+
+
+def snapshot(state: str, status: str = "x") -> Snapshot:
+    return Snapshot(state=state, status=status, done=0, total=0, result_files=(), reasons=(), bad_lines={})
+
+
+@pytest.mark.parametrize(
+    ("look", "waited", "patience", "move"),
+    [
+        pytest.param(snapshot("running"), HOUR, None, Look, id="running"),
+        pytest.param(snapshot("running", "a word nobody knows"), HOUR, None, Look, id="F45 unknown status"),
+        pytest.param(snapshot("ended"), HOUR, None, Ended, id="ended"),
+        pytest.param(snapshot("failed"), HOUR, None, Ended, id="failed"),
+        pytest.param(ProviderUnavailable("x", "y"), 1000 * HOUR, None, Look, id="F44 a failed look never ends the wait"),
+        pytest.param(AccessDenied("x", "y"), HOUR, None, Ended, id="a person has to mend it"),
+        pytest.param(BatchUnknown("x", "b"), UNKNOWN_PATIENCE / 2, None, Look, id="F46 not known yet"),
+        pytest.param(BatchUnknown("x", "b"), UNKNOWN_PATIENCE * 2, None, Ended, id="F46 not known any more"),
+        pytest.param(snapshot("running"), 2 * HOUR, HOUR, Cancel, id="past the deadline"),
+        pytest.param(snapshot("running", "cancelling"), 2 * HOUR, HOUR, Look, id="F57 cancelling is not cancelled"),
+    ],
+)
+def test_what_follows_from_a_look(look, waited, patience, move):
+    assert isinstance(next_look(look, failures=1, waited=waited, patience=patience, poll_seconds=1.0), move)
+
+
+def test_failed_looks_come_at_growing_distances_up_to_a_bound():
+    def pause(failures: int) -> float:
+        return next_look(ProviderUnavailable("x", "y"), failures=failures, waited=HOUR, patience=None, poll_seconds=10).after_seconds
+
+    assert pause(1) < pause(3) < pause(9) <= 300 * 1.25
+    assert pause(1000) <= 300 * 1.25
+
+
+@pytest.mark.parametrize(
+    ("outcome", "times", "allowed"),
+    [
+        ("errored", 2, True), ("errored", 3, False), ("invalid", 1, True), ("invalid", 2, False),
+        ("truncated", 1, False), ("refused", 1, False), ("succeeded", 1, False), ("rejected", 1, False),
+    ],
+)  # fmt: skip
+def test_how_often_a_request_is_asked_again(outcome, times, allowed):
+    assert RetrySpec().allows(outcome, times) is allowed
+
+
+def wanted(*sizes: int) -> list[Wanted]:
+    return [Wanted(key=bytes([i]), start=0, size=size, ordinal=i) for i, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "most_bytes", "groups"),
+    [
+        pytest.param((1, 1, 1, 1, 1), 2, 100, [2, 2, 1], id="by count"),
+        pytest.param((40, 40, 40), 10, 100, [2, 1], id="by bytes"),
+        pytest.param((100, 1), 10, 100, [1, 1], id="one fills a group alone"),
+        pytest.param((), 10, 100, [], id="nothing"),
+    ],
+)
+def test_F19_shards_keep_every_limit(sizes, most, most_bytes, groups):
+    assert [len(group) for group in cut(wanted(*sizes), most, most_bytes)] == groups
+
+
+def test_the_same_requests_are_the_same_shard_in_any_order():
+    assert shard_key([b"a" * 32, b"b" * 32]) == shard_key([b"b" * 32, b"a" * 32]) != shard_key([b"a" * 32])
+
+
+A, B = b"\xaa" * 32, b"\xbb" * 32
+
+
+def reply(key: bytes, outcome: str, tokens: int = 1) -> Reply:
+    return Reply(custom_id=key.hex(), outcome=outcome, input_tokens=tokens, output_tokens=0, paid=True)
+
+
+def test_F67_of_two_lines_the_success_stays_and_both_are_paid():
+    found, alarms = match_replies([A], [reply(A, "errored"), reply(A, "succeeded"), reply(A, "refused")])
+    assert found[A].outcome == "succeeded"
+    assert found[A].input_tokens == 3
+    assert alarms == {"duplicate lines": 2}
+
+
+def test_F68_F65_strange_lines_are_counted_and_never_matched_by_position():
+    found, alarms = match_replies([A], [reply(B, "succeeded"), Reply(custom_id="not hex", outcome="succeeded"), Garbage(reason="cut")])
+    assert found == {}
+    assert alarms == {"lines for unknown requests": 2, "unreadable lines": 1}

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+
+from nightshift.errors import LedgerCorrupt
+from nightshift.shapes import Receipt
+from nightshift.stores.ledger import (
+    LEASE,
+    QUEUE_PAUSE,
+    QUEUE_PAUSE_MAX,
+    Attach,
+    Attempt,
+    Claim,
+    Done,
+    Ended,
+    Hold,
+    Ledger,
+    Search,
+    Send,
+    next_move,
+    queue_pause,
+    token_for,
+)
+from nightshift.stores.objects import open_objects
+from tests.conftest import NOON
+
+LATER = NOON + LEASE + timedelta(seconds=1)
+
+
+def claim(number: int = 1) -> Claim:
+    return Claim(token=f"t{number}", owner="worker 1", claimed_at=NOON)
+
+
+def receipt(number: int = 1) -> Receipt:
+    return Receipt(batch_id=f"b{number}", token=f"t{number}", created_at=NOON)
+
+
+def ended(how: str, remaining: int) -> Ended:
+    return Ended(how=how, status="x", ended_at=NOON, remaining=remaining)
+
+
+def attempt(number: int = 1, *, taken: bool = False, end: Ended | None = None) -> Attempt:
+    return Attempt(number=number, claim=claim(number), receipt=receipt(number) if taken else None, ended=end)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "now", "move"),
+    [
+        pytest.param([], NOON, Send(1), id="never seen"),
+        pytest.param([attempt()], NOON, Hold(NOON + LEASE, "worker 1"), id="in hand"),
+        pytest.param([attempt()], LATER, Search(2, ("t1",), NOON), id="died between claim and receipt"),
+        pytest.param([attempt(), attempt(2)], LATER, Search(3, ("t1", "t2"), NOON), id="the searcher died as well"),
+        pytest.param([attempt(taken=True)], LATER, Attach(1, receipt()), id="taken by the provider"),
+        pytest.param([attempt(taken=True, end=ended("harvested", 0))], NOON, Done(), id="all answered"),
+        pytest.param([attempt(taken=True, end=ended("harvested", 3))], NOON, Send(2), id="some to be asked again"),
+        pytest.param([attempt(end=ended("refused", 9))], NOON, Send(2), id="the create call was refused"),
+        pytest.param([attempt(taken=True, end=ended("rejected", 9))], NOON, Send(2), id="rejected, and somebody tries again"),
+        pytest.param(
+            [attempt(taken=True, end=ended("queue_full", 9))],
+            NOON,
+            Hold(NOON + QUEUE_PAUSE, "the provider's queue is full"),
+            id="queue full",
+        ),
+        pytest.param([attempt(taken=True, end=ended("queue_full", 9))], LATER, Send(2), id="queue had time to drain"),
+        pytest.param(
+            [attempt(end=ended("refused", 9)), attempt(2)], LATER, Search(3, ("t2",), NOON), id="only attempts in doubt are searched for"
+        ),
+    ],
+)
+def test_next_move_follows_from_the_ledger_alone(attempts, now, move):
+    assert next_move(attempts, now=now) == move
+
+
+def test_every_full_queue_in_a_row_doubles_the_pause_up_to_a_bound():
+    full = [attempt(n, taken=True, end=ended("queue_full", 1)) for n in range(1, 12)]
+    assert [queue_pause(full[:n]) / QUEUE_PAUSE for n in (1, 2, 3)] == [1, 2, 4]
+    assert queue_pause(full) == QUEUE_PAUSE_MAX
+
+
+def test_one_of_many_claimants_wins(tmp_path):
+    ledger = Ledger(open_objects(f"file://{tmp_path}"))
+    with ThreadPoolExecutor(16) as pool:
+        claims = list(pool.map(lambda i: ledger.claim("s1", 1, f"worker {i}", NOON), range(64)))
+    won = [each for each in claims if each]
+    assert len(won) == 1
+    assert ledger.attempts("s1")[0].claim == won[0]
+
+
+def test_what_was_recorded_first_stays(tmp_path):
+    ledger = Ledger(open_objects(f"file://{tmp_path}"))
+    ledger.claim("s1", 1, "a", NOON)
+    assert ledger.record_receipt("s1", 1, receipt(1)) == receipt(1)
+    assert ledger.record_receipt("s1", 1, receipt(2)) == receipt(1)
+    assert ledger.attempts("s1") == [Attempt(number=1, claim=ledger.attempts("s1")[0].claim, receipt=receipt(1))]
+
+
+def test_a_receipt_without_its_claim_stops_everything(tmp_path):
+    ledger = Ledger(open_objects(f"file://{tmp_path}"))
+    ledger.record_receipt("s1", 1, receipt(1))
+    with pytest.raises(LedgerCorrupt, match="stand without it"):
+        ledger.attempts("s1")
+
+
+def test_a_damaged_ledger_object_is_not_taken_for_a_missing_one(tmp_path):
+    store = open_objects(f"file://{tmp_path}")
+    store.create("shards/s1/claim-1.json", b'{"token": "t"')
+    with pytest.raises(LedgerCorrupt, match="until a person has looked"):
+        Ledger(store).attempts("s1")
+
+
+def test_tokens_are_the_same_for_everybody_and_safe_in_every_providers_names():
+    assert token_for("s1", 1) == token_for("s1", 1) != token_for("s1", 2)
+    assert token_for("s1", 1).isalnum()

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import gzip
+import io
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nightshift.errors import InputUnreadable
+from nightshift.formats import MAX_LINE_BYTES, guess_format, read_rows
+
+
+def rows(data: bytes, fmt: str, compression: str | None = None, wanted: tuple[str, ...] = ("id", "text")):
+    """(values of each column, reasons of faulty rows by position)"""
+    columns: dict[str, list] = {name: [] for name in wanted}
+    faults: dict[int, str] = {}
+    for batch in read_rows(io.BufferedReader(io.BytesIO(data)), "s3://b/k", fmt, compression, wanted):
+        start = len(columns[wanted[0]])
+        faults |= {start + i: fault.reason for i, fault in batch.faults.items()}
+        for name in wanted:
+            columns[name] += batch.columns[name]
+    return columns, faults
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+def parquet(**columns) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("a/b.parquet", ("parquet", None)),
+        ("a/b.csv.gz", ("csv", "gzip")),
+        ("a/B.JSONL.ZST", ("jsonl", "zstd")),
+        ("a/b.ndjson", ("jsonl", None)),
+        ("a/b.txt", (None, None)),
+    ],
+)
+def test_the_name_tells_the_format(key, expected):
+    assert guess_format(key) == expected
+
+
+@pytest.mark.parametrize(("pack", "compression"), [(bytes, None), (gzip.compress, "gzip"), (zstd, "zstd")], ids=["plain", "gzip", "zstd"])
+@pytest.mark.parametrize(
+    ("data", "fmt"), [(b'{"id":"1","text":"a"}\n{"id":"2","text":"b"}\n', "jsonl"), (b"id,text\n1,a\n2,b\n", "csv")], ids=["jsonl", "csv"]
+)
+def test_text_formats_read_the_same_in_every_packing(data, fmt, pack, compression):
+    assert rows(pack(data), fmt, compression) == ({"id": ["1", "2"], "text": ["a", "b"]}, {})
+
+
+def test_parquet_reads_only_the_wanted_columns():
+    assert rows(parquet(id=["1"], text=["a"], other=[1]), "parquet") == ({"id": ["1"], "text": ["a"]}, {})
+
+
+def test_F14_only_newline_bytes_end_a_line():
+    data = '{"id":"1","text":"a\u2028b\u0085c"}\r\n{"id":"2","text":"x"}'.encode()
+    assert rows(data, "jsonl") == ({"id": ["1", "2"], "text": ["a\u2028b\u0085c", "x"]}, {})
+
+
+def test_F14_a_byte_order_mark_is_not_part_of_the_first_name():
+    assert rows(b"\xef\xbb\xbfid,text\n1,a\n", "csv")[0]["id"] == ["1"]
+    assert rows(b'\xef\xbb\xbf{"id":"1","text":"a"}\n', "jsonl")[0]["id"] == ["1"]
+
+
+def test_F14_a_broken_jsonl_row_does_not_take_its_neighbours_along():
+    data = b'{"id":"1","text":"a"}\n{bad\n[1]\n{"id":"4","text":"\xff"}\n{"id":"5","text":"\\ud800"}\n\n{"id":"6","text":"b"}\n'
+    columns, faults = rows(data, "jsonl")
+    assert columns["id"] == ["1", None, None, None, None, "6"]
+    assert {position: reason.split(":")[0] for position, reason in faults.items()} == {
+        1: "not valid JSON", 2: "not a JSON object", 3: "not valid JSON", 4: "not valid JSON",
+    }  # fmt: skip
+
+
+def test_F14_a_ragged_or_wrongly_encoded_csv_row_does_not_take_its_neighbours_along():
+    columns, faults = rows(b'id,text\n1,"two\nlines"\n2,b,c\n3\n4,caf\xe9\n5,e\n', "csv")
+    assert columns["text"] == ["two\nlines", None, None, None, "e"]
+    assert faults == {1: "3 cells where the header has 2", 2: "1 cells where the header has 2", 3: "not valid UTF-8"}
+
+
+def test_F15_a_line_without_end_is_one_bad_row():
+    data = b'{"id":"1","text":"' + b"x" * (MAX_LINE_BYTES + 10) + b'"}\n{"id":"2","text":"b"}\n'
+    columns, faults = rows(data, "jsonl")
+    assert columns["id"] == [None, "2"]
+    assert "longer than" in faults[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "fmt", "compression", "why"),
+    [
+        pytest.param("id,text\n".encode("utf-16"), "csv", None, "UTF-16", id="UTF-16"),
+        pytest.param(gzip.compress(b'{"id":1}\n' * 9999)[:60], "jsonl", "gzip", "cut off", id="gzip cut off"),
+        pytest.param(zstd(b'{"id":1}\n' * 9999)[:-4], "jsonl", "zstd", "cut off", id="zstd cut off"),
+        pytest.param(b"plain", "jsonl", "gzip", "damaged", id="not gzip"),
+        pytest.param(gzip.compress(b"x"), "jsonl", None, "gzip data under another name", id="gzip under another name"),
+        pytest.param(parquet(id=["1"], text=["a"])[:-20], "parquet", None, "not a whole Parquet file", id="parquet cut off"),
+        pytest.param(parquet(id=["1"], text=["a"]), "jsonl", None, "Parquet file under another name", id="parquet under another name"),
+        pytest.param(parquet(id=["1"], txt=["a"]), "parquet", None, "no column 'text'; did you mean 'txt'?", id="parquet without a column"),
+        pytest.param(b"id,txt\n1,a\n", "csv", None, "no column 'text'; did you mean 'txt'?", id="csv without a column"),
+        pytest.param(b"id,text,text\n1,a,b\n", "csv", None, "stands twice", id="csv header twice"),
+    ],
+)
+def test_a_broken_file_is_one_clear_error(data, fmt, compression, why):
+    with pytest.raises(InputUnreadable, match="Nothing was sent") as caught:
+        rows(data, fmt, compression)
+    assert why in str(caught.value)

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nightshift.errors import JobInvalid
+from nightshift.job import Job, find_job, job_schema, load_job
+from tests.conftest import SCHEMA
+
+ROOT = Path(__file__).parent.parent
+JOB = """\
+name: reviews
+input:
+  uri: s3://bucket/in/*.jsonl
+  id: review_id
+  require:
+    text: {min_length: 1}
+request:
+  provider: openai
+  model: gpt-5.4-nano
+  prompt: prompts/p.md
+output:
+  schema: schemas/s.json
+  keep: [stars]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("jobs", "prompts", "schemas", "expectations"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "prompts" / "p.md").write_text("{{ text }}")
+    (tmp_path / "schemas" / "s.json").write_text(json.dumps(SCHEMA))
+    return tmp_path
+
+
+def load(folder: Path, text: str = JOB) -> Job:
+    path = folder / "jobs" / "reviews.yaml"
+    path.write_text(text)
+    return load_job(path)
+
+
+def problems(folder: Path, text: str) -> list[str]:
+    with pytest.raises(JobInvalid) as caught:
+        load(folder, text)
+    return [problem.removeprefix(f"{folder}/jobs/") for problem in caught.value.problems]
+
+
+def test_a_job_brings_everything_that_it_names(folder):
+    job = load(folder)
+    assert job.answer_schema == SCHEMA
+    assert job.prompt.variables == {"text"}
+    assert job.columns == ("review_id", "text", "stars")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "include" / "jobs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_example_jobs_are_valid(path):
+    assert load_job(path).name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        pytest.param("  id: ", "  idd: ", "reviews.yaml:4: input.idd: unknown key; did you mean 'id'?", id="misspelt key"),
+        pytest.param("provider: openai", "provider: opnai", "reviews.yaml:8: request.provider: expected one of openai, found 'opnai'", id="unknown provider"),
+        pytest.param("name: reviews\n", "", "reviews.yaml:1: name: missing, but required", id="missing key"),
+        pytest.param("s3://bucket/in", "bucket/in", "reviews.yaml:3: input.uri: expected a URI", id="no scheme"),
+        pytest.param("min_length: 1", "min_lenght: 1", "reviews.yaml:6: input.require.text.min_lenght: unknown key; did you mean 'min_length'?", id="in a free name"),
+        pytest.param("min_length: 1", "min_length: many", "reviews.yaml:6: input.require.text.min_length", id="wrong type"),
+        pytest.param("prompts/p.md", "prompts/q.md", "reviews.yaml:10: request.prompt: prompts/q.md: no such file; did you mean 'prompts/p.md'?", id="missing prompt"),
+        pytest.param("keep: [stars]", "keep: [sentiment]", "reviews.yaml:13: output.keep: 'sentiment' is an input column and an answer field", id="name taken twice"),
+        pytest.param("keep: [stars]", "keep: [stars]\nreport: {drift: [sentimnt]}", "'sentimnt' is not in the results; did you mean 'sentiment'?", id="report of nothing"),
+        pytest.param("  model: ", "  parameters: {stream: true}\n  model: ", "stream cannot be set here", id="reserved parameter"),
+        pytest.param("in/*.jsonl", "dt={{ ds }}/*", "input.uri: uses run dates, but the job has no schedule", id="dates without a schedule"),
+        pytest.param("  model: gpt-5.4-nano", "  model: a\n  model: b", "model: this key stands twice", id="key twice"),
+    ],
+)  # fmt: skip
+def test_each_mistake_is_told_with_its_place_and_its_mend(folder, old, new, problem):
+    assert old in JOB
+    assert problem in "\n".join(problems(folder, JOB.replace(old, new)))
+
+
+def test_all_mistakes_are_told_at_once(folder):
+    assert len(problems(folder, JOB.replace("  id: ", "  idd: ").replace("openai", "opnai"))) == 3
+
+
+def test_a_key_that_stands_twice_is_an_error(folder):
+    assert "this key stands twice" in problems(folder, JOB + "name: other\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        pytest.param("- a\n- b\n", "expected a mapping", id="a list"),
+        pytest.param("name: [unclosed\n", "not valid YAML", id="not YAML"),
+        pytest.param("", "expected a mapping", id="empty"),
+    ],
+)
+def test_what_is_no_job_file_is_told_so(folder, text, problem):
+    assert problem in problems(folder, text)[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "problem"),
+    [
+        pytest.param("user:\n{{ text\n", "p.md:2: template error", id="unclosed tag"),
+        pytest.param("Always the same.", "reads no column", id="no column"),
+        pytest.param("user:\n{{ a }}\nuser:\n{{ b }}", "expected one `user:` part", id="two user parts"),
+        pytest.param("stray\nuser:\n{{ a }}", "belongs to no part", id="text before a part"),
+    ],
+)
+def test_prompt_mistakes_name_the_prompt_file(folder, prompt, problem):
+    (folder / "prompts" / "p.md").write_text(prompt)
+    with pytest.raises(JobInvalid, match=problem):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("schema", "problem"),
+    [
+        pytest.param('{"type": "object",}', "not valid JSON", id="not JSON"),
+        pytest.param('{"type": "objekt"}', "not a JSON Schema", id="not a schema"),
+        pytest.param('{"type": "array"}', "has to be an object", id="not an object"),
+    ],
+)
+def test_schema_mistakes_name_the_schema_file(folder, schema, problem):
+    (folder / "schemas" / "s.json").write_text(schema)
+    with pytest.raises(JobInvalid, match=problem):
+        load(folder)
+
+
+def test_an_expectation_on_a_column_that_will_not_be_there_is_told(folder):
+    (folder / "expectations" / "e.yaml").write_text(
+        yaml.safe_dump({"expectations": [{"type": "expect_column_values_to_not_be_null", "kwargs": {"column": "sentimental"}}]})
+    )
+    found = problems(folder, JOB.replace("keep:", "expectations: expectations/e.yaml\n  keep:"))
+    assert "looks at 'sentimental', which is not in the results; did you mean 'sentiment'?" in found[0]
+
+
+def test_a_job_is_found_by_path_and_by_name(folder):
+    load(folder)
+    assert find_job("reviews", folder / "jobs") == folder / "jobs" / "reviews.yaml"
+    with pytest.raises(JobInvalid, match="did you mean 'reviews'"):
+        find_job("review", folder / "jobs")
+
+
+def test_an_edit_of_anything_that_is_asked_changes_the_digest(folder):
+    before = load(folder).digest
+    assert load(folder).digest == before
+    (folder / "prompts" / "p.md").write_text("{{ text }} ")
+    assert load(folder).digest != before
+
+
+def test_the_published_schema_is_the_code(folder):
+    published = json.loads((ROOT / "docs" / "job.schema.json").read_text())
+    assert published == job_schema(), "run `make schema`"

@@ -1,0 +1,475 @@
+"""The whole way against the rehearsal provider over real HTTP: counts, money, reuse, faults, bad input."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from datetime import timedelta
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from nightshift.drive import begin, drive
+from nightshift.errors import (
+    AccessDenied,
+    ApprovalNeeded,
+    BatchRejected,
+    BudgetExceeded,
+    InputMissing,
+    InputUnreadable,
+    ModelNotFound,
+    ProviderUnavailable,
+    QuotaExhausted,
+    RequestTooLarge,
+)
+from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
+from nightshift.providers.protocol import Limits
+from nightshift.runs import Site
+from nightshift.shapes import Summary
+
+from tests.conftest import World, free_port, make_world, reviews
+
+
+def go(world: World, job, uri: str, *, approved: bool = True) -> Summary:
+    run = begin(world.site, job, pattern=uri, dates={}, scheduled=False)
+    return drive(world.site, run, ask=lambda run, plan: approved)
+
+
+def results(world: World, summary: Summary, kind: str = "results") -> list[dict]:
+    """The published rows, read as a reader does: through the manifest."""
+    folder = world.site.store.key_of(getattr(summary, kind))
+    manifest = json.loads(world.site.store.get(f"{folder}/_manifest.json"))
+    tables = [pq.read_table(world.site.store.open(f"{folder}/{part['name']}")) for part in manifest["parts"]]
+    return pa.concat_tables(tables).to_pylist()
+
+
+def test_every_row_comes_out_once_with_its_own_answer(world):
+    summary = go(world, world.job(), world.write("in.jsonl", reviews(50)))
+    assert summary.published
+    assert summary.outcomes["succeeded"] == summary.rows == 50
+    rows = results(world, summary)
+    assert [row["id"] for row in rows] == [f"r{i}" for i in range(50)]
+    assert [row["stars"] for row in rows] == [str(1 + i % 5) for i in range(50)]
+    assert {row["id"]: row["sentiment"] for row in rows} == {f"r{i}": "positive" if i % 2 else "negative" for i in range(50)}
+
+
+def test_the_bill_is_what_the_report_says(world):
+    job = world.job(policy={"max_requests_per_shard": 20, "publish_at_least": 0.5})
+    summary = go(world, job, world.write("in.jsonl", reviews(50)))
+    bill = world.rehearsal.bill()
+    assert (summary.batches, summary.requests.submitted) == (3, 50) == (bill["batches"], bill["requests"])
+    assert set(bill["by_request"].values()) == {1}
+    assert summary.cost_usd.actual == pytest.approx(bill["usd"], abs=1e-6)
+
+
+def test_duplicates_are_asked_once_and_answered_for_every_row(world):
+    rows = [{"id": f"r{i}", "text": "Lovely." if i % 2 else "Awful.", "stars": 1} for i in range(40)]
+    summary = go(world, world.job(), world.write("in.jsonl", rows))
+    assert (summary.requests.unique, summary.requests.duplicates) == (2, 38)
+    assert world.rehearsal.bill()["requests"] == 2
+    assert summary.outcomes["succeeded"] == 40
+
+
+def test_the_same_input_again_spends_nothing_and_publishes_the_same_bytes(world):
+    uri = world.write("in.jsonl", reviews(30))
+    first = go(world, world.job(), uri)
+    second = go(world, world.job(), uri)
+    assert first.run != second.run
+    assert (second.requests.reused, second.requests.submitted, second.batches) == (30, 0, 0)
+    assert second.cost_usd.actual == 0
+    assert world.rehearsal.bill()["requests"] == 30
+    assert results(world, first) == results(world, second)
+
+
+def test_an_edited_file_pays_for_the_edited_rows(world):
+    rows = reviews(100)
+    go(world, world.job(), world.write("in.jsonl", rows))
+    rows[7]["text"] = "Changed my mind, it was wonderful."
+    second = go(world, world.job(), world.write("in.jsonl", rows))
+    assert (second.requests.reused, second.requests.submitted) == (99, 1)
+    assert world.rehearsal.bill()["requests"] == 101
+
+
+def test_another_prompt_asks_anew(world):
+    uri = world.write("in.jsonl", reviews(10))
+    go(world, world.job(), uri)
+    assert go(world, world.job(prompt="Tell: {{ text }}"), uri).requests.submitted == 10
+
+
+def test_rows_that_break_the_contract_cost_nothing_and_are_told_apart(world):
+    rows = [
+        {"id": "ok", "text": "Fine and clean.", "stars": 3},
+        {"id": "empty", "text": "  "},
+        {"id": "long", "text": "x" * 501},
+        {"id": "null", "text": None},
+        {"id": "number", "text": 7},
+        {"id": None, "text": "No id."},
+        {"id": "ok", "text": "The same id again."},
+    ]
+    data = b"".join(json.dumps(row).encode() + b"\n" for row in rows) + b"{broken\n"
+    summary = go(world, world.job(policy={"publish_at_least": 0.1}), world.write("in.jsonl", data))
+    assert (summary.rows, summary.outcomes["succeeded"], summary.outcomes["rejected"]) == (8, 1, 7)
+    assert world.rehearsal.bill()["requests"] == 1
+    reasons = {row["id"] if row["row"] != 6 else "again": row["reason"] for row in results(world, summary, "quarantine")}
+    assert reasons["empty"] == "text is empty"
+    assert reasons["long"] == "text is longer than 500"
+    assert reasons["null"] == "text is null"
+    assert reasons["number"] == "text is not a string"
+    assert reasons["again"] == "the id stands twice"
+    assert sorted(summary.reasons["rejected"].values()) == [1] * 7
+
+
+@pytest.mark.parametrize("name", ["in.parquet", "in.csv", "in.csv.gz", "in.jsonl", "in.jsonl.gz"])
+def test_every_input_format_gives_the_same_results(world, name):
+    rows = reviews(20)
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    cells = b"id,text,stars\n" + b"".join(f'{row["id"]},"{row["text"]}",{row["stars"]}\n'.encode() for row in rows)
+    if name.endswith(".parquet"):
+        path = world.folder / "p.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path)
+        data = path.read_bytes()
+    else:
+        data = cells if "csv" in name else lines
+    summary = go(world, world.job(), world.write(name, gzip.compress(data) if name.endswith(".gz") else data))
+    found = results(world, summary)
+    assert [(row["id"], row["sentiment"], int(row["stars"])) for row in found] == [
+        (f"r{i}", "positive" if i % 2 else "negative", 1 + i % 5) for i in range(20)
+    ]
+
+
+def test_columns_keep_their_types_and_declared_ones_get_theirs(world):
+    import datetime as dt
+
+    when = dt.datetime(2026, 1, 2, tzinfo=dt.UTC)
+    table = pa.table({"id": [1, 2], "text": ["Good.", "Bad."], "stars": [5, None], "at": pa.array([when, when], pa.timestamp("us", "UTC"))})
+    path = world.folder / "t.parquet"
+    pq.write_table(table, path)
+    summary = go(world, world.job(output={"keep": ["stars", "at"]}), world.write("t.parquet", path.read_bytes()))
+    assert [(row["id"], row["stars"], row["at"]) for row in results(world, summary)] == [(1, 5, when), (2, None, when)]
+    declared = world.job(input={"require": {"text": {}, "stars": {"type": "integer", "optional": True, "maximum": 5}}})
+    summary = go(world, declared, world.write("d.csv", b"id,text,stars\na,Good.,5\nb,Bad.,\nc,Odd.,x\nd,High.,9\n"))
+    assert [(row["id"], row["stars"]) for row in results(world, summary)] == [("a", 5), ("b", None)]
+    assert summary.reasons["rejected"] == {"stars is above 5": 1, "stars is not of type integer": 1}
+
+
+def test_several_objects_are_one_run_in_key_order(world):
+    world.write("b.jsonl", reviews(5)[3:])
+    world.write("a.jsonl", reviews(5)[:3])
+    world.write("empty.jsonl", b"")
+    summary = go(world, world.job(), f"file://{world.folder}/input/*.jsonl")
+    assert [row["id"] for row in results(world, summary)] == ["r0", "r1", "r2", "r3", "r4"]
+    assert len(summary.input_uris) == 2
+
+
+@pytest.mark.parametrize("endpoint", ["/v1/chat/completions", "/v1/responses"])
+def test_both_endpoints_go_the_whole_way(world, endpoint):
+    summary = go(world, world.job(request={"endpoint": endpoint}), world.write("in.jsonl", reviews(10)))
+    assert summary.outcomes["succeeded"] == 10
+    assert summary.usage.input_tokens > 0
+    assert summary.usage.unknown == 0
+
+
+def test_a_job_without_a_schema_publishes_the_text(world):
+    summary = go(world, world.job(output={"schema": None}), world.write("in.jsonl", reviews(4)))
+    assert [row["answer"] for row in results(world, summary)] == ["negative", "positive", "negative", "positive"]
+
+
+def test_answers_of_every_json_type_become_columns(world):
+    schema = {
+        "type": "object",
+        "properties": {
+            "tags": {"type": "array", "items": {"type": "string", "enum": ["room", "staff", "other"]}},
+            "score": {"type": "integer", "minimum": 1, "maximum": 5},
+            "nice": {"type": "boolean"},
+            "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "inner": {"type": "object", "properties": {"a": {"type": "number"}}, "required": ["a"], "additionalProperties": False},
+        },
+        "required": ["tags", "score", "nice", "note", "inner"],
+        "additionalProperties": False,
+    }
+    summary = go(world, world.job(schema=schema), world.write("in.jsonl", reviews(2)))
+    row = results(world, summary)[1]
+    assert (row["tags"], row["nice"], type(row["score"]), type(row["inner"]["a"])) == (["room"], True, int, float)
+    assert row["note"] == "The room number 1 was lovely."
+
+
+FAULTY = {
+    "errored": "errored", "bad_request": "errored", "status_zero": "errored", "missing": "missing", "garbage": "missing",
+    "truncated": "truncated", "refused": "refused", "filtered": "filtered", "invalid": "invalid", "never_run": "expired",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("fault", "outcome"), FAULTY.items())
+def test_what_a_provider_does_to_requests_becomes_outcomes_that_add_up(world, fault, outcome):
+    world.rehearsal.faults(**{fault: 0.3})
+    job = world.job(policy={"retry": {"invalid": 0, "truncated": 0, "errored": 0, "expired": 0, "missing": 0}, "publish_at_least": 0.0})
+    summary = go(world, job, world.write("in.jsonl", reviews(200)))
+    assert sum(summary.outcomes.values()) == 200
+    assert 20 < summary.outcomes[outcome] < 100
+    assert summary.outcomes["succeeded"] == 200 - summary.outcomes[outcome]
+    quarantined = Counter(row["outcome"] for row in results(world, summary, "quarantine"))
+    assert quarantined == {outcome: summary.outcomes[outcome]}
+    assert len(results(world, summary)) == summary.outcomes["succeeded"]
+
+
+def test_what_failed_is_asked_again_until_it_succeeds_and_only_that(world):
+    world.rehearsal.faults(errored=0.3, missing=0.1, never_run=0.1)
+    summary = go(world, world.job(policy={"retry": {"errored": 5, "missing": 5, "expired": 5}}), world.write("in.jsonl", reviews(300)))
+    assert summary.outcomes["succeeded"] == 300
+    bill = world.rehearsal.bill()
+    # Lost lines were paid for and have to be paid again; nothing else is.
+    assert all(times == 1 for key, times in bill["by_request"].items()) or bill["requests"] < 300 * 1.3
+    assert summary.batches > 1
+
+
+def test_F67_F68_F85_odd_lines_are_counted_and_change_no_outcome(world):
+    world.rehearsal.faults(duplicate=0.2, unknown=0.1, no_usage=0.05)
+    summary = go(world, world.job(), world.write("in.jsonl", reviews(200)))
+    assert summary.outcomes["succeeded"] == 200
+    assert summary.alarms["duplicate lines"] > 10
+    assert summary.alarms["lines for unknown requests"] > 5
+    assert summary.usage.unknown > 0
+    assert summary.cost_usd.actual is None, "an unknown cost is never a number"
+
+
+def test_F53_a_completed_batch_in_which_everything_failed_is_no_success(world):
+    world.rehearsal.faults(bad_request=1.0)
+    summary = go(world, world.job(), world.write("in.jsonl", reviews(20)))
+    assert (summary.state, summary.published, summary.outcomes["errored"]) == ("held", False, 20)
+
+
+def test_F47_F54_F45_counters_ids_and_words_of_the_provider_are_not_believed(world):
+    world.rehearsal.faults(odd_counts=True, empty_error_file_id=True, unknown_status=True)
+    assert go(world, world.job(), world.write("in.jsonl", reviews(20))).outcomes["succeeded"] == 20
+
+
+def test_F44_F62_F63_a_provider_that_stumbles_is_asked_again(world):
+    world.rehearsal.faults(poll_500=4, poll_html=2, content_502=3, content_cut=2, content_404=1, rate_limit=2)
+    summary = go(world, world.job(), world.write("in.jsonl", reviews(20)))
+    assert summary.outcomes["succeeded"] == 20
+    assert world.rehearsal.bill()["requests"] == 20
+
+
+@pytest.mark.parametrize("fault", ["create_500_after_accept", "create_cut_after_accept"])
+def test_F33_a_create_call_whose_answer_is_lost_is_not_repeated(world, fault):
+    world.rehearsal.faults(**{fault: 1})
+    summary = go(world, world.job(), world.write("in.jsonl", reviews(20)))
+    bill = world.rehearsal.bill()
+    assert (summary.outcomes["succeeded"], bill["batches"], bill["requests"]) == (20, 1, 20)
+
+
+def test_F30_a_file_that_is_not_visible_yet_is_waited_for(world):
+    world.rehearsal.faults(file_hidden_seconds=0.4)
+    assert go(world, world.job(), world.write("in.jsonl", reviews(5))).outcomes["succeeded"] == 5
+
+
+def test_F22_a_full_queue_is_waited_for_and_not_taken_for_an_error_of_the_data(tmp_path, rehearsal, monkeypatch):
+    monkeypatch.setattr("nightshift.stores.ledger.QUEUE_PAUSE", timedelta(seconds=0.2))
+    world = make_world(tmp_path, rehearsal)
+    rehearsal.pace(validating=0.0, running=1.0, finalizing=0.0)
+    job = world.job(policy={"max_requests_per_shard": 10})
+    lines = reviews(20)
+    tokens = 20 * 200
+    rehearsal.faults(enqueued_token_limit=tokens // 2)
+    summary = go(world, job, world.write("in.jsonl", lines))
+    assert summary.outcomes["succeeded"] == 20
+    assert rehearsal.bill()["requests"] == 20
+
+
+def test_F39_billing_stops_are_told_and_nothing_is_lost(world):
+    world.rehearsal.faults(create_quota=1)
+    uri = world.write("in.jsonl", reviews(5))
+    with pytest.raises(QuotaExhausted, match="Top up"):
+        go(world, world.job(), uri)
+    assert go(world, world.job(), uri).outcomes["succeeded"] == 5
+    assert world.rehearsal.bill()["requests"] == 5
+
+
+def test_F38_a_wrong_key_is_one_clear_error_before_anything_is_read(tmp_path, rehearsal):
+    world = with_access(make_world(tmp_path, rehearsal), rehearsal.access(key="sk-wrong-key"))
+    with pytest.raises(AccessDenied, match="OPENAI_API_KEY"):
+        go(world, world.job(), world.write("in.jsonl", reviews(5)))
+
+
+def test_a_missing_key_is_one_clear_error(tmp_path, rehearsal, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    world = with_access(make_world(tmp_path, rehearsal), OpenAIAccess(base_url=f"{rehearsal.url}/v1"))
+    with pytest.raises(AccessDenied, match="OPENAI_API_KEY"):
+        go(world, world.job(), world.write("in.jsonl", reviews(5)))
+
+
+def test_F40_a_model_that_is_not_offered_is_one_clear_error(world):
+    with pytest.raises(ModelNotFound, match="'gpt-none' is not offered at http"):
+        go(world, world.job(request={"model": "gpt-none"}), world.write("in.jsonl", reviews(5)))
+    assert world.rehearsal.bill()["batches"] == 0
+
+
+def test_an_unreachable_provider_is_one_clear_error_and_the_run_goes_on_later(tmp_path, rehearsal, monkeypatch):
+    monkeypatch.setattr("nightshift.drive.TRANSIENT_PAUSE_SECONDS", 0.01)
+    world = with_access(make_world(tmp_path, rehearsal), OpenAIAccess(base_url=f"http://127.0.0.1:{free_port()}/v1", api_key="x"))
+    uri, job = world.write("in.jsonl", reviews(5)), world.job()
+    with pytest.raises(ProviderUnavailable, match="cannot connect"):
+        go(world, job, uri)
+    summary = go(make_world(tmp_path, rehearsal), job, uri)
+    assert (summary.outcomes["succeeded"], rehearsal.bill()["requests"]) == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "error", "why"),
+    [
+        pytest.param("a.parquet", b"PAR1 and then nothing", InputUnreadable, "not a whole Parquet file", id="truncated parquet"),
+        pytest.param("a.txt", b"x", InputUnreadable, "set input.format", id="unknown format"),
+        pytest.param("a.csv", b"id,words,stars\n1,a,2\n", InputUnreadable, "no column 'text'", id="missing prompt column"),
+        pytest.param("a.csv", "id,text\n".encode("utf-16"), InputUnreadable, "UTF-16", id="UTF-16"),
+    ],
+)
+def test_input_that_cannot_be_read_stops_before_anything_is_paid(world, name, data, error, why):
+    with pytest.raises(error, match=why):
+        go(world, world.job(), world.write(name, data))
+    assert world.rehearsal.bill()["batches"] == 0
+
+
+def test_input_that_is_not_there_is_told(world):
+    with pytest.raises(InputMissing, match="Check the bucket, the key and the pattern"):
+        go(world, world.job(), f"file://{world.folder}/nowhere/*.jsonl")
+
+
+def test_input_that_holds_no_row_is_held_with_a_report(world):
+    summary = go(world, world.job(), world.write("in.jsonl", b"\n"))
+    assert (summary.state, summary.rows) == ("held", 0)
+
+
+def test_a_request_that_fits_no_batch_is_told_before_anything_is_sent(world, monkeypatch):
+    monkeypatch.setattr(OpenAIBatches, "limits", Limits(requests=10, request_bytes=600))
+    with pytest.raises(RequestTooLarge, match="max_length under input.require"):
+        go(world, world.job(), world.write("in.jsonl", [{"id": "a", "text": "x" * 400, "stars": 1}]))
+    assert world.rehearsal.bill()["batches"] == 0
+
+
+def test_the_budget_and_the_approval_stop_before_anything_is_sent(world):
+    uri = world.write("in.jsonl", reviews(50))
+    with pytest.raises(BudgetExceeded):
+        go(world, world.job(policy={"budget_usd": 0.000001}), uri)
+    with pytest.raises(ApprovalNeeded):
+        go(world, world.job(policy={"approve_above_usd": 0}), uri, approved=False)
+    assert world.rehearsal.bill()["batches"] == 0
+    assert go(world, world.job(policy={"approve_above_usd": 0}), uri).published
+
+
+def test_a_red_suite_holds_the_run_and_names_rows(world):
+    suite = [
+        {"type": "expect_column_values_to_be_in_set", "kwargs": {"column": "sentiment", "value_set": ["positive"]}},
+        {"type": "expect_column_mean_to_be_between", "kwargs": {"column": "confidence", "min_value": 2}, "severity": "warning"},
+    ]
+    summary = go(world, world.job(suite=suite), world.write("in.jsonl", reviews(10)))
+    assert (summary.state, summary.published, summary.results) == ("held", False, None)
+    critical, warning = summary.audit.checks
+    assert (critical.success, critical.unexpected, critical.examples[0]) == (False, 5, "r0")
+    assert not warning.success
+    assert summary.audit.reasons == ("expect_column_values_to_be_in_set on sentiment failed for 5 rows (such as r0, r2, r4, r6, r8)",)
+    assert list(world.site.store.scan("results")) == []
+
+
+def test_a_suite_that_cannot_be_applied_is_red_and_not_green(world):
+    summary = go(world, world.job(suite=[{"type": "expect_the_moon", "kwargs": {}}]), world.write("in.jsonl", reviews(3)))
+    assert summary.state == "held"
+    assert "expect_the_moon" in summary.problem
+
+
+def test_publishing_replaces_the_partition_and_leaves_no_old_part(world):
+    first = go(world, world.job(), world.write("in.jsonl", reviews(10)))
+    second = go(world, world.job(), world.write("in.jsonl", reviews(12)))
+    assert first.results == second.results
+    assert len(results(world, second)) == 12
+    folder = world.site.store.key_of(second.results)
+    assert len([found for found in world.site.store.scan(folder) if found.key.endswith(".parquet")]) == 1
+
+
+def test_a_held_run_leaves_readers_with_what_they_had(world):
+    go(world, world.job(), world.write("in.jsonl", reviews(10)))
+    before = sorted((found.key, found.etag) for found in world.site.store.scan("results"))
+    world.rehearsal.faults(bad_request=1.0)
+    assert go(world, world.job(), world.write("in.jsonl", [{"id": "n", "text": "new", "stars": 1}])).state == "held"
+    assert sorted((found.key, found.etag) for found in world.site.store.scan("results")) == before
+
+
+def test_two_runs_at_once_over_the_same_rows_pay_once(tmp_path, rehearsal):
+    rehearsal.pace(validating=0.0, running=1.0, finalizing=0.0)
+    one, two = make_world(tmp_path, rehearsal, "one"), make_world(tmp_path, rehearsal, "two")
+    job, uri = one.job(), one.write("in.jsonl", reviews(30))
+    other = one.write("other.jsonl", reviews(30)[10:])
+    from threading import Thread
+
+    def first() -> None:
+        done.append(go(one, job, uri))
+
+    done: list[Summary] = []
+    thread = Thread(target=first)
+    thread.start()
+    while not rehearsal.bill()["batches"]:
+        pass
+    second = go(two, job, other)
+    thread.join()
+    assert (second.requests.adopted, second.requests.submitted) == (20, 0)
+    assert (done[0].outcomes["succeeded"], second.outcomes["succeeded"]) == (30, 20)
+    assert rehearsal.bill()["requests"] == 30
+
+
+def test_drift_is_measured_against_the_last_published_run(world):
+    job = world.job(report={"drift": ["sentiment"], "charts": ["stars"]})
+    first = go(world, job, world.write("a.jsonl", [{"id": str(i), "text": f"Lovely {i}.", "stars": 1} for i in range(10)]))
+    second = go(world, job, world.write("b.jsonl", [{"id": str(i), "text": f"{'Awful' if i < 5 else 'Nice'} {i}.", "stars": 2} for i in range(10)]))
+    assert first.drift == {"sentiment": None}
+    assert second.drift == {"sentiment": 0.5}
+    assert second.drift_against == first.label
+    assert second.figures["stars"]["bars"] == [["2", 10]]
+
+
+def test_the_report_is_one_page_that_asks_nothing_of_the_network(world):
+    world.rehearsal.faults(refused=0.2)
+    job = world.job(report={"charts": ["sentiment", "confidence"]}, policy={"publish_at_least": 0.1})
+    summary = go(world, job, world.write("in.jsonl", [*reviews(30), {"id": "<script>alert(1)</script>", "text": "", "stars": 1}]))
+    page = world.site.store.get(world.site.store.key_of(summary.report)).decode()
+    assert "<script" not in page
+    assert "http" not in page.replace("http-equiv", "").replace(summary.report, "")
+    assert "adds up to the rows read" in page
+    assert f"{summary.outcomes['refused']:,}" in page
+
+
+def test_results_can_be_read_by_anybody(world):
+    summary = go(world, world.job(), world.write("in.jsonl", reviews(10)))
+    path = summary.results.removeprefix("file://")
+    assert duckdb.sql(f"SELECT sentiment, count(*) FROM '{path}/part-*.parquet' GROUP BY 1 ORDER BY 1").fetchall() == [("negative", 5), ("positive", 5)]
+
+
+def test_F32_one_bad_line_does_not_condemn_its_neighbours(world, monkeypatch):
+    """A batch that fails validation names its bad lines; those are errored, the rest is asked again without them."""
+    line = OpenAIBatches.line
+    monkeypatch.setattr(OpenAIBatches, "line", lambda self, key, body: line(self, key, body).replace(b'"POST"', b'"PUT"') if b"number 3 " in body else line(self, key, body))
+    summary = go(world, world.job(policy={"publish_at_least": 0.5}), world.write("in.jsonl", reviews(10)))
+    assert (summary.outcomes["succeeded"], summary.outcomes["errored"]) == (9, 1)
+    assert world.rehearsal.bill()["requests"] == 9
+
+
+def test_a_batch_rejected_as_a_whole_is_told_and_can_be_tried_again(world, monkeypatch):
+    monkeypatch.setattr("nightshift.rehearsal.engine.MAX_LINES", 3)
+    uri = world.write("in.jsonl", reviews(5))
+    with pytest.raises(BatchRejected, match="too_many_tasks"):
+        go(world, world.job(), uri)
+    monkeypatch.setattr("nightshift.rehearsal.engine.MAX_LINES", 50_000)
+    assert go(world, world.job(), uri).outcomes["succeeded"] == 5
+
+
+def with_access(world: World, access: OpenAIAccess) -> World:
+    site = world.site
+    replaced = Site(
+        store=site.store,
+        open_input=site.open_input,
+        open_provider=lambda request: OpenAIBatches(request.endpoint, access, sleep=lambda seconds: None),
+        owner=site.owner,
+        poll_seconds=site.poll_seconds,
+        scratch_folder=site.scratch_folder,
+    )
+    return World(folder=world.folder, rehearsal=world.rehearsal, site=replaced)
