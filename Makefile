@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export UV_COMPILE_BYTECODE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint up down env bench chaos lock schema clean help
+.PHONY: demo test lint up down env lock schema clean help
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -35,8 +35,9 @@ lock: $(UV)      ## resolve pyproject.toml into requirements.txt again
 	$(UV) pip compile -q --universal --all-extras --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" pyproject.toml -o requirements.txt
 	$(UV) pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" local/requirements.in -o local/requirements.txt
 
-schema: $(VENV)/installed    ## write the JSON Schema of job files again
+schema: $(VENV)/installed    ## write the JSON Schema and the page of job files again
 	$(BIN)/nightshift schema > docs/job.schema.json
+	$(BIN)/nightshift schema --markdown > docs/jobs.md
 
 clean: down      ## stop the stack and forget everything local
 	rm -rf $(VENV) .nightshift

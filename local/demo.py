@@ -21,7 +21,6 @@ from nightshift.cli import show_summary
 from nightshift.shapes import Summary
 
 JOB = "review_sentiment"
-SAMPLE = ROOT / ".nightshift" / "reviews-sample.jsonl"
 PATIENCE_SECONDS = 600
 ENDED = ("success", "failed", "skipped", "upstream_failed", "removed")
 console = Console(highlight=False)
@@ -53,7 +52,7 @@ def run(stack: Stack) -> Summary:
     """Upload, watch, check, show."""
     bill_before = _bill(stack)
     key = f"inbox/reviews-{datetime.now(UTC):%Y%m%d-%H%M%S}.jsonl"
-    sample = write_sample(SAMPLE)
+    sample = write_sample(Path(stack.folder) / "reviews-sample.jsonl")
     s3_client(stack).upload_file(str(sample), "reviews", key)
     console.print(f"Uploaded {sum(1 for _ in sample.open('rb')):,} reviews to s3://reviews/{key}")
     api = AirflowApi(stack)
@@ -121,8 +120,16 @@ def _failed_log(api: AirflowApi, run_id: str) -> str:
     task = failed[0]
     path = f"/dags/{JOB}/dagRuns/{run_id}/taskInstances/{task['task_id']}/logs/{max(task['try_number'], 1)}"
     content = api.get(path, map_index=str(task["map_index"]), full_content="true")["content"]
-    lines = [each.get("event", "") if isinstance(each, dict) else str(each) for each in content]
+    lines = [line for each in content for line in _log_lines(each)]
     return f"Task {task['task_id']} of run {run_id} failed. Its log ends with:\n" + "\n".join(lines[-40:])
+
+
+def _log_lines(entry: Any) -> list[str]:
+    """One entry of a task log, with its exception."""
+    if not isinstance(entry, dict):
+        return [str(entry)]
+    errors = [f"{error.get('exc_type')}: {error.get('exc_value')}" for error in entry.get("error_detail") or []]
+    return [str(entry.get("event", "")), *errors]
 
 
 def _fetch(stack: Stack, api: AirflowApi, run_id: str) -> tuple[Summary, Path]:

@@ -8,6 +8,7 @@ import yaml
 
 from nightshift.errors import JobInvalid
 from nightshift.job import Job, find_job, job_schema, load_job
+from nightshift.pages import render_job_reference
 from tests.conftest import SCHEMA
 
 ROOT = Path(__file__).parent.parent
@@ -157,3 +158,4 @@ def test_an_edit_of_anything_that_is_asked_changes_the_digest(folder):
 def test_the_published_schema_is_the_code(folder):
     published = json.loads((ROOT / "docs" / "job.schema.json").read_text())
     assert published == job_schema(), "run `make schema`"
+    assert (ROOT / "docs" / "jobs.md").read_text() == render_job_reference(job_schema()), "run `make schema`"

@@ -11,6 +11,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from nightshift.drive import begin, drive
 from nightshift.errors import (
     AccessDenied,
@@ -28,7 +29,6 @@ from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.providers.protocol import Limits
 from nightshift.runs import Site
 from nightshift.shapes import Summary
-
 from tests.conftest import World, free_port, make_world, reviews
 
 
@@ -343,7 +343,7 @@ def test_input_that_holds_no_row_is_held_with_a_report(world):
 
 def test_a_request_that_fits_no_batch_is_told_before_anything_is_sent(world, monkeypatch):
     monkeypatch.setattr(OpenAIBatches, "limits", Limits(requests=10, request_bytes=600))
-    with pytest.raises(RequestTooLarge, match="max_length under input.require"):
+    with pytest.raises(RequestTooLarge, match=r"max_length under input\.require"):
         go(world, world.job(), world.write("in.jsonl", [{"id": "a", "text": "x" * 400, "stars": 1}]))
     assert world.rehearsal.bill()["batches"] == 0
 
@@ -420,7 +420,9 @@ def test_two_runs_at_once_over_the_same_rows_pay_once(tmp_path, rehearsal):
 def test_drift_is_measured_against_the_last_published_run(world):
     job = world.job(report={"drift": ["sentiment"], "charts": ["stars"]})
     first = go(world, job, world.write("a.jsonl", [{"id": str(i), "text": f"Lovely {i}.", "stars": 1} for i in range(10)]))
-    second = go(world, job, world.write("b.jsonl", [{"id": str(i), "text": f"{'Awful' if i < 5 else 'Nice'} {i}.", "stars": 2} for i in range(10)]))
+    second = go(
+        world, job, world.write("b.jsonl", [{"id": str(i), "text": f"{'Awful' if i < 5 else 'Nice'} {i}.", "stars": 2} for i in range(10)])
+    )
     assert first.drift == {"sentiment": None}
     assert second.drift == {"sentiment": 0.5}
     assert second.drift_against == first.label
@@ -441,13 +443,20 @@ def test_the_report_is_one_page_that_asks_nothing_of_the_network(world):
 def test_results_can_be_read_by_anybody(world):
     summary = go(world, world.job(), world.write("in.jsonl", reviews(10)))
     path = summary.results.removeprefix("file://")
-    assert duckdb.sql(f"SELECT sentiment, count(*) FROM '{path}/part-*.parquet' GROUP BY 1 ORDER BY 1").fetchall() == [("negative", 5), ("positive", 5)]
+    assert duckdb.sql(f"SELECT sentiment, count(*) FROM '{path}/part-*.parquet' GROUP BY 1 ORDER BY 1").fetchall() == [
+        ("negative", 5),
+        ("positive", 5),
+    ]
 
 
 def test_F32_one_bad_line_does_not_condemn_its_neighbours(world, monkeypatch):
     """A batch that fails validation names its bad lines; those are errored, the rest is asked again without them."""
     line = OpenAIBatches.line
-    monkeypatch.setattr(OpenAIBatches, "line", lambda self, key, body: line(self, key, body).replace(b'"POST"', b'"PUT"') if b"number 3 " in body else line(self, key, body))
+    monkeypatch.setattr(
+        OpenAIBatches,
+        "line",
+        lambda self, key, body: line(self, key, body).replace(b'"POST"', b'"PUT"') if b"number 3 " in body else line(self, key, body),
+    )
     summary = go(world, world.job(policy={"publish_at_least": 0.5}), world.write("in.jsonl", reviews(10)))
     assert (summary.outcomes["succeeded"], summary.outcomes["errored"]) == (9, 1)
     assert world.rehearsal.bill()["requests"] == 9

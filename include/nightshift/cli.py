@@ -18,7 +18,7 @@ from rich.table import Table
 from nightshift import __version__
 from nightshift.errors import InputMissing, JobInvalid, NightshiftError
 from nightshift.job import Job, find_job, job_schema, load_job
-from nightshift.pages import MEANING, usd
+from nightshift.pages import MEANING, render_job_reference, usd
 from nightshift.settings import Settings, read_settings
 from nightshift.shapes import OUTCOMES, Plan, Settled, Summary
 
@@ -72,8 +72,11 @@ def validate(job: JobArgument) -> None:
 
 
 @app.command()
-def schema() -> None:
+def schema(markdown: Annotated[bool, typer.Option(help="the same as a page for people")] = False) -> None:
     """Print the JSON Schema of job files, for editors."""
+    if markdown:
+        typer.echo(render_job_reference(job_schema()), nl=False)
+        return
     typer.echo(orjson.dumps(job_schema(), option=orjson.OPT_INDENT_2).decode())
 
 
@@ -81,7 +84,7 @@ def schema() -> None:
 def plan(job: JobArgument, input: InputOption = None, store: StoreOption = None, ds: DateOption = None) -> None:
     """Rows, requests, reuse, shards and the estimate; sends nothing and keeps nothing."""
     from nightshift.local_site import local_site
-    from nightshift.runs import Run, RunInput
+    from nightshift.runs import Run, RunInput, render_dates
     from nightshift.steps.discover import pin
     from nightshift.steps.plan import draft
 
@@ -89,10 +92,9 @@ def plan(job: JobArgument, input: InputOption = None, store: StoreOption = None,
     loaded = load_job(find_job(job, settings.jobs))
     site = local_site(settings, _store(store, settings))
     dates, pattern = _dates(ds), _pattern(loaded, input, ds)
-    with _tidy():
-        objects = pin(site, loaded, _rendered(pattern, dates)).objects
-        run = Run(site.store, RunInput(run="draft", label="draft", started_at=site.now(), partition="draft", objects=objects, job=loaded))
-        drafted = draft(site, run, keep=False)
+    objects = pin(site, loaded, render_dates(pattern, dates)).objects
+    asked = RunInput(run="draft", label="draft", started_at=site.now(), partition="draft", objects=objects, job=loaded)
+    drafted = draft(site, Run(site.store, asked), keep=False)
     people.print(_plan_table(drafted))
 
 
@@ -112,7 +114,7 @@ def run(
     settings = read_settings()
     loaded = load_job(find_job(job, settings.jobs))
     site = local_site(settings, _store(store, settings))
-    with _tidy(), _shown(quiet=json) as watcher:
+    with _shown(quiet=json) as watcher:
         begun = begin(site, loaded, pattern=_pattern(loaded, input, ds), dates=_dates(ds), scheduled=ds is not None and input is None)
         summary = drive(site, begun, ask=_asker(yes), watcher=watcher)
     if json:
@@ -277,12 +279,6 @@ def _dates(ds: str | None) -> dict[str, str]:
     }
 
 
-def _rendered(pattern: str, dates: dict[str, str]) -> str:
-    from nightshift.runs import render_dates
-
-    return render_dates(pattern, dates)
-
-
 def _pairs(given: list[str] | None) -> dict[str, Any]:
     pairs = (pair.partition("=") for pair in given or [])
     return {name: value if equals else "1" for name, equals, value in pairs}
@@ -305,22 +301,6 @@ def _asker(yes: bool) -> Callable[[Any, Plan], bool]:
         return typer.confirm("Send it?")
 
     return ask
-
-
-@contextmanager
-def _tidy() -> Iterator[None]:
-    """Input URIs with a mistake in their template are the user's to mend."""
-    from jinja2 import TemplateError
-
-    try:
-        yield
-    except TemplateError as error:
-        raise JobInvalid(
-            [
-                f"A URI or partition template cannot be rendered: {error.message}. "
-                "Known: ds, ds_nodash, data_interval_start, data_interval_end"
-            ]
-        ) from error
 
 
 def _plan_table(drafted: Plan) -> Table:

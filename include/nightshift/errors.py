@@ -14,6 +14,7 @@ NightshiftError
 │   ├── BudgetExceeded            the estimate is over the job's budget
 │   ├── ApprovalNeeded            a person has to say yes first
 │   ├── RunHeld                   assembled, but not good enough to publish
+│   ├── RunFailed                 a step before publication failed
 │   ├── CountsDisagree            rows, requests and outcomes do not add up
 │   └── LedgerCorrupt             a ledger object is not what was written
 └── Transient                     come back later; nothing is lost
@@ -167,6 +168,16 @@ class RunHeld(Permanent):
             f"Held, not published: {'; '.join(reasons)}. The answers are paid for and kept; readers still see the old partition. "
             f"Report: {report}"
         )
+
+
+class RunFailed(Permanent):
+    """A step failed before anything was published; what was paid for is kept."""
+
+    exit_code = 1
+
+    def __init__(self, why: str, report: str | None) -> None:
+        where = f" Report: {report}" if report else ""
+        super().__init__(f"Not published: {why}. Mend it and clear the failed tasks; what was paid for is found again.{where}")
 
 
 class CountsDisagree(Permanent):

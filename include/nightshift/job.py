@@ -20,7 +20,7 @@ from nightshift.errors import JobInvalid
 from nightshift.prompts import Prompt, PromptInvalid, parse_prompt
 from nightshift.shapes import Compression, Endpoint, Format, Outcome, ProviderName, Wire
 
-RetryableOutcome = Literal["invalid", "truncated", "errored", "expired", "missing"]
+RetryableOutcome = Literal["invalid", "truncated", "errored", "expired", "cancelled", "missing"]
 NAME = r"^[a-z][a-z0-9_]{0,62}$"
 URI = re.compile(r"^(s3|gs|az|abfss?|file|memory)://")
 RESERVED_PARAMETERS = ("model", "messages", "input", "instructions", "stream", "n", "response_format", "text", "tools")
@@ -100,6 +100,7 @@ class RetrySpec(Section):
     truncated: int = Field(0, ge=0, le=5)
     errored: int = Field(2, ge=0, le=5)
     expired: int = Field(2, ge=0, le=5)
+    cancelled: int = Field(2, ge=0, le=5, description="stopped by a person, and then gone on with; not by the deadline")
     missing: int = Field(2, ge=0, le=5)
 
     def allows(self, outcome: Outcome, times: int) -> bool:

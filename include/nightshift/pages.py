@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
+import orjson
 from jinja2 import Environment, StrictUndefined, Template
 
 from nightshift.shapes import OUTCOMES, Summary
@@ -26,6 +29,47 @@ MEANING = {
 def render_report(summary: Summary) -> str:
     """The report page of a run."""
     return _template("report.html.j2").render(s=summary, outcomes=OUTCOMES, meaning=MEANING)
+
+
+def render_job_reference(schema: Mapping[str, Any]) -> str:
+    """Every key of a job file as Markdown, from the job file's JSON Schema."""
+    lines = ["# Job files", "", "Written by `make schema` from the contract in `include/nightshift/job.py`. Unknown keys are errors.", ""]
+    sections = [("(top level)", schema), *(_sections(schema, schema))]
+    for name, section in sections:
+        lines += [f"## {name}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        required = section.get("required", ())
+        for key, field in section["properties"].items():
+            default = "**required**" if key in required else f"`{orjson.dumps(field['default']).decode()}`" if "default" in field else ""
+            lines.append(f"| `{key}` | {_type_name(field)} | {default} | {field.get('description', '')} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _sections(schema: Mapping[str, Any], section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The nested mappings of the job file, with their paths."""
+    for key, field in section["properties"].items():
+        inner = field.get("additionalProperties", field)
+        reference = (inner if isinstance(inner, dict) else field).get("$ref")
+        if reference:
+            found = schema["$defs"][reference.rpartition("/")[2]]
+            name = f"{path}{key}" if inner is field else f"{path}{key}.<column>"
+            yield f"`{name}`", found
+            yield from _sections(schema, found, f"{name}.")
+
+
+def _type_name(field: Mapping[str, Any]) -> str:
+    """A field's type in a word or two."""
+    if "enum" in field:
+        return " or ".join(f"`{value}`" for value in field["enum"])
+    if "const" in field:
+        return f"`{field['const']}`"
+    if "anyOf" in field:
+        return " or ".join(dict.fromkeys(_type_name(each) for each in field["anyOf"] if each.get("type") != "null"))
+    if "$ref" in field or field.get("type") == "object":
+        return "mapping"
+    if field.get("type") == "array":
+        return f"list of {_type_name(field['items'])}"
+    return str(field.get("type", "any"))
 
 
 def usd(value: float | None) -> str:

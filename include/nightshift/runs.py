@@ -12,7 +12,9 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
-from nightshift.errors import LedgerCorrupt
+from jinja2 import TemplateError
+
+from nightshift.errors import JobInvalid, LedgerCorrupt
 from nightshift.job import Job, RequestSpec
 from nightshift.prompts import environment
 from nightshift.providers.protocol import Provider
@@ -108,8 +110,12 @@ def run_id(*parts: str) -> str:
 
 
 def render_dates(template: str, dates: Mapping[str, str]) -> str:
-    """A URI or partition template with the run's dates (`ds`, `ds_nodash`, `data_interval_start`, …) filled in."""
-    return environment().from_string(template).render(dates) if "{{" in template else template
+    """A URI or partition template with the run's dates filled in. Raises JobInvalid where it asks for something else."""
+    try:
+        return environment().from_string(template).render(dates) if "{{" in template else template
+    except TemplateError as error:
+        known = "ds, ds_nodash, data_interval_start, data_interval_end"
+        raise JobInvalid([f"{template!r} cannot be filled in: {error.message}. Known in a scheduled run: {known}"]) from error
 
 
 def partition_of(job: Job, dates: Mapping[str, str], objects: Sequence[PinnedObject], *, scheduled: bool) -> str:

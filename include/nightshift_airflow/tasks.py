@@ -10,7 +10,7 @@ from typing import Any
 from airflow.sdk import task
 from airflow.sdk.exceptions import AirflowSkipException
 
-from nightshift.errors import InputMissing, JobInvalid, ShardHeld
+from nightshift.errors import InputMissing, JobInvalid, RunFailed, RunHeld, ShardHeld
 from nightshift.job import load_job
 from nightshift.runs import run_id
 from nightshift.shapes import Assembled, Audit, Published
@@ -122,19 +122,27 @@ def publish_to(asset: Any) -> Any:
     return publish
 
 
-@task
+@task(trigger_rule="all_done")
 def report(run_uri: str | None, **context: Any) -> str:
-    """Write what happened, however far the run came."""
+    """Write what happened, however far the run came, and end as the run ends: the last task decides a run's state."""
+    states = task_states(context)
+    failed = sorted(name for name, state in states.items() if state in ("failed", "upstream_failed") and name != "report")
     if not run_uri:
+        if failed:
+            raise RunFailed(f"{failed[0]} failed, so nothing was begun", None)
         raise AirflowSkipException("Nothing was begun, so there is nothing to report")
     site, run = run_at(run_uri, owner_of(context))
-    states = task_states(context)
     published = _published(site, run) if states.get("publish") == "success" else None
-    failed = sorted(name for name, state in states.items() if state in ("failed", "upstream_failed") and name != "report")
-    problem = None if published else f"Failed tasks: {', '.join(failed)}" if failed else "Stopped before it was published"
-    summary = report_run(site, run, published=published, problem=None if _held(site, run) else problem)
+    verdict = site.store.get_shape(run.key("audit.json"), Audit)
+    held = verdict is not None and not verdict.passed
+    problem = f"failed tasks: {', '.join(failed)}" if failed else "it was stopped"
+    summary = report_run(site, run, published=published, problem=None if published or held else problem)
     log.info("Report: %s", summary.report)
-    return summary.report
+    if published:
+        return summary.report
+    if verdict is not None and held:
+        raise RunHeld(verdict.reasons, summary.report)
+    raise RunFailed(problem, summary.report)
 
 
 def run_dates(context: Any) -> dict[str, str]:
@@ -166,11 +174,6 @@ def _published(site: Any, run: Any) -> Published | None:
     assembled = site.store.get_shape(run.key("assembled.json"), Assembled)
     folder = results_folder(run)
     return Published(uri=site.store.uri_of(folder), rows=assembled.outcomes["succeeded"], parts=()) if assembled else None
-
-
-def _held(site: Any, run: Any) -> bool:
-    verdict = site.store.get_shape(run.key("audit.json"), Audit)
-    return verdict is not None and not verdict.passed
 
 
 def _every(step: int) -> Any:

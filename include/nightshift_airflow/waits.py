@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import Any, cast
 
 import structlog
 from airflow.sdk import BaseOperator
@@ -27,7 +27,8 @@ STORE_PAUSE_SECONDS = 30.0
 # issue 72716), so a wait that ends in a worker lasts at least this long.
 RESUME_AFTER_SECONDS = 20.0
 CLEARED_OR_STOPPED_SECONDS = 3.0  # until the state of a task that a person acted on can be told
-STOPPED_STATES = frozenset({"failed", "skipped", "removed", "upstream_failed"})
+_last_words: set[asyncio.Task[None]] = set()  # the event loop keeps no strong reference to its tasks
+STOPPED_STATES = ["failed", "skipped", "removed", "upstream_failed"]
 
 
 class ShardTrigger(BaseTrigger):
@@ -66,7 +67,16 @@ class ShardTrigger(BaseTrigger):
             yield TriggerEvent({"shard": self.shard})
 
     async def on_kill(self) -> None:
-        """Cancel the batch when a person stopped the task, but not when it was cleared: its next try attaches to the batch."""
+        """Cancel the batch when a person stopped the task, but not when it was cleared: its next try attaches to the batch.
+
+        Shielded, because the triggerer cancels what is slow to end once more with every round of its loop.
+        """
+        last_words = asyncio.create_task(self._after_kill())
+        _last_words.add(last_words)
+        last_words.add_done_callback(_last_words.discard)
+        await asyncio.shield(last_words)
+
+    async def _after_kill(self) -> None:
         await asyncio.sleep(CLEARED_OR_STOPPED_SECONDS)
         await asyncio.to_thread(self._cancel_if_stopped)
 
@@ -81,20 +91,23 @@ class ShardTrigger(BaseTrigger):
             log.warning("A look failed; looking again", shard=self.shard[:12], error=str(look))
 
     def _cancel_if_stopped(self) -> None:
-        state = self._task_state()
-        if state not in STOPPED_STATES:
-            log.info("The task goes on, so its batch does too", shard=self.shard[:12], state=state)
+        if not self._is_stopped():
+            log.info("The task goes on, so its batch does too", shard=self.shard[:12])
             return
+        if "{{" in self.shard:  # killed while its templates were still being rendered
+            self.render_template_fields(cast("Any", self.task_instance).get_template_context())
         site, run = run_at(self.run_uri, "triggerer")
         move = next_move(site.ledger.attempts(self.shard), now=site.now())
         if isinstance(move, Attach):
             log.info("Cancelling the batch of a stopped task", shard=self.shard[:12], batch=move.receipt.batch_id)
             site.open_provider(run.job.spec.request).cancel(move.receipt.batch_id)
 
-    def _task_state(self) -> str | None:
+    def _is_stopped(self) -> bool:
         ti: Any = self.task_instance
-        states = RuntimeTaskInstance.get_task_states(dag_id=ti.dag_id, task_ids=[ti.task_id], run_ids=[ti.run_id], map_index=ti.map_index)
-        return next(iter(states.get(ti.run_id, {}).values()), None)
+        stopped = RuntimeTaskInstance.get_ti_count(
+            dag_id=ti.dag_id, task_ids=[ti.task_id], map_index=ti.map_index, run_ids=[ti.run_id], states=STOPPED_STATES
+        )
+        return stopped > 0
 
 
 class WaitForShard(BaseOperator):

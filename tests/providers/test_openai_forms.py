@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from nightshift.providers.openai_forms import ChatForm, ResponsesForm, is_strict
 from nightshift.providers.protocol import Garbage
 
@@ -15,7 +16,11 @@ def line(response=None, error=None) -> bytes:
 
 
 def chat(finish="stop", content="hi", refusal=None, status=200, **changes) -> bytes:
-    body = {"model": "m-2026-01-01", "choices": [{"message": {"content": content, "refusal": refusal}, "finish_reason": finish}], "usage": USAGE}
+    body = {
+        "model": "m-2026-01-01",
+        "choices": [{"message": {"content": content, "refusal": refusal}, "finish_reason": finish}],
+        "usage": USAGE,
+    }
     return line({"status_code": status, "body": {**body, **changes}})
 
 
@@ -44,7 +49,9 @@ def failed(status, code, message="why") -> bytes:
         pytest.param(line(None, {"code": "batch_canceled", "message": "x"}), "cancelled", False, True, id="F57 the other spelling"),
         pytest.param(line(None, {"code": "new_code", "message": "x"}), "errored", False, True, id="unknown code"),
         pytest.param(line(None, None), "errored", False, True, id="F70 neither response nor error"),
-        pytest.param(line({"status_code": 500, "body": None}, {"message": "x", "code": 500}), "errored", False, True, id="F72 the way of vLLM"),
+        pytest.param(
+            line({"status_code": 500, "body": None}, {"message": "x", "code": 500}), "errored", False, True, id="F72 the way of vLLM"
+        ),
     ],
 )
 def test_every_ending_of_a_chat_request_is_told_apart(raw, outcome, paid, retryable):

@@ -6,6 +6,7 @@ from datetime import timedelta
 from decimal import Decimal
 
 import pytest
+
 from nightshift.errors import AccessDenied, ApprovalNeeded, BatchUnknown, BudgetExceeded, ProviderUnavailable
 from nightshift.job import Policy, RetrySpec
 from nightshift.providers.protocol import Garbage, Reply, Snapshot
@@ -19,7 +20,9 @@ HOUR = timedelta(hours=1)
 
 
 def plan(usd: str | None, submitted: int = 10) -> Plan:
-    estimate = Estimate(input_tokens=1, output_tokens=1, output_tokens_max=1, usd=usd and Decimal(usd), usd_max=usd and Decimal(usd), basis="")
+    estimate = Estimate(
+        input_tokens=1, output_tokens=1, output_tokens_max=1, usd=usd and Decimal(usd), usd_max=usd and Decimal(usd), basis=""
+    )
     return Plan(
         fingerprint="f", rows=10, rejected=0, reasons={}, unique=10, duplicates=0, reused=0, adopted=0, submitted=submitted,
         shards=(), adopted_shards=(), answers=(), slices=(), estimate=estimate, saved_usd=None,

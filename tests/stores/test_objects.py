@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from nightshift.errors import InputChanged, InputMissing
 from nightshift.stores.objects import Objects, matching, open_input, open_objects, split_input
 

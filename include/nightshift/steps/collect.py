@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def _harvest(site: Site, run: Run, shard: str, number: int, receipt: Receipt, at
         history = _outcomes_so_far(site, shard, attempts, number)
         judge = judge_for(run.job)
         answers = (
-            _with_retry(run.job, _judged(judge, key, found, snapshot, position), number, receipt.batch_id, history.get(key, Counter()))
+            _with_retry(run.job, _judged(judge, key, found, snapshot, position), number, receipt, history.get(key, Counter()), site.now())
             for position, key in enumerate(keys, start=1)
         )
         path = Path(folder) / "answers.parquet"
@@ -227,11 +228,12 @@ def _absent(key: bytes, snapshot: Snapshot, position: int) -> Reply:
     return Reply(custom_id=custom_id, outcome=outcome, reason=reason, retryable=True)
 
 
-def _with_retry(job: Job, answer: Answer, attempt: int, batch_id: str, history: Counter[str]) -> Answer:
+def _with_retry(job: Job, answer: Answer, attempt: int, receipt: Receipt, history: Counter[str], now: datetime) -> Answer:
     reply = answer.reply
     allowed = job.spec.policy.retry.allows(reply.outcome, history[reply.outcome] + 1)
-    again = allowed and (reply.outcome != "errored" or reply.retryable)
-    return replace(answer, attempt=attempt, batch_id=batch_id, again=again)
+    overdue = job.patience is not None and now - receipt.created_at > job.patience  # the deadline cancelled it: asking again is no use
+    again = allowed and (reply.outcome != "errored" or reply.retryable) and not (reply.outcome == "cancelled" and overdue)
+    return replace(answer, attempt=attempt, batch_id=receipt.batch_id, again=again)
 
 
 def _outcomes_so_far(site: Site, shard: str, attempts: list[Attempt], before: int) -> dict[bytes, Counter[str]]:

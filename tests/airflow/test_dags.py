@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.airflow.conftest import ROOT, in_airflow
+from tests.conftest import Rehearsal, make_world, reviews
+
+BAG = """
+import json, logging
+logging.disable(logging.CRITICAL)
+from airflow.dag_processing.dagbag import DagBag
+bag = DagBag(dag_folder=%r)
+print("RESULT" + json.dumps({
+    "errors": {k: str(v) for k, v in bag.import_errors.items()},
+    "dags": {d.dag_id: {
+        "tasks": {t.task_id: sorted(t.upstream_task_ids) for t in d.tasks},
+        "retries": sorted({t.retries for t in d.tasks}),
+        "policy": all(type(t.retry_policy).__name__ == "ByErrorClass" for t in d.tasks),
+        "doc": bool(d.doc_md), "tags": sorted(d.tags), "owner": d.owner, "catchup": d.catchup,
+        "timetable": type(d.timetable).__name__, "description": d.description,
+    } for d in bag.dags.values()},
+}))
+"""
+
+
+def bag(home: Path, **env: str) -> dict:
+    return json.loads(in_airflow(home, BAG % str(ROOT / "dags"), **env).rpartition("RESULT")[2])
+
+
+@pytest.fixture(scope="module")
+def found(migrated) -> dict:
+    return bag(migrated)
+
+
+def test_every_dag_file_parses(found):
+    assert found["errors"] == {}
+    jobs = {path.stem for path in (ROOT / "include" / "jobs").glob("*.yaml")}
+    assert jobs | {"uploads"} <= set(found["dags"])
+
+
+def test_house_rules_hold_for_every_dag(found):
+    for name, dag in found["dags"].items():
+        assert dag["doc"], name
+        assert "nightshift" in dag["tags"], name
+        assert dag["policy"], name
+        assert min(dag["retries"]) >= 2, f"{name}: a resumed task may be failed falsely (apache/airflow 72716)"
+        assert not dag["catchup"], name
+
+
+def test_one_name_through_all_layers(found):
+    steps = {path.stem for path in (ROOT / "include" / "nightshift" / "steps").glob("*.py")} - {"__init__"}
+    tasks = {task.removeprefix("shard.") for task in found["dags"]["review_sentiment"]["tasks"]}
+    assert tasks == steps
+
+
+def test_nothing_is_submitted_before_it_is_approved(found):
+    tasks = found["dags"]["review_sentiment"]["tasks"]
+    assert "approve" in tasks["shard.submit"]
+    assert "plan" in tasks["approve"]
+    assert set(tasks["assemble"]) >= {"plan", "shard.collect"}
+
+
+def test_a_cron_job_runs_on_data_intervals(found):
+    assert found["dags"]["review_sentiment_nightly"]["timetable"] == "CronDataIntervalTimetable"
+    assert found["dags"]["review_sentiment"]["timetable"] == "NullTimetable"
+
+
+def test_a_broken_job_file_says_so_in_its_dag_and_leaves_the_others_alone(migrated, tmp_path, rehearsal):
+    world = make_world(tmp_path, rehearsal)
+    world.job()
+    folder = tmp_path / "job-1" / "jobs"
+    (folder / "broken.yaml").write_text("name: broken\ninputt: {}\n")
+    dags = bag(migrated, NIGHTSHIFT_JOBS=str(folder))["dags"]
+    assert set(dags) == {"reviews", "broken", "uploads"}
+    assert dags["broken"]["description"].startswith("INVALID JOB FILE")
+    assert "invalid job file" in dags["broken"]["tags"]
+
+
+def test_importing_a_dag_file_loads_no_sdk(migrated):
+    code = f"""
+import sys, runpy
+runpy.run_path({str(ROOT / "dags" / "jobs.py")!r})
+print("RESULT", [m for m in ("openai", "pandas", "great_expectations", "duckdb", "boto3") if m in sys.modules])
+"""
+    loaded = in_airflow(migrated, code).rpartition("RESULT")[2].strip()
+    assert loaded == "[]"
+
+
+RUN = """
+import json, logging, os, sys
+from airflow.dag_processing.bundles.manager import DagBundlesManager
+from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
+logging.disable(logging.WARNING)
+bag = DagBag(dag_folder=os.environ["AIRFLOW__CORE__DAGS_FOLDER"])
+DagBundlesManager().sync_bundles_to_db()
+sync_bag_to_db(bag, "dags-folder", None)
+dag = bag.dags[%r]
+run = dag.test(run_conf=%r)
+print("RESULT" + json.dumps({"state": str(run.state), "tasks": {f"{t.task_id}[{t.map_index}]": str(t.state) for t in run.get_task_instances()}}))
+"""
+
+
+def run_dag(home: Path, dag: str, conf: dict, rehearsal: Rehearsal, jobs: Path, **env: str) -> dict:
+    connection = json.dumps({"conn_type": "openai", "host": f"{rehearsal.url}/v1", "password": rehearsal.key})
+    out = in_airflow(
+        home,
+        RUN % (dag, conf),
+        NIGHTSHIFT_JOBS=str(jobs),
+        NIGHTSHIFT_STORE=f"file://{home}/store",
+        NIGHTSHIFT_POLL_SECONDS="0.2",
+        AIRFLOW_CONN_OPENAI_DEFAULT=connection,
+        **env,
+    )
+    return json.loads(out.rpartition("RESULT")[2])
+
+
+def summary_of(home: Path) -> dict:
+    [path] = (home / "store" / "runs").glob("*/*/summary.json")
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def job(tmp_path, rehearsal):
+    world = make_world(tmp_path / "world", rehearsal)
+    world.job(policy={"max_requests_per_shard": 10, "publish_at_least": 0.5})
+    return world, tmp_path / "world" / "job-1" / "jobs"
+
+
+def test_a_job_goes_the_whole_way_under_airflow(airflow_home, rehearsal, job):
+    world, jobs = job
+    ended = run_dag(airflow_home, "reviews", {"input": world.write("in.jsonl", reviews(25))}, rehearsal, jobs)
+    assert ended["state"] == "success", ended
+    assert set(ended["tasks"].values()) == {"success"}
+    assert [name for name in ended["tasks"] if name.startswith("shard.collect")] == [f"shard.collect[{i}]" for i in range(3)]
+    summary = summary_of(airflow_home)
+    assert (summary["state"], summary["outcomes"]["succeeded"], summary["batches"]) == ("published", 25, 3)
+    assert rehearsal.bill()["requests"] == 25
+
+
+def test_what_fails_at_the_provider_is_driven_again_under_airflow(airflow_home, rehearsal, job):
+    world, jobs = job
+    rehearsal.faults(errored=0.3)
+    ended = run_dag(airflow_home, "reviews", {"input": world.write("in.jsonl", reviews(25))}, rehearsal, jobs)
+    assert ended["state"] == "success", ended
+    assert summary_of(airflow_home)["batches"] > 3
+
+
+def test_a_held_run_is_red_and_its_report_is_written(airflow_home, rehearsal, job):
+    world, jobs = job
+    rehearsal.faults(bad_request=1.0)
+    ended = run_dag(airflow_home, "reviews", {"input": world.write("in.jsonl", reviews(25))}, rehearsal, jobs)
+    assert (ended["state"], ended["tasks"]["publish[-1]"], ended["tasks"]["report[-1]"]) == ("failed", "failed", "failed")
+    assert summary_of(airflow_home)["state"] == "held"
+
+
+def test_a_run_without_input_is_green_and_quick(airflow_home, rehearsal, job):
+    _, jobs = job
+    ended = run_dag(airflow_home, "reviews", {}, rehearsal, jobs)
+    assert (ended["state"], ended["tasks"]["discover[-1]"]) == ("success", "skipped")
+    assert not (airflow_home / "store" / "runs").exists()
+
+
+def test_an_input_that_was_named_and_is_not_there_is_red_at_once(airflow_home, rehearsal, job):
+    world, jobs = job
+    ended = run_dag(airflow_home, "reviews", {"input": f"file://{world.folder}/input/none.jsonl"}, rehearsal, jobs)
+    assert (ended["state"], ended["tasks"]["discover[-1]"]) == ("failed", "failed")
+
+
+def test_uploads_start_one_run_each_and_only_once(airflow_home, rehearsal, tmp_path):
+    world = make_world(tmp_path / "world", rehearsal)
+    world.job(on_upload=f"file://{tmp_path}/world/input/*.jsonl")
+    world.write("a b+c.jsonl", reviews(2))
+    world.write("d.jsonl", reviews(3))
+    world.write("empty.jsonl", b"")
+    jobs = tmp_path / "world" / "job-1" / "jobs"
+    code = """
+import json, os, logging
+logging.disable(logging.CRITICAL)
+from nightshift_airflow.uploads import find_uploads, note_uploads, open_store
+found = find_uploads.function()
+note_uploads.function(found[:1])
+print("RESULT" + json.dumps([found, find_uploads.function()]))
+"""
+    out = in_airflow(airflow_home, code, NIGHTSHIFT_JOBS=str(jobs), NIGHTSHIFT_STORE=f"file://{airflow_home}/store")
+    first, second = json.loads(out.rpartition("RESULT")[2])
+    assert [each["conf"]["input"].rpartition("/")[2] for each in first] == ["a b+c.jsonl", "d.jsonl"]
+    assert [each["trigger_dag_id"] for each in first] == ["reviews", "reviews"]
+    assert first[0]["trigger_run_id"].startswith("upload__a-b-c.jsonl__")
+    assert second == first[1:]

@@ -1,0 +1,214 @@
+"""The command line as a person uses it: real processes, real signals, real exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Rehearsal, World, reviews
+
+
+def environment(rehearsal: Rehearsal | None, **changes: str) -> dict[str, str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI", "NIGHTSHIFT", "AWS"))}
+    if rehearsal:
+        env |= {"OPENAI_BASE_URL": f"{rehearsal.url}/v1", "OPENAI_API_KEY": rehearsal.key, "NIGHTSHIFT_POLL_SECONDS": "0.1"}
+    return {**env, **changes}
+
+
+def nightshift(*arguments: str, rehearsal: Rehearsal | None = None, **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "nightshift.cli", *arguments]
+    return subprocess.run(command, env=environment(rehearsal, **env), capture_output=True, text=True, timeout=120)
+
+
+def file_of(world: World, **changes) -> str:
+    world.job(**changes)
+    return str(world.folder / f"job-{world.jobs}" / "jobs" / "reviews.yaml")
+
+
+def test_run_json_ends_with_one_object_of_the_agreed_shape(world):
+    done = nightshift(
+        "run",
+        file_of(world),
+        "--input",
+        world.write("in.jsonl", reviews(20)),
+        "--store",
+        f"file://{world.folder}/store",
+        "--json",
+        rehearsal=world.rehearsal,
+    )
+    assert done.returncode == 0, done.stderr
+    last = json.loads(done.stdout.strip().splitlines()[-1])
+    assert last["rows"] == 20
+    assert list(last["outcomes"]) == [
+        "succeeded",
+        "invalid",
+        "truncated",
+        "refused",
+        "filtered",
+        "errored",
+        "expired",
+        "cancelled",
+        "missing",
+        "rejected",
+    ]
+    assert last["requests"] == {"unique": 20, "duplicates": 0, "reused": 0, "adopted": 0, "submitted": 20}
+    assert (last["batches"], last["published"]) == (1, True)
+    assert last["cost_usd"]["actual"] > 0
+    assert Path(last["report"].removeprefix("file://")).is_file()
+    assert Path(last["results"].removeprefix("file://"), "_manifest.json").is_file()
+
+
+def test_people_see_the_outcomes_the_bill_and_the_report(world):
+    done = (
+        nightshift(
+            "run",
+            file_of(world),
+            "--input",
+            f"{world.folder}/input/in.jsonl",
+            "--store",
+            f"file://{world.folder}/store",
+            rehearsal=world.rehearsal,
+        )
+        if world.write("in.jsonl", reviews(3))
+        else None
+    )
+    assert "3 submitted in 1 batches" in done.stderr
+    assert "of 3 rows read" in done.stderr
+    assert "report.html" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        pytest.param({"policy": {"budget_usd": 0.000001}}, 4, "policy.budget_usd allows", id="over the budget"),
+        pytest.param({"policy": {"approve_above_usd": 0}}, 4, "--yes on the command line", id="nobody to ask"),
+        pytest.param({"request": {"model": "gpt-none"}}, 2, "is not offered at", id="no such model"),
+    ],
+)
+def test_exit_codes_and_one_clear_message(world, changes, code, message):
+    done = nightshift(
+        "run",
+        file_of(world, **changes),
+        "--input",
+        world.write("in.jsonl", reviews(3)),
+        "--store",
+        f"file://{world.folder}/store",
+        rehearsal=world.rehearsal,
+    )
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert world.rehearsal.bill()["batches"] == 0
+
+
+def test_a_held_run_ends_with_3_and_its_json(world):
+    world.rehearsal.faults(refused=1.0)
+    done = nightshift(
+        "run",
+        file_of(world),
+        "--input",
+        world.write("in.jsonl", reviews(3)),
+        "--store",
+        f"file://{world.folder}/store",
+        "--json",
+        rehearsal=world.rehearsal,
+    )
+    assert done.returncode == 3
+    assert json.loads(done.stdout)["outcomes"]["refused"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["run", "nope", "--store", "file:///tmp/x"], "no such job file", id="unknown job"),
+        pytest.param(
+            ["run", "review_sentiment", "--input", "/nowhere/at/all.jsonl", "--store", "file:///tmp/nightshift-none"],
+            "Nothing to read at",
+            id="missing input",
+        ),
+        pytest.param(["run", "review_sentiment", "--input", "x.jsonl"], "No store", id="no store"),
+        pytest.param(["run", "review_sentiment", "--input", "x.jsonl", "--store", "/tmp/x"], "is not a URI", id="store is a path"),
+        pytest.param(["run", "review_sentiment_nightly", "--store", "file:///tmp/x"], "give the date with --ds", id="no date"),
+        pytest.param(
+            ["run", "review_sentiment_nightly", "--ds", "yesterday", "--store", "file:///tmp/x"], "expected a date", id="bad date"
+        ),
+        pytest.param(["rehearse", "--fault", "eroded=1"], "errored", id="unknown fault"),
+        pytest.param(["rehearse", "--pace", "runing=1"], "runing", id="unknown pace"),
+    ],
+)
+def test_wrong_calls_are_told_what_to_mend(arguments, message):
+    done = nightshift(*arguments, OPENAI_API_KEY="x")
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_key_at_all_is_told(world):
+    done = nightshift("run", file_of(world), "--input", world.write("in.jsonl", reviews(3)), "--store", f"file://{world.folder}/store")
+    assert done.returncode == 2
+    assert "Set OPENAI_API_KEY" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_validate_tells_every_mistake_and_ends_with_2(world, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("name: Bad Name\nrequest: {provider: opnai}\n")
+    done = nightshift("validate", str(path))
+    assert done.returncode == 2
+    assert f"{path}:1: name" in done.stderr
+    assert "did you mean 'openai'?" in done.stderr
+    assert nightshift("validate", file_of(world)).returncode == 0
+
+
+def test_plan_sends_nothing_and_keeps_nothing(world):
+    done = nightshift(
+        "plan",
+        file_of(world),
+        "--input",
+        world.write("in.jsonl", reviews(20)),
+        "--store",
+        f"file://{world.folder}/store",
+        OPENAI_API_KEY="x",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "in 1 shards" in done.stderr
+    assert [path for path in (world.folder / "store").rglob("*") if path.is_file()] == []
+
+
+def test_status_and_report_show_a_run_afterwards(world):
+    job, store = file_of(world), f"file://{world.folder}/store"
+    done = nightshift("run", job, "--input", world.write("in.jsonl", reviews(3)), "--store", store, "--json", rehearsal=world.rehearsal)
+    run = json.loads(done.stdout)["run"]
+    assert "published" in nightshift("status", job, "--store", store, COLUMNS="200").stderr
+    assert "3 submitted" in nightshift("report", job, run, "--store", store).stderr
+    assert nightshift("report", job, "0" * 16, "--store", store).returncode == 2
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
+def test_a_stopped_run_goes_on_with_the_same_command_and_pays_nothing_twice(world, sign):
+    world.rehearsal.pace(validating=0.1, running=4.0, finalizing=0.1)
+    command = [sys.executable, "-m", "nightshift.cli", "run", file_of(world, policy={"max_requests_per_shard": 10}), "--input"]
+    command += [world.write("in.jsonl", reviews(40)), "--store", f"file://{world.folder}/store", "--json"]
+    env = environment(world.rehearsal)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list((world.folder / "store" / "shards").glob("*/receipt-1.json"))) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(sign)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == (130 if sign is signal.SIGINT else -signal.SIGKILL)
+    assert "Traceback" not in errors
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    ended = json.loads(done.stdout)
+    assert (ended["outcomes"]["succeeded"], ended["batches"]) == (40, 4)
+    bill = world.rehearsal.bill()
+    assert (bill["batches"], bill["requests"]) == (4, 40)
