@@ -4,6 +4,7 @@ NightshiftError
 ├── Permanent                     mend something; repeating it as it is cannot help
 │   ├── JobInvalid                the job file, its prompt, schema or suite
 │   ├── InputMissing              nothing there to read
+│   ├── BucketMissing             the bucket itself does not exist
 │   ├── InputUnreadable           there, but not what it says it is
 │   ├── InputChanged              the pinned object was replaced or deleted during the run
 │   ├── AccessDenied              credentials missing, wrong, expired, or not allowed
@@ -66,6 +67,14 @@ class InputMissing(Permanent):
     def __init__(self, uri: str, why: str = "no object matches it") -> None:
         self.uri = uri
         super().__init__(f"Nothing to read at {uri}: {why}. Check the bucket, the key and the pattern; nothing was sent.")
+
+
+class BucketMissing(Permanent):
+    """The bucket of a URI does not exist: never just an interval without data."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        super().__init__(f"There is no bucket of {uri}. Check its name, its region and the connection; nothing was sent.")
 
 
 class InputUnreadable(Permanent):

@@ -30,7 +30,7 @@ from obstore.exceptions import (
 from obstore.store import LocalStore, MemoryStore, from_url
 from pydantic import ValidationError
 
-from nightshift.errors import AccessDenied, InputChanged, InputMissing, LedgerCorrupt, StoreUnavailable
+from nightshift.errors import AccessDenied, BucketMissing, InputChanged, InputMissing, LedgerCorrupt, StoreUnavailable
 from nightshift.shapes import Wire
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ Shape = TypeVar("Shape", bound=Wire)
 READ_AHEAD = 4 << 20  # bytes per request of a sequential read: large enough that round trips vanish, small enough to stay flat
 CLIENT = {"timeout": "120s", "connect_timeout": "5s"}
 RETRY = {"max_retries": 5}
+NO_BUCKET = "NoSuchBucket"
 DENIED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "AccessDenied", "403 Forbidden", "401 Unauthorized")
 
 
@@ -89,7 +90,9 @@ class Objects:
         with _translated(self.uri_of(key)):
             try:
                 return bytes(obstore.get(self._store, key).bytes())
-            except (NotFoundError, FileNotFoundError):
+            except (NotFoundError, FileNotFoundError) as error:
+                if NO_BUCKET in str(error):
+                    raise
                 return None
 
     def create_shape(self, key: str, shape: Wire) -> bool:
@@ -254,6 +257,7 @@ def matching(objects: Objects, pattern: str) -> Iterator[Found]:
     wild = min((pattern.find(char) for char in "*?[" if char in pattern), default=-1)
     folder = pattern if wild < 0 else pattern[:wild].rpartition("/")[0]
     if wild < 0 and not pattern.endswith("/"):
+        next(objects.scan(folder), None)  # a HEAD does not tell a missing key from a missing bucket; a listing does
         return
     for found in objects.scan(folder):
         if wild < 0 or _matches(found.key, pattern):
@@ -314,9 +318,13 @@ def _translated(where: str) -> Iterator[None]:
     except (PermissionDeniedError, UnauthenticatedError) as error:
         raise AccessDenied(where, _first_line(error)) from error
     except (NotFoundError, FileNotFoundError) as error:
+        if NO_BUCKET in str(error):
+            raise BucketMissing(where) from error
         raise InputMissing(where, _first_line(error)) from error
     except GenericError as error:
         text = str(error)
+        if NO_BUCKET in text:
+            raise BucketMissing(where) from error
         if any(sign in text for sign in DENIED) or "CredentialProvider" in text:
             raise AccessDenied(where, _first_line(error)) from error
         raise StoreUnavailable(where, _first_line(error)) from error

@@ -1,0 +1,138 @@
+"""submit against the rehearsal provider: whatever dies, races or lies in between, a shard is bought once."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from nightshift.errors import ProviderUnavailable, ShardHeld, SubmissionInDoubt
+from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
+from nightshift.runs import Site
+from nightshift.stores.ledger import LEASE, token_for
+from nightshift.steps.discover import discover
+from nightshift.steps.plan import plan
+from nightshift.steps.submit import submit
+
+from tests.conftest import free_port, reviews
+
+
+@pytest.fixture
+def planned(world):
+    """A run of one shard, planned and not sent: (site, run, shard)."""
+    run = discover(world.site, world.job(), pattern=world.write("in.jsonl", reviews(5)), label="x", run="r1", dates={})
+    [shard] = plan(world.site, run).shards
+    return world.site, run, shard
+
+
+def later(site: Site) -> Site:
+    """The same site when every lease has lapsed."""
+    return replace(site, now=lambda: datetime.now(UTC) + LEASE + timedelta(seconds=1), owner="a later worker")
+
+
+def batches(world) -> int:
+    return world.rehearsal.bill()["batches"]
+
+
+def test_submitting_again_attaches_to_the_same_batch(world, planned):
+    site, run, shard = planned
+    assert submit(site, run, shard) == submit(site, run, shard) == submit(later(site), run, shard)
+    assert batches(world) == 1
+
+
+def test_F36_many_workers_at_once_send_once(world, planned):
+    site, run, shard = planned
+
+    def attempt(i: int) -> str:
+        try:
+            return submit(replace(site, owner=f"worker {i}"), run, shard).batch_id
+        except ShardHeld:
+            return "held"
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(attempt, range(24))) - {"held"}) == 1
+    assert batches(world) == 1
+
+
+def test_F35_a_worker_that_died_after_the_create_call_has_its_batch_found(world, planned):
+    site, run, shard = planned
+    died = submit(site, run, shard)
+    site.store.delete([f"shards/{shard}/receipt-1.json"])
+    with pytest.raises(ShardHeld):
+        submit(replace(site, owner="somebody else"), run, shard)
+    assert submit(later(site), run, shard) == died
+    assert batches(world) == 1
+
+
+def test_F35_a_worker_that_died_before_the_create_call_is_replaced(world, planned):
+    site, run, shard = planned
+    site.ledger.claim(shard, 1, "the dead", datetime.now(UTC))
+    receipt = submit(later(site), run, shard)
+    assert receipt.token == token_for(shard, 2)
+    assert batches(world) == 1
+
+
+def test_a_look_up_that_fails_is_not_taken_for_nothing_there(world, planned):
+    site, run, shard = planned
+    submit(site, run, shard)
+    site.store.delete([f"shards/{shard}/receipt-1.json"])
+    down = OpenAIBatches("/v1/chat/completions", OpenAIAccess(base_url=f"http://127.0.0.1:{free_port()}/v1", api_key="x"))
+    with pytest.raises(ProviderUnavailable):
+        submit(replace(later(site), open_provider=lambda request: down), run, shard)
+    assert [attempt.number for attempt in site.ledger.attempts(shard)] == [1]
+    assert batches(world) == 1
+
+
+def test_F33_a_doubt_stays_a_doubt_until_the_list_has_been_read_after_the_lease(world, planned):
+    """The create call is accepted, its answer lost, and the list lags: nothing is sent again meanwhile."""
+    site, run, shard = planned
+    world.rehearsal.faults(create_500_after_accept=1, list_lag_seconds=2)
+    with pytest.raises(SubmissionInDoubt):
+        submit(site, run, shard)
+    with pytest.raises(ShardHeld):
+        submit(site, run, shard)
+    time.sleep(2)
+    assert submit(later(site), run, shard).token == token_for(shard, 1)
+    assert batches(world) == 1
+
+
+@pytest.mark.parametrize("fault", ["create_quota", "create_500"])
+def test_a_create_call_that_bought_nothing_can_be_made_again(world, planned, fault):
+    site, run, shard = planned
+    world.rehearsal.faults(**{fault: 1})
+    with pytest.raises(Exception) as caught:  # noqa: PT011 — refused or in doubt, by fault
+        submit(site, run, shard)
+    again = later(site) if isinstance(caught.value, SubmissionInDoubt) else site
+    submit(again, run, shard)
+    assert batches(world) == 1
+
+
+def test_a_process_that_slept_past_its_lease_sends_nothing(world, planned):
+    site, run, shard = planned
+    moments = iter([datetime.now(UTC), datetime.now(UTC), datetime.now(UTC) + LEASE])
+    with pytest.raises(SubmissionInDoubt):
+        submit(replace(site, now=lambda: next(moments)), run, shard)
+    assert batches(world) == 0
+
+
+def test_the_token_is_found_however_many_batches_the_account_has(tmp_path, rehearsal):
+    provider = rehearsal.provider()
+    path = tmp_path / "one.jsonl"
+    path.write_bytes(b'{"custom_id":"x","method":"POST","url":"/v1/chat/completions","body":{"model":"gpt-5.4-nano","messages":[]}}\n')
+    uploaded = provider.upload("x", path)
+    since = datetime.now(UTC)
+    wanted = provider.create(uploaded, "the-token", {})
+    for i in range(230):
+        provider.create(uploaded, f"other-{i}", {})
+    assert provider.find(["nobody", "the-token"], since) == wanted
+    assert provider.find(["nobody"], since) is None
+
+
+def test_F34_the_create_call_goes_out_once(world, planned):
+    """A server that answers every create call with 500 sees one call per submit."""
+    site, run, shard = planned
+    world.rehearsal.faults(create_500_after_accept=3)
+    submit(site, run, shard)
+    assert batches(world) == 1
