@@ -13,8 +13,9 @@ from nightshift.providers.protocol import Garbage, Reply, Snapshot
 from nightshift.shapes import Estimate, Plan
 from nightshift.steps.approve import Ask, Pass, Stop, approve, decide
 from nightshift.steps.collect import match_replies
-from nightshift.steps.plan import Wanted, cut, shard_key
+from nightshift.steps.plan import Wanted, cut
 from nightshift.steps.wait import UNKNOWN_PATIENCE, Cancel, Ended, Look, next_look
+from nightshift.stores.shards import shard_key
 
 HOUR = timedelta(hours=1)
 

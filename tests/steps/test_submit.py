@@ -8,14 +8,14 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
+
 from nightshift.errors import ProviderUnavailable, ShardHeld, SubmissionInDoubt
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.runs import Site
-from nightshift.stores.ledger import LEASE, token_for
 from nightshift.steps.discover import discover
 from nightshift.steps.plan import plan
 from nightshift.steps.submit import submit
-
+from nightshift.stores.ledger import LEASE, token_for
 from tests.conftest import free_port, reviews
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import boto3
 import pytest
-from nightshift.errors import AccessDenied, BucketMissing, InputChanged, StoreUnavailable
-from nightshift.stores.objects import Objects, matching, open_input, open_objects
 from pytest_httpserver import HTTPServer
 
+from nightshift.errors import AccessDenied, BucketMissing, InputChanged, StoreUnavailable
+from nightshift.stores.objects import Objects, matching, open_input, open_objects
 from tests.conftest import free_port
 
 MINISTACK = Path(__file__).parents[2] / ".venv" / "local" / "bin" / "ministack"

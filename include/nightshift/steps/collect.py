@@ -7,7 +7,7 @@ provider returned none for it, or two.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +24,7 @@ from nightshift.providers.protocol import Garbage, Reply, Snapshot
 from nightshift.runs import Run, Site
 from nightshift.shapes import Outcome, Receipt, Settled, Usage
 from nightshift.stores.ledger import Attach, Attempt, Done, Ended, next_move
+from nightshift.stores.shards import answers_key, asked_by, request_keys
 
 NEVER_RAN: dict[str, Outcome] = {"expired": "expired", "cancelled": "cancelled"}  # batch status → outcome of what has no line
 RANK: dict[str, int] = {"succeeded": 3, "invalid": 2, "truncated": 2, "refused": 2, "filtered": 2}  # of two lines the better stays
@@ -59,22 +60,6 @@ def collect(site: Site, run: Run, shard: str) -> Settled | None:
     return _settle(site, run, shard, attempts) if isinstance(next_move(attempts, now=site.now()), Done) else None
 
 
-def requests_of_attempt(site: Site, shard: str, attempt: int) -> set[bytes] | None:
-    """The request keys that an attempt asks: None for all of the shard, else what the last harvest left to be asked again."""
-    harvested = [
-        each.number for each in site.ledger.attempts(shard) if each.number < attempt and each.ended and each.ended.how == "harvested"
-    ]
-    if not harvested:
-        return None
-    table = pq.read_table(site.store.open(answers_key(shard, harvested[-1])), columns=["request_key", "again"])
-    return set(table.filter(table.column("again")).column("request_key").to_pylist())
-
-
-def answers_key(shard: str, attempt: int) -> str:
-    """Where the lines of one attempt stand."""
-    return f"shards/{shard}/answers-{attempt}.parquet"
-
-
 def _harvest(site: Site, run: Run, shard: str, number: int, receipt: Receipt, attempts: list[Attempt]) -> None:
     """Read everything the batch left, write the attempt's answers, then its end. Repeating it writes the same."""
     provider = site.open_provider(run.job.spec.request)
@@ -85,7 +70,8 @@ def _harvest(site: Site, run: Run, shard: str, number: int, receipt: Receipt, at
     if snapshot.state == "running":
         raise ProviderUnavailable(provider.where, f"batch {receipt.batch_id} is still {snapshot.status}.")
     with site.scratch() as folder:
-        keys = list(_keys_of_attempt(site, shard, number))
+        asked = asked_by(site.store, shard, attempts, number)
+        keys = [key for key in request_keys(site.store, shard) if asked is None or key in asked]
         if snapshot.state == "failed" and not snapshot.bad_lines and not snapshot.result_files:
             _end_without_answers(site, shard, number, receipt, snapshot, len(keys))
             return
@@ -202,13 +188,6 @@ def _line(key: bytes, answer: Answer) -> dict[str, Any]:
         "cached_tokens": reply.cached_tokens,
         "output_tokens": reply.output_tokens,
     }
-
-
-def _keys_of_attempt(site: Site, shard: str, attempt: int) -> Iterator[bytes]:
-    from nightshift.steps.plan import request_keys
-
-    chosen = requests_of_attempt(site, shard, attempt)
-    return (key for key in request_keys(site, shard) if chosen is None or key in chosen)
 
 
 def _judged(judge: Callable[[Reply], Answer], key: bytes, found: dict[bytes, Reply], snapshot: Snapshot, position: int) -> Answer:

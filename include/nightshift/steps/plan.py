@@ -6,7 +6,6 @@ requests are new; their lines are then copied from the spool into shards. Memory
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from nightshift.runs import Run, Site
 from nightshift.shapes import PinnedObject, Plan, Shard
 from nightshift.stores.answers import AnswerStore
 from nightshift.stores.database import open_database
+from nightshift.stores.shards import request_keys, requests_key, shard_key
 
 if TYPE_CHECKING:
     import duckdb
@@ -251,7 +251,7 @@ def _find_in_flight(site: Site, database: duckdb.DuckDBPyConnection, answers: An
     used = []
     for shard in answers.open_shards():
         database.execute("CREATE OR REPLACE TEMP TABLE flying (key BLOB)")
-        keys = request_keys(site, shard)
+        keys = request_keys(site.store, shard)
         found = pa.table({"key": pa.array(keys, pa.binary(32))})
         database.execute("INSERT INTO flying SELECT * FROM found")
         del found
@@ -263,18 +263,6 @@ def _find_in_flight(site: Site, database: duckdb.DuckDBPyConnection, answers: An
 def _mark(database: duckdb.DuckDBPyConnection, table: str, word: str) -> int:
     database.execute(f"UPDATE requests SET known = '{word}' WHERE known IS NULL AND key IN (SELECT key FROM {table})")
     return int(database.fetchall()[0][0])
-
-
-def request_keys(site: Site, shard: str) -> list[bytes]:
-    """The request keys of a shard, in the order of its lines; a shard holds at most one batch's worth."""
-    with site.store.open(f"shards/{shard}/requests.jsonl") as file:
-        return [key_of_line(line) for line in file]
-
-
-def key_of_line(line: bytes) -> bytes:
-    """The request key in a line of `requests.jsonl`: every provider's line starts with its id."""
-    start = line.index(b'":"') + 3
-    return bytes.fromhex(line[start : start + 64].decode())
 
 
 def _pack(
@@ -294,7 +282,7 @@ def _pack(
             request_bytes=sum(item.size for item in wanted),
         )
         if keep and site.store.get_shape(f"shards/{shard.key}/shard.json", Shard) is None:
-            site.store.put(f"shards/{shard.key}/requests.jsonl", _gather(spool.path, wanted))
+            site.store.put(requests_key(shard.key), _gather(spool.path, wanted))
             site.store.create_shape(f"shards/{shard.key}/shard.json", shard)
         yield shard
 
@@ -311,14 +299,6 @@ def cut(wanted: Iterable[Wanted], most: int, most_bytes: int) -> Iterator[list[W
         size += item.size
     if group:
         yield group
-
-
-def shard_key(keys: Iterable[bytes]) -> str:
-    """A shard's name: the hash of its request keys, in any order."""
-    digest = hashlib.sha256()
-    for key in sorted(keys):
-        digest.update(key)
-    return digest.hexdigest()
 
 
 def _wanted(database: duckdb.DuckDBPyConnection) -> Iterator[Wanted]:

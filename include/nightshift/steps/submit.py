@@ -14,9 +14,8 @@ from nightshift.errors import Permanent, ShardHeld, SubmissionInDoubt, Transient
 from nightshift.providers.protocol import Provider
 from nightshift.runs import Run, Site
 from nightshift.shapes import Receipt
-from nightshift.steps.collect import requests_of_attempt
-from nightshift.steps.plan import key_of_line
 from nightshift.stores.ledger import CREATE_TIMEOUT, LEASE, Attach, Done, Ended, Hold, Search, Send, next_move
+from nightshift.stores.shards import asked_by, key_of_line, requests_key
 
 
 def submit(site: Site, run: Run, shard: str) -> Receipt | None:
@@ -82,8 +81,8 @@ def _refusals_recorded(site: Site, shard: str, attempt: int, count: int) -> Iter
 
 def _write_requests(site: Site, shard: str, attempt: int, folder: Path) -> tuple[Path, int]:
     """The lines of one attempt as a local file, and their count: all of the shard's, or those to be asked again."""
-    path = site.store.download(f"shards/{shard}/requests.jsonl", folder / "requests.jsonl")
-    chosen = requests_of_attempt(site, shard, attempt)
+    path = site.store.download(requests_key(shard), folder / "requests.jsonl")
+    chosen = asked_by(site.store, shard, site.ledger.attempts(shard), attempt)
     if chosen is None:
         return path, site.ledger.shard(shard).request_count
     rest = folder / "rest.jsonl"
