@@ -375,11 +375,14 @@ def _shown(*, quiet: bool) -> Iterator[Any]:
         shards: dict[str, tuple[int, bool]] = {}
         totals = {"requests": 0}
 
+        def finish() -> None:
+            for task in progress.tasks:
+                total = task.total or max(task.completed, 1)
+                progress.update(task.id, completed=total, total=total)
+
         def stage(name: str) -> None:
-            for bar in bars.values():
-                task = progress.tasks[bar]
-                progress.update(bar, completed=task.total or task.completed, total=task.total or max(task.completed, 1))
-            bars.setdefault(name, progress.add_task(name, total=None, note=""))
+            finish()
+            bars[name] = progress.add_task(name, total=None, note="")
 
         def rows(count: int) -> None:
             progress.update(bars["plan"], completed=count, note="rows")
@@ -397,6 +400,7 @@ def _shown(*, quiet: bool) -> Iterator[Any]:
             progress.update(bars["wait"], completed=min(done, totals["requests"]), total=max(totals["requests"], 1), note=note)
 
         yield Watcher(stage=stage, rows=rows, planned=planned, shard=shard)
+        finish()
 
 
 if __name__ == "__main__":
