@@ -47,7 +47,7 @@ class Encoder:
         head = orjson.dumps([request.provider, request.endpoint, request.model])
         self._seed = hashlib.sha256(head + b"\n")
         self.fingerprint = hashlib.sha256(
-            head + b"\n".join([*self._pieces, prompt.version.encode(), orjson.dumps(job.answer_schema, option=orjson.OPT_SORT_KEYS)])
+            head + b"\n".join([*self._pieces, orjson.dumps(job.answer_schema, option=orjson.OPT_SORT_KEYS)])
         ).hexdigest()
 
     def body(self, row: Mapping[str, Any]) -> bytes | str:
@@ -66,7 +66,7 @@ class Encoder:
                 return f"the prompt prints a null ({nulls or 'computed'})"
             except TemplateError as error:
                 return f"the prompt cannot be rendered: {error.message}"
-            except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+            except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
                 # orjson refuses lone surrogates with a TypeError; filters raise the rest on values they cannot take.
                 return f"the prompt cannot be rendered: {error}"
             parts.append(piece)

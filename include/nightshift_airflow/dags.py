@@ -34,7 +34,7 @@ def job_dag(spec: JobFile, path: Path) -> DAG:
         description=spec.description or f"{spec.request.model} over {spec.input.uri}",
         doc_md=_doc(spec),
         schedule=CronDataIntervalTimetable(spec.schedule, timezone=spec.timezone) if spec.schedule else None,
-        start_date=pendulum.parse(spec.start_date, tz=spec.timezone),
+        start_date=pendulum.datetime(*spec.start_date.timetuple()[:3], tz=spec.timezone),
         catchup=False,
         max_active_runs=16,
         max_active_tasks=64,

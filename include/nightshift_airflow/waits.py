@@ -12,9 +12,10 @@ from airflow.sdk import BaseOperator
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from airflow.triggers.base import BaseTrigger, StartTriggerArgs, TaskSuccessEvent, TriggerEvent
 
-from nightshift.errors import NightshiftError, ShardHeld
+from nightshift.errors import NightshiftError, Permanent, ShardHeld
 from nightshift.providers.protocol import Snapshot
 from nightshift.steps.collect import collect
+from nightshift.steps.plan import plan
 from nightshift.steps.submit import submit
 from nightshift.steps.wait import pauses
 from nightshift.stores.ledger import Attach, next_move
@@ -54,6 +55,8 @@ class ShardTrigger(BaseTrigger):
             try:
                 looks = looks or await asyncio.to_thread(self._looks)
                 pause = await asyncio.to_thread(next, looks, None)
+            except Permanent:
+                break  # collect meets the same on a worker, where it can be reported and mended
             except NightshiftError as error:  # of the store; the provider's are handled by the wait itself
                 log.warning("A look failed; looking again", shard=self.shard[:12], error=str(error))
                 looks, pause = None, STORE_PAUSE_SECONDS
@@ -97,6 +100,8 @@ class ShardTrigger(BaseTrigger):
         if "{{" in self.shard:  # killed while its templates were still being rendered
             self.render_template_fields(cast("Any", self.task_instance).get_template_context())
         site, run = run_at(self.run_uri, "triggerer")
+        if self.shard in plan(site, run).adopted_shards:
+            return  # another run waits for it, too
         move = next_move(site.ledger.attempts(self.shard), now=site.now())
         if isinstance(move, Attach):
             log.info("Cancelling the batch of a stopped task", shard=self.shard[:12], batch=move.receipt.batch_id)

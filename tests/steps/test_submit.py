@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from nightshift.errors import ProviderUnavailable, ShardHeld, SubmissionInDoubt
+from nightshift.errors import AccessDenied, ProviderUnavailable, ShardHeld, SubmissionInDoubt
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.runs import Site
 from nightshift.steps.discover import discover
@@ -98,6 +98,41 @@ def test_F33_a_doubt_stays_a_doubt_until_the_list_has_been_read_after_the_lease(
     assert batches(world) == 1
 
 
+def test_a_late_receipt_of_an_older_attempt_is_attached_to(world, planned):
+    """Worker 1's answer is lost and the list lags; worker 2 claims, finds nothing yet and dies; worker 3 finds batch 1."""
+    site, run, shard = planned
+    submit(site, run, shard)
+    site.store.delete([f"shards/{shard}/receipt-1.json"])
+    site.ledger.claim(shard, 2, "the searcher that died", datetime.now(UTC))
+    found = submit(later(site), run, shard)
+    assert found.token == token_for(shard, 1)
+    assert submit(later(site), run, shard) == found
+    assert batches(world) == 1
+
+
+@pytest.mark.parametrize("answer", [{}, [], {"error": {"message": "no"}}, {"data": None, "has_more": False}, "<html>"], ids=str)
+def test_a_list_that_is_no_list_is_not_taken_for_an_empty_one(httpserver, answer):
+    httpserver.expect_request("/v1/batches").respond_with_json(answer)
+    provider = OpenAIBatches("/v1/chat/completions", OpenAIAccess(base_url=httpserver.url_for("/v1"), api_key="x"))
+    with pytest.raises(ProviderUnavailable):
+        provider.find(["t"], datetime.now(UTC))
+
+
+def test_a_create_call_in_doubt_stays_in_doubt_when_the_list_is_forbidden(world, planned, monkeypatch):
+    site, run, shard = planned
+    world.rehearsal.faults(create_500_after_accept=1)
+
+    def forbidden(self, tokens, since):
+        raise AccessDenied("the list", "this key may not read it")
+
+    monkeypatch.setattr(OpenAIBatches, "find", forbidden)
+    with pytest.raises(SubmissionInDoubt):
+        submit(site, run, shard)
+    with pytest.raises(ShardHeld):
+        submit(site, run, shard)
+    assert batches(world) == 1
+
+
 @pytest.mark.parametrize("fault", ["create_quota", "create_500"])
 def test_a_create_call_that_bought_nothing_can_be_made_again(world, planned, fault):
     site, run, shard = planned
@@ -111,9 +146,9 @@ def test_a_create_call_that_bought_nothing_can_be_made_again(world, planned, fau
 
 def test_a_process_that_slept_past_its_lease_sends_nothing(world, planned):
     site, run, shard = planned
-    moments = iter([datetime.now(UTC), datetime.now(UTC), datetime.now(UTC) + LEASE])
-    with pytest.raises(SubmissionInDoubt):
-        submit(replace(site, now=lambda: next(moments)), run, shard)
+    moments = iter([datetime.now(UTC), datetime.now(UTC)])
+    with pytest.raises(ProviderUnavailable, match="lapsed before the call went out"):
+        submit(replace(site, now=lambda: next(moments, datetime.now(UTC) + LEASE)), run, shard)
     assert batches(world) == 0
 
 
@@ -123,9 +158,9 @@ def test_the_token_is_found_however_many_batches_the_account_has(tmp_path, rehea
     path.write_bytes(b'{"custom_id":"x","method":"POST","url":"/v1/chat/completions","body":{"model":"gpt-5.4-nano","messages":[]}}\n')
     uploaded = provider.upload("x", path)
     since = datetime.now(UTC)
-    wanted = provider.create(uploaded, "the-token", {})
+    wanted = provider.create(uploaded, "the-token", {}, lambda: True)
     for i in range(230):
-        provider.create(uploaded, f"other-{i}", {})
+        provider.create(uploaded, f"other-{i}", {}, lambda: True)
     assert provider.find(["nobody", "the-token"], since) == wanted
     assert provider.find(["nobody"], since) is None
 

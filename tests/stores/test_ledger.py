@@ -54,6 +54,11 @@ def attempt(number: int = 1, *, taken: bool = False, end: Ended | None = None) -
         pytest.param([attempt()], LATER, Search(2, ("t1",), NOON), id="died between claim and receipt"),
         pytest.param([attempt(), attempt(2)], LATER, Search(3, ("t1", "t2"), NOON), id="the searcher died as well"),
         pytest.param([attempt(taken=True)], LATER, Attach(1, receipt()), id="taken by the provider"),
+        pytest.param([attempt(taken=True), attempt(2)], LATER, Attach(1, receipt()), id="the receipt of an older attempt came late"),
+        pytest.param([attempt(taken=True, end=ended("harvested", 0)), attempt(2)], LATER, Done(), id="a dead claim after the last answer"),
+        pytest.param(
+            [attempt(taken=True, end=ended("harvested", 3)), attempt(2)], LATER, Search(3, ("t2",), NOON), id="a dead claim before it"
+        ),
         pytest.param([attempt(taken=True, end=ended("harvested", 0))], NOON, Done(), id="all answered"),
         pytest.param([attempt(taken=True, end=ended("harvested", 3))], NOON, Send(2), id="some to be asked again"),
         pytest.param([attempt(end=ended("refused", 9))], NOON, Send(2), id="the create call was refused"),

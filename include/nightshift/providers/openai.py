@@ -22,6 +22,7 @@ from nightshift.errors import (
     BatchUnknown,
     DownloadIncomplete,
     ModelNotFound,
+    NightshiftError,
     ProviderUnavailable,
     QuotaExhausted,
     SubmissionInDoubt,
@@ -114,10 +115,12 @@ class OpenAIBatches:
         with path.open("rb") as file, self._errors():
             return self._client.files.create(file=(f"{name}.jsonl", file, "application/jsonl"), purpose="batch").id
 
-    def create(self, uploaded: str, token: str, labels: Mapping[str, str]) -> Receipt:
+    def create(self, uploaded: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool]) -> Receipt:
         """See Provider."""
         waited = 0.0
         while True:
+            if not may_send():
+                raise ProviderUnavailable(self.where, "the claim on this shard lapsed before the call went out; nothing was sent.")
             try:
                 return self._create_once(uploaded, token, labels)
             except _FileNotVisible as error:
@@ -154,8 +157,8 @@ class OpenAIBatches:
             return self._look_after_doubt(token, started, error)
         except (openai.OpenAIError, ValueError) as error:  # an answer came, but not the API's: HTML, half a JSON
             return self._look_after_doubt(token, started, error)
-        if not getattr(batch, "id", None):
-            return self._look_after_doubt(token, started, ValueError("the answer holds no batch id"))
+        if not isinstance(getattr(batch, "id", None), str) or not isinstance(getattr(batch, "created_at", None), int):
+            return self._look_after_doubt(token, started, ValueError("the answer holds no batch"))
         return _receipt(batch, token)
 
     def _look_after_doubt(self, token: str, started: datetime, cause: Exception) -> Receipt:
@@ -163,7 +166,7 @@ class OpenAIBatches:
             self._sleep(pause)
             try:
                 receipt = self.find([token], started)
-            except Transient:
+            except NightshiftError:  # a look-up that fails, for whatever reason, never means "not there"
                 continue
             if receipt is not None:
                 return receipt
@@ -173,17 +176,35 @@ class OpenAIBatches:
         """See Provider. The list is newest first and knows no filter, so it is read back to before the claim."""
         horizon = (since - CLOCK_SKEW).timestamp()
         found: dict[str, Batch] = {}
-        with self._errors():
-            for batch in self._client.batches.list(limit=100):
-                token = (batch.metadata or {}).get(TOKEN)
-                if token and token in tokens:
-                    found[token] = batch  # a later page is older: the oldest of a token wins
-                if batch.created_at < horizon:
-                    break
+        for batch in self._newest_batches():
+            token = (batch.metadata or {}).get(TOKEN)
+            if token and token in tokens:
+                found[token] = batch  # a later page is older: the oldest of a token wins
+            if batch.created_at < horizon:
+                break
         for token in tokens:
             if token in found:
                 return _receipt(found[token], token)
         return None
+
+    def _newest_batches(self) -> Iterator[Batch]:
+        """Every batch of the account, newest first. What is not clearly a list is an outage, never an empty list."""
+        import openai
+
+        after: Any = openai.omit
+        while True:
+            try:
+                with self._errors():
+                    page = self._client.batches.list(limit=100, after=after)
+                    batches, more = page.data, page.has_more
+            except (openai.NotFoundError, AttributeError, TypeError, ValueError) as error:
+                raise ProviderUnavailable(self.where, f"its list of batches cannot be read ({type(error).__name__}).") from error
+            if not isinstance(batches, list) or not isinstance(more, bool) or any(not getattr(each, "id", None) for each in batches):
+                raise ProviderUnavailable(self.where, "its list of batches is not a list of batches.")
+            yield from batches
+            if not more or not batches:
+                return
+            after = batches[-1].id
 
     def poll(self, batch_id: str) -> Snapshot:
         """See Provider."""
@@ -203,8 +224,9 @@ class OpenAIBatches:
         return Snapshot(
             state=STATES.get(status, "running"),
             status=status,
-            done=(counts.completed + counts.failed) if counts else 0,
-            total=counts.total if counts else 0,
+            done=sum(getattr(counts, name, None) or 0 for name in ("completed", "failed")),
+            total=getattr(counts, "total", None) or 0,
+            ended_at=_moment(batch.completed_at or batch.expired_at or batch.cancelled_at),
             result_files=tuple(file for file in (batch.output_file_id, batch.error_file_id) if file),  # "" was seen (F54)
             reasons=tuple(reasons),
             bad_lines={error.line: reason for error, reason in zip(errors, reasons, strict=True) if error.line},
@@ -286,6 +308,10 @@ class OpenAIBatches:
 
 class _FileNotVisible(Exception):
     """The provider does not know the file yet that it has just stored."""
+
+
+def _moment(seconds: int | None) -> datetime | None:
+    return datetime.fromtimestamp(seconds, UTC) if seconds else None
 
 
 def _receipt(batch: Batch, token: str) -> Receipt:

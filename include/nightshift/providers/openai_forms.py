@@ -195,7 +195,7 @@ class ResponsesForm:
             text=refusal or text or None,
             reason=reason,
             retryable=outcome == "errored",
-            paid=True,
+            paid=outcome != "errored" or usage is not None,
             model=body.model,
             input_tokens=usage.input_tokens if usage else None,
             cached_tokens=_cached(usage.input_tokens_details if usage else None),

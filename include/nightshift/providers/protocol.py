@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +32,7 @@ class Snapshot:
     result_files: tuple[str, ...]
     reasons: tuple[str, ...]  # why it failed as a whole
     bad_lines: Mapping[int, str]  # 1-based input line → why, where the provider names lines
+    ended_at: datetime | None = None  # the provider's clock
     queue_full: bool = False  # failed only because too much is enqueued: the same batch is welcome later
 
 
@@ -80,8 +81,8 @@ class Provider(Protocol):
     def upload(self, name: str, path: Path) -> str:
         """Make an input file known to the provider. Free, and harmless when repeated."""
 
-    def create(self, uploaded: str, token: str, labels: Mapping[str, str]) -> Receipt:
-        """Start the paid work."""
+    def create(self, uploaded: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool]) -> Receipt:
+        """Start the paid work. `may_send` is asked before every call that goes out: no means that the claim has lapsed."""
 
     def find(self, tokens: Sequence[str], since: datetime) -> Receipt | None:
         """The batch that carries one of these tokens, oldest first, among those created after `since` (less clock skew)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from nightshift.providers.protocol import Garbage, Reply, Snapshot
 from nightshift.runs import Run, Site
 from nightshift.shapes import Outcome, Receipt, Settled, Usage
 from nightshift.stores.ledger import Attach, Attempt, Done, Ended, next_move
-from nightshift.stores.shards import answers_key, asked_by, request_keys
+from nightshift.stores.shards import answers_key, asked_by, left_by, request_keys
 
 NEVER_RAN: dict[str, Outcome] = {"expired": "expired", "cancelled": "cancelled"}  # batch status → outcome of what has no line
 RANK: dict[str, int] = {"succeeded": 3, "invalid": 2, "truncated": 2, "refused": 2, "filtered": 2}  # of two lines the better stays
 WRITE_ROWS = 8192
+FILES_GRACE = timedelta(minutes=10)  # after its end, for a completed batch to show its result files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,8 @@ def _harvest(site: Site, run: Run, shard: str, number: int, receipt: Receipt, at
         raise BatchRejected(receipt.batch_id, [f"{error} Its answers, if any, cannot be fetched"]) from error
     if snapshot.state == "running":
         raise ProviderUnavailable(provider.where, f"batch {receipt.batch_id} is still {snapshot.status}.")
+    if _is_waiting_for_files(snapshot, site.now()):
+        raise ProviderUnavailable(provider.where, f"batch {receipt.batch_id} is {snapshot.status} and its result files are not there yet.")
     with site.scratch() as folder:
         asked = asked_by(site.store, shard, attempts, number)
         keys = [key for key in request_keys(site.store, shard) if asked is None or key in asked]
@@ -83,8 +86,10 @@ def _harvest(site: Site, run: Run, shard: str, number: int, receipt: Receipt, at
             for position, key in enumerate(keys, start=1)
         )
         path = Path(folder) / "answers.parquet"
-        again = write_answers(path, run.job, zip(keys, answers, strict=True))
-        site.store.put(answers_key(shard, number), path)
+        write_answers(path, run.job, zip(keys, answers, strict=True))
+        if site.store.head(answers_key(shard, number)) is None:  # who harvested first has decided what is asked again
+            site.store.put(answers_key(shard, number), path)
+    again = len(left_by(site.store, shard, number))
     ended = Ended(
         how="harvested",
         status=snapshot.status,
@@ -93,6 +98,13 @@ def _harvest(site: Site, run: Run, shard: str, number: int, receipt: Receipt, at
         reasons=tuple(f"{name}: {count}" for name, count in sorted(alarms.items())),
     )
     site.ledger.record_end(shard, number, ended)
+
+
+def _is_waiting_for_files(snapshot: Snapshot, now: datetime) -> bool:
+    """Result files can lag behind the status (F60). Without a grace everything would count as missing, and be paid again."""
+    if snapshot.status != "completed" or snapshot.result_files:
+        return False
+    return snapshot.ended_at is None or now - snapshot.ended_at < FILES_GRACE
 
 
 def _end_without_answers(site: Site, shard: str, number: int, receipt: Receipt, snapshot: Snapshot, count: int) -> None:
@@ -150,25 +162,44 @@ def judge_for(job: Job) -> Callable[[Reply], Answer]:
         if not validator.is_valid(value):
             why = next(iter(validator.iter_errors(value))).message[:300]
             return Answer(reply=replace(reply, outcome="invalid", reason=f"breaks the schema: {why}"), attempt=0, batch_id=None)
-        return Answer(reply=replace(reply, text=None), output=fit(value, schema) if fitted else value, attempt=0, batch_id=None)
+        try:
+            output = fit(value, schema) if fitted else value
+        except (TypeError, RecursionError) as error:
+            return Answer(reply=replace(reply, outcome="invalid", reason=f"fits no column: {error}"), attempt=0, batch_id=None)
+        return Answer(reply=replace(reply, text=None), output=output, attempt=0, batch_id=None)
 
     return judge
 
 
-def write_answers(path: Path, job: Job, answers: Iterable[tuple[bytes, Answer]]) -> int:
-    """Write an answers file; how many requests are to be asked again."""
-    schema, again = answers_schema(job.answer_schema), 0
+def write_answers(path: Path, job: Job, answers: Iterable[tuple[bytes, Answer]]) -> None:
+    """Write an answers file, one line per request."""
+    schema = answers_schema(job.answer_schema)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         batch: list[dict[str, Any]] = []
         for key, answer in answers:
-            again += answer.again
             batch.append(_line(key, answer))
             if len(batch) == WRITE_ROWS:
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+                writer.write_batch(_as_batch(batch, schema))
                 batch = []
         if batch:
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-    return again
+            writer.write_batch(_as_batch(batch, schema))
+
+
+def _as_batch(lines: list[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
+    """Lines as columns. An answer that is valid but fits no column (an integer of twenty digits) becomes invalid, alone."""
+    try:
+        return pa.RecordBatch.from_pylist(lines, schema=schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return pa.RecordBatch.from_pylist([_fitting(line, schema.field("output").type) for line in lines], schema=schema)
+
+
+def _fitting(line: dict[str, Any], kind: pa.DataType) -> dict[str, Any]:
+    try:
+        pa.scalar(line["output"], kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        text = orjson.dumps(line["output"], option=orjson.OPT_NON_STR_KEYS, default=str).decode()
+        return {**line, "outcome": "invalid", "reason": f"fits no column: {error}"[:300], "text": text, "output": None}
+    return line
 
 
 def _line(key: bytes, answer: Answer) -> dict[str, Any]:

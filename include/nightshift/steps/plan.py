@@ -13,12 +13,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nightshift.contract import typed
 from nightshift.encode import Encoder
-from nightshift.errors import RequestTooLarge
+from nightshift.errors import InputUnreadable, RequestTooLarge
 from nightshift.formats import Fault, Rows, column_types, read_rows
 from nightshift.job import Job
 from nightshift.money.estimate import estimate_requests
@@ -67,8 +68,9 @@ def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows:
             spool.mark_doubled()
         _collapse(database)
         answers = site.answers(encoder.fingerprint)
+        in_flight = answers.open_shards()  # before the files: a shard that settles meanwhile is then found among those
         reused_files = _find_known(database, answers)
-        adopted_shards = _find_in_flight(site, database, answers)
+        adopted_shards = _find_in_flight(site, database, in_flight)
         shards = list(_pack(site, run, database, spool, provider.limits, encoder.fingerprint, keep=keep))
         slices = [run.key(f"slices/{path.name}") for path in spool.slices]
         if keep:
@@ -105,6 +107,7 @@ class _Spool:
         self._end = 0
         self.rows = 0
         self.slices: list[Path] = []
+        self._schema: pa.Schema | None = None
         self.reasons: Counter[str] = Counter()
         database.execute("CREATE TABLE spool (ordinal BIGINT, id VARCHAR, key BLOB, start BIGINT, size INTEGER)")
 
@@ -112,6 +115,9 @@ class _Spool:
         """Encode the rows of one pinned object; its row index becomes one slice."""
         bucket, key = site.open_input(pinned.uri)
         schema = _slice_schema(job, bucket.open(key, etag=pinned.etag, version=pinned.version), pinned)
+        if self._schema is not None and not self._schema.equals(schema):
+            raise InputUnreadable(pinned.uri, "its kept columns have other types than in the objects before it")
+        self._schema = schema
         path = self._folder / f"{name}.parquet"
         with (
             bucket.open(key, etag=pinned.etag, version=pinned.version) as file,
@@ -196,7 +202,8 @@ def _slice_schema(job: Job, file: Any, pinned: PinnedObject) -> pa.Schema:
 def _kept(job: Job, name: str, values: Iterable[Any], kind: pa.DataType) -> pa.Array:
     """A column carried along, in its type; a value that does not fit it is null (its row is rejected by the contract)."""
     requirement = job.spec.input.require.get(name)
-    plain = [typed(value, requirement) for value in values]
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    plain = list(values) if text else [typed(value, requirement) for value in values]
     try:
         return pa.array(plain, kind)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
@@ -207,7 +214,9 @@ def _fits(value: Any, kind: pa.DataType) -> Any:
     try:
         return pa.scalar(value, kind).as_py()
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        return str(value) if kind == pa.string() else None
+        if not pa.types.is_string(kind) and not pa.types.is_large_string(kind):
+            return None
+        return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
 
 
 def _as_id(value: Any) -> str | None:
@@ -246,10 +255,10 @@ def _find_known(database: duckdb.DuckDBPyConnection, answers: AnswerStore) -> li
     return used
 
 
-def _find_in_flight(site: Site, database: duckdb.DuckDBPyConnection, answers: AnswerStore) -> list[str]:
+def _find_in_flight(site: Site, database: duckdb.DuckDBPyConnection, in_flight: list[str]) -> list[str]:
     """Mark the requests that are in somebody's shard already; those shards."""
     used = []
-    for shard in answers.open_shards():
+    for shard in in_flight:
         database.execute("CREATE OR REPLACE TEMP TABLE flying (key BLOB)")
         keys = request_keys(site.store, shard)
         found = pa.table({"key": pa.array(keys, pa.binary(32))})

@@ -14,8 +14,10 @@ import orjson
 from nightshift.errors import RunHeld
 from nightshift.runs import Run, Site
 from nightshift.shapes import Assembled, Audit, Outcome, Published, Wire
+from nightshift.stores.objects import Found
 
 MANIFEST = "_manifest.json"
+ORPHAN_SECONDS = 3600.0  # a publisher is done with its parts long before
 
 
 class Part(Wire):
@@ -61,7 +63,11 @@ def quarantine_folder(run: Run) -> str:
 
 
 def _swap(site: Site, run: Run, folder: str, staged: tuple[str, ...], assembled: Assembled) -> Manifest:
-    """Copy parts in, commit by manifest, then sweep what the manifest no longer names."""
+    """Copy parts in, commit by manifest, then sweep what the replaced manifest named and this one does not.
+
+    Parts that no manifest names may belong to a publisher at work beside us; they are swept once they are old.
+    """
+    replaced = site.store.get_shape(f"{folder}/{MANIFEST}", Manifest)
     parts = []
     with site.scratch() as scratch:
         for number, key in enumerate(staged):
@@ -80,9 +86,18 @@ def _swap(site: Site, run: Run, folder: str, staged: tuple[str, ...], assembled:
         model=run.job.spec.request.model,
     )
     site.store.put(f"{folder}/{MANIFEST}", orjson.dumps(manifest.model_dump(mode="json"), option=orjson.OPT_INDENT_2))
-    named = {f"{folder}/{part.name}" for part in parts} | {f"{folder}/{MANIFEST}"}
-    site.store.delete([found.key for found in site.store.scan(folder) if found.key not in named and found.key.rpartition("/")[0] == folder])
+    old = {part.name for part in replaced.parts} if replaced else set()
+    found = [item for item in site.store.scan(folder) if item.key.rpartition("/")[0] == folder]
+    site.store.delete([item.key for item in found if is_swept(item, manifest, old, site.now().timestamp())])
     return manifest
+
+
+def is_swept(found: Found, manifest: Manifest, old: set[str], now: float) -> bool:
+    """Whether an object of a partition's folder is of no use to anybody any more."""
+    name = found.key.rpartition("/")[2]
+    if name == MANIFEST or name in {part.name for part in manifest.parts}:
+        return False
+    return name in old or now - found.modified > ORPHAN_SECONDS
 
 
 def _sha256(path: Path) -> str:

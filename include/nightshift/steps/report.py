@@ -144,14 +144,15 @@ def _distribution(database: duckdb.DuckDBPyConnection, column: str, kind: str) -
     """{"kind": "shares" | "histogram", "bars": [[label, count], …], "total": n}"""
     name = '"' + column.replace('"', '""') + '"'
     if kind in ("double", "float"):
-        low, high, total = database.execute(f"SELECT min({name}), max({name}), count({name}) FROM results").fetchall()[0]
+        low, high, total = database.execute(
+            f"SELECT min({name}), max({name}), count({name}) FROM results WHERE isfinite({name})"
+        ).fetchall()[0]
         if not total:
             return {"kind": "histogram", "bars": [], "total": 0}
-        width = (high - low) / 10 or 1.0
+        width = (high / 10 - low / 10) or 1.0
         counts: dict[int, int] = dict(
             database.execute(
-                f"SELECT least(9, floor(({name} - {low!r}) / {width!r}))::INTEGER, count(*) "
-                f"FROM results WHERE {name} IS NOT NULL GROUP BY 1"
+                f"SELECT least(9, floor(({name} - {low!r}) / {width!r}))::INTEGER, count(*) FROM results WHERE isfinite({name}) GROUP BY 1"
             ).fetchall()
         )
         return {"kind": "histogram", "bars": [[f"{low + i * width:.2f}", counts.get(i, 0)] for i in range(10)], "total": total}

@@ -59,10 +59,10 @@ def _send(site: Site, run: Run, shard: str, provider: Provider, attempt: int) ->
     claim = ledger.claim(shard, attempt, site.owner, site.now())
     if claim is None:
         raise ShardHeld(shard, "another worker", LEASE.total_seconds())
-    if site.now() - claim.claimed_at > LEASE - 2 * CREATE_TIMEOUT:
-        raise SubmissionInDoubt(claim.token)  # this process slept past its own lease: it must not send any more
+    last_moment = claim.claimed_at + LEASE - 2 * CREATE_TIMEOUT  # a process that slept past it must not send any more
+    labels = {"shard": shard[:12], "job": run.job.name, "attempt": str(attempt)}
     with _refusals_recorded(site, shard, attempt, count):
-        receipt = provider.create(uploaded, claim.token, {"shard": shard[:12], "job": run.job.name, "attempt": str(attempt)})
+        receipt = provider.create(uploaded, claim.token, labels, lambda: site.now() <= last_moment)
     return ledger.record_receipt(shard, attempt, receipt)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nightshift.shapes import Wire
+from nightshift.shapes import PAID_OUTCOMES, Wire
 from nightshift.stores.objects import Objects
 
 
@@ -39,8 +39,9 @@ class AnswerStore:
     def paid_keys(self, file: str) -> Iterator[pa.RecordBatch]:
         """Request keys in one answers file that hold a paid answer: batches of one column `request_key`."""
         parquet = pq.ParquetFile(self._objects.open(file), pre_buffer=False)
-        for batch in parquet.iter_batches(columns=["request_key", "paid"], use_threads=False):
-            yield batch.filter(batch.column("paid")).select(["request_key"])
+        for batch in parquet.iter_batches(columns=["request_key", "outcome"], use_threads=False):
+            paid = [outcome in PAID_OUTCOMES for outcome in batch.column("outcome").to_pylist()]
+            yield batch.filter(pa.array(paid, pa.bool_())).select(["request_key"])
 
     def announce(self, shard: str, run: str) -> None:
         """Say that a shard is on its way, before it is claimed: whoever plans from now on adopts it."""

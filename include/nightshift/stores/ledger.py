@@ -101,14 +101,18 @@ def next_move(attempts: Sequence[Attempt], *, now: datetime) -> Move:
     """Decide from the ledger alone; every case is one line in a test."""
     if not attempts:
         return Send(1)
+    for attempt in attempts:  # also an old one: its receipt may have been written late, by a slow owner or by a search
+        if attempt.receipt is not None and attempt.ended is None:
+            return Attach(attempt.number, attempt.receipt)
+    harvests = [attempt.ended for attempt in attempts if attempt.ended is not None and attempt.ended.how == "harvested"]
+    if harvests and not harvests[-1].remaining:
+        return Done()  # whatever became of later claims: nothing is left to ask
     last = attempts[-1]
     if last.ended is not None:
         if last.ended.how == "queue_full":
             until = last.ended.ended_at + queue_pause(attempts)
             return Hold(until, "the provider's queue is full") if now < until else Send(last.number + 1)
-        return Send(last.number + 1) if last.ended.remaining else Done()
-    if last.receipt is not None:
-        return Attach(last.number, last.receipt)
+        return Send(last.number + 1)
     if now < last.claim.claimed_at + LEASE:
         return Hold(last.claim.claimed_at + LEASE, last.claim.owner)
     doubtful = [attempt for attempt in attempts if attempt.receipt is None and attempt.ended is None]

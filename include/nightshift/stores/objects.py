@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import obstore
 import orjson
@@ -217,8 +217,11 @@ def open_objects(uri: str, session: boto3.Session | None = None, s3_config: Mapp
     """
     parts = urlsplit(uri)
     if parts.scheme == "file":
-        folder = Path(unquote(parts.path) or "/")
-        folder.mkdir(parents=True, exist_ok=True)
+        if parts.netloc not in ("", "localhost"):
+            raise InputMissing(uri, f"a local folder is written with three slashes: file:///{parts.netloc}{parts.path}")
+        folder = Path(uri.removeprefix("file://") or "/")  # taken as it stands, like the keys of a bucket
+        with _translated(uri):
+            folder.mkdir(parents=True, exist_ok=True)
         return Objects(uri, LocalStore(folder))
     if parts.scheme == "memory":
         return Objects(uri, MemoryStore())
@@ -238,7 +241,7 @@ def split_input(pattern: str) -> tuple[str, str]:
     """The root URI and the key pattern of an object pattern. Raises InputMissing where it cannot name anything."""
     parts = urlsplit(pattern)
     if parts.scheme == "file":
-        return "file://", unquote(pattern.removeprefix("file://")).lstrip("/")
+        return "file://", pattern.removeprefix("file://").lstrip("/")
     root = f"{parts.scheme}://{parts.netloc}"
     if not parts.netloc:
         raise InputMissing(pattern, "the URI names no bucket")

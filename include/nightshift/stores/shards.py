@@ -44,7 +44,10 @@ def key_of_line(line: bytes) -> bytes:
 def asked_by(objects: Objects, shard: str, attempts: Iterable[Attempt], number: int) -> set[bytes] | None:
     """The request keys that an attempt asks: None for all of the shard, else what the last harvest left to be asked again."""
     harvested = [each.number for each in attempts if each.number < number and each.ended and each.ended.how == "harvested"]
-    if not harvested:
-        return None
-    table = pq.read_table(objects.open(answers_key(shard, harvested[-1])), columns=["request_key", "again"])
+    return left_by(objects, shard, harvested[-1]) if harvested else None
+
+
+def left_by(objects: Objects, shard: str, attempt: int) -> set[bytes]:
+    """The request keys that a harvested attempt left to be asked again."""
+    table = pq.read_table(objects.open(answers_key(shard, attempt)), columns=["request_key", "again"])
     return set(table.filter(table.column("again")).column("request_key").to_pylist())
