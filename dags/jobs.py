@@ -13,7 +13,10 @@ for path in sorted(read_settings().jobs.glob("*.y*ml")):
     if wanted not in (None, path.stem):
         continue
     try:
-        dag = job_dag(load_job(path).spec, path)
+        spec = load_job(path).spec
+        if spec.name != path.stem:  # a worker finds the file of a DAG by its name
+            raise JobInvalid([f"{path}: name: expected {path.stem!r}, the name of the file; found {spec.name!r}"])
+        dag = job_dag(spec, path)
     except JobInvalid as error:
         dag = broken_job_dag(path, error)
     globals()[dag.dag_id] = dag

@@ -106,6 +106,12 @@ def test_F15_a_line_without_end_is_one_bad_row():
         pytest.param(parquet(id=["1"], text=["a"]), "jsonl", None, "Parquet file under another name", id="parquet under another name"),
         pytest.param(parquet(id=["1"], txt=["a"]), "parquet", None, "no column 'text'; did you mean 'txt'?", id="parquet without a column"),
         pytest.param(b"id,txt\n1,a\n", "csv", None, "no column 'text'; did you mean 'txt'?", id="csv without a column"),
+        pytest.param(
+            b'id,text\n1,a\n2,"open\n3,b\n4,c\n', "csv", None, "a quote that opens in the row at line 3", id="csv quote never closed"
+        ),
+        pytest.param(
+            b'id,text\n1,"open\n2,"b"\n3,c\n', "csv", None, "a quote that opens in the row at line 2", id="csv quote closed by another"
+        ),
         pytest.param(b"id,text,text\n1,a,b\n", "csv", None, "stands twice", id="csv header twice"),
     ],
 )

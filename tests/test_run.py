@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
+from dataclasses import replace
 from datetime import timedelta
 
 import duckdb
@@ -442,6 +443,52 @@ def test_the_report_is_one_page_that_asks_nothing_of_the_network(world):
     assert "http" not in page.replace("http-equiv", "").replace(summary.report, "")
     assert "adds up to the rows read" in page
     assert f"{summary.outcomes['refused']:,}" in page
+
+
+def test_nulls_never_reach_the_model_through_a_filter(world):
+    job = world.job(
+        prompt="{{ text | trim | upper }} {{ range }}",
+        input={"require": {"text": {"optional": True}, "range": {}}},
+        policy={"publish_at_least": 0},
+    )
+    rows = [{"id": "a", "text": "Lovely.", "range": "wide", "stars": 1}, {"id": "b", "text": None, "range": "x", "stars": 1}]
+    summary = go(world, job, world.write("in.jsonl", rows))
+    assert summary.reasons["rejected"] == {"the prompt prints a null (text)": 1}
+    assert summary.outcomes["succeeded"] == 1
+
+
+def test_an_answer_that_fits_no_column_is_invalid_alone(world, monkeypatch):
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+    answer = "nightshift.rehearsal.model.answer"
+    monkeypatch.setattr(answer, lambda text, schema: '{"n": 10000000000000000000}' if "number 3 " in text else '{"n": 1}')
+    summary = go(
+        world, world.job(schema=schema, policy={"retry": {"invalid": 0}, "publish_at_least": 0}), world.write("in.jsonl", reviews(10))
+    )
+    assert (summary.outcomes["succeeded"], summary.outcomes["invalid"]) == (9, 1)
+    [row] = results(world, summary, "quarantine")
+    assert (row["id"], row["raw"]) == ("r3", '{"n":10000000000000000000}')
+
+
+def test_F60_result_files_that_lag_behind_the_status_are_waited_for(world, monkeypatch):
+    polled = OpenAIBatches.poll
+    looks = Counter()
+
+    def poll(self, batch_id):
+        snapshot = polled(self, batch_id)
+        looks[batch_id] += snapshot.state == "ended"
+        return replace(snapshot, result_files=()) if looks[batch_id] <= 2 else snapshot
+
+    monkeypatch.setattr(OpenAIBatches, "poll", poll)
+    monkeypatch.setattr("nightshift.drive.TRANSIENT_PAUSE_SECONDS", 0.01)
+    summary = go(world, world.job(), world.write("in.jsonl", reviews(5)))
+    assert (summary.outcomes["succeeded"], world.rehearsal.bill()["requests"]) == (5, 5)
+
+
+def test_a_note_in_the_prompt_file_buys_nothing_anew(world):
+    uri = world.write("in.jsonl", reviews(5))
+    go(world, world.job(prompt="Judge: {{ text }}"), uri)
+    second = go(world, world.job(prompt="Judge: {# more to the point #}{{ text }}"), uri)
+    assert (second.requests.reused, second.requests.submitted) == (5, 0)
 
 
 def test_results_can_be_read_by_anybody(world):

@@ -269,13 +269,14 @@ def _dates(ds: str | None) -> dict[str, str]:
         return {}
     try:
         start = date.fromisoformat(ds)
-    except ValueError as error:
+        end = start + timedelta(days=1)
+    except (ValueError, OverflowError) as error:
         raise JobInvalid([f"--ds {ds}: expected a date such as 2026-11-22"]) from error
     return {
         "ds": ds,
         "ds_nodash": ds.replace("-", ""),
         "data_interval_start": f"{start.isoformat()}T00:00:00+00:00",
-        "data_interval_end": f"{(start + timedelta(days=1)).isoformat()}T00:00:00+00:00",
+        "data_interval_end": f"{end.isoformat()}T00:00:00+00:00",
     }
 
 

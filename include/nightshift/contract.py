@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any
 
 from nightshift.job import Requirement
@@ -52,6 +53,8 @@ def _check(column: str, requirement: Requirement) -> Check:
             value = typed(value, requirement)
             if not _is_a(value, requirement.type):
                 return f"{column} is not of type {requirement.type}"
+            if requirement.type == "integer" and not -(2**63) <= value < 2**63:
+                return f"{column} is beyond 64 bits"
             if requirement.minimum is not None and value < requirement.minimum:
                 return f"{column} is below {requirement.minimum:g}"
             if requirement.maximum is not None and value > requirement.maximum:
@@ -68,6 +71,6 @@ def _is_a(value: Any, kind: str) -> bool:
         case "integer":
             return isinstance(value, int) and not isinstance(value, bool)
         case "number":
-            return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+            return isinstance(value, int | float | Decimal) and not isinstance(value, bool) and value == value
         case _:
             return isinstance(value, bool)

@@ -111,6 +111,8 @@ def _parquet(file: IO[bytes], uri: str, wanted: Sequence[str]) -> Iterator[Rows]
     for name in wanted:
         if name not in known:
             raise missing_column(uri, name, known)
+        if known.count(name) > 1:
+            raise InputUnreadable(uri, f"column {name!r} stands twice in its schema")
     try:
         for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=list(wanted), use_threads=False):
             columns = {name: _to_list(batch.column(name)) for name in wanted}
@@ -120,17 +122,17 @@ def _parquet(file: IO[bytes], uri: str, wanted: Sequence[str]) -> Iterator[Rows]
 
 
 def _to_list(column: Any) -> list[Any]:
-    """Arrow values as Python objects. Text that is not UTF-8 becomes None: Parquet writers do not always check."""
+    """Arrow values as Python objects. What Python cannot hold becomes None: writers do not always check."""
     try:
         return cast("list[Any]", column.to_pylist())
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):  # text that is not UTF-8; dates beyond what Python holds
         return [_or_none(value) for value in column]
 
 
 def _or_none(value: Any) -> Any:
     try:
         return value.as_py()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):
         return None
 
 
@@ -220,14 +222,20 @@ def _csv(file: IO[bytes], uri: str, wanted: Sequence[str]) -> Iterator[Rows]:
     doubled = sorted({name for name in header if header.count(name) > 1 and name in wanted})
     if doubled:
         raise InputUnreadable(uri, f"column {doubled[0]!r} stands twice in its header")
-    yield from _in_batches(_csv_rows(reader, header), wanted)
+    yield from _in_batches(_csv_rows(reader, uri, header), wanted)
 
 
-def _csv_rows(reader: Any, header: list[str]) -> Iterator[dict[str, Any] | Fault]:
+def _csv_rows(reader: Any, uri: str, header: list[str]) -> Iterator[dict[str, Any] | Fault]:
     while True:
+        line = reader.line_num + 1
         try:
             cells = next(reader, None)
         except csv.Error as error:
+            if reader.line_num > line or "end of data" in str(error):
+                # A stray quote has swallowed the rows after it: they would be in no count.
+                raise InputUnreadable(
+                    uri, f"a quote that opens in the row at line {line} does not close where it should ({error})"
+                ) from error
             yield Fault(f"not valid CSV: {error}", "")
             continue
         if cells is None:

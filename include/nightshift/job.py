@@ -6,11 +6,12 @@ import difflib
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from datetime import timedelta
+from datetime import date, timedelta
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import orjson
 import yaml
@@ -23,6 +24,8 @@ from nightshift.shapes import Compression, Endpoint, Format, Outcome, ProviderNa
 RetryableOutcome = Literal["invalid", "truncated", "errored", "expired", "cancelled", "missing"]
 NAME = r"^[a-z][a-z0-9_]{0,62}$"
 URI = re.compile(r"^(s3|gs|az|abfss?|file|memory)://")
+PRESETS = ("@hourly", "@daily", "@weekly", "@monthly", "@quarterly", "@yearly")
+CRON = re.compile(r"[0-9A-Za-z*,/#?LW-]+( +[0-9A-Za-z*,/#?LW-]+){4}")
 RESERVED_PARAMETERS = ("model", "messages", "input", "instructions", "stream", "n", "response_format", "text", "tools")
 
 
@@ -79,6 +82,13 @@ class RequestSpec(Section):
         taken = sorted(set(parameters) & set(RESERVED_PARAMETERS))
         if taken:
             raise ValueError(f"{', '.join(taken)} cannot be set here: Nightshift writes it from the rest of the job")
+        limit = parameters.get("max_output_tokens", 1)
+        if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= 10_000_000:
+            raise ValueError("max_output_tokens has to be a whole number of at least 1")
+        try:
+            orjson.dumps(parameters)
+        except TypeError as error:
+            raise ValueError(f"a value that no JSON request can carry ({error})") from error
         return parameters
 
 
@@ -133,7 +143,7 @@ class JobFile(Section):
     description: str = ""
     schedule: str | None = Field(None, description="cron expression; each run reads the interval that just ended")
     timezone: str = "UTC"
-    start_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] = "2026-01-01"
+    start_date: date = date(2026, 1, 1)
     on_upload: str | None = Field(None, description="pattern of uploads, each of which starts a run")
     owner: str = "nightshift"
     tags: list[str] = Field(default_factory=list)
@@ -150,11 +160,20 @@ class JobFile(Section):
             raise ValueError("expected a URI pattern such as s3://bucket/inbox/*.parquet")
         return uri
 
+    @field_validator("timezone")
+    @classmethod
+    def _is_a_zone(cls, timezone: str) -> str:
+        try:
+            ZoneInfo(timezone)
+        except (ValueError, OSError, ZoneInfoNotFoundError) as error:
+            raise ValueError("expected a time zone such as UTC or Europe/Berlin") from error
+        return timezone
+
     @field_validator("schedule")
     @classmethod
     def _is_cron(cls, schedule: str | None) -> str | None:
-        if schedule is not None and not schedule.startswith("@") and len(schedule.split()) != 5:
-            raise ValueError('expected a cron expression of five fields, such as "0 2 * * *"')
+        if schedule is not None and schedule not in PRESETS and not CRON.fullmatch(schedule):
+            raise ValueError('expected a cron expression of five fields, such as "0 2 * * *", or one of ' + ", ".join(PRESETS))
         return schedule
 
 
@@ -168,7 +187,8 @@ class Expectation(Section):
     @property
     def column(self) -> str | None:
         """The column that it looks at, if it names one."""
-        return self.kwargs.get("column")
+        named = self.kwargs.get("column")
+        return named if isinstance(named, str) else None
 
 
 class Job(Wire):
@@ -262,8 +282,16 @@ def _contradictions(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
     spec, fields = job.spec, answer_fields(job.answer_schema)
     if not spec.schedule and not spec.on_upload and "{{" in spec.input.uri:
         yield ("input", "uri"), "uses run dates, but the job has no schedule; name the objects or set a schedule"
-    for column in sorted({spec.input.id, *spec.output.keep} & set(fields)):
+    kept = dict.fromkeys([spec.input.id, *spec.output.keep])
+    for column in sorted(set(kept) & set(fields)):
         yield ("output", "keep"), f"{column!r} is an input column and an answer field too; rename one of them"
+    seen: dict[str, str] = {}
+    for column in dict.fromkeys([*kept, *fields]):  # tables of results do not tell upper from lower case
+        if column.casefold() in seen:
+            yield ("output",), f"{seen[column.casefold()]!r} and {column!r} differ only in case; rename one of them"
+        if column.casefold() in OWN_COLUMNS or not column:
+            yield ("output",), f"{column!r} is a name that Nightshift's own columns have; rename it"
+        seen[column.casefold()] = column
     readable = [*fields, *spec.output.keep, spec.input.id]
     for key in ("drift", "charts"):
         for column in getattr(spec.report, key):
@@ -277,14 +305,17 @@ def _contradictions(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
             )
 
 
+OWN_COLUMNS = frozenset({"_model", "_prompt_version", "_request_key", "row", "outcome", "reason", "raw"})
+
+
 def _parse_yaml(path: Path, text: str) -> yaml.Node:
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
-        why = getattr(error, "problem", None) or str(error)
+        why = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise JobInvalid([f"{path}:{line}: not valid YAML: {why}"]) from error
     if not isinstance(tree, yaml.MappingNode):
         raise JobInvalid([f"{path}:1: expected a mapping of keys such as name, input and request"])
@@ -369,8 +400,10 @@ def _read_part(path: Path, tree: yaml.Node, loc: tuple[str, ...], name: str | No
     part = _part_path(path, name)
     try:
         return part.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        known = sorted(str(p.relative_to(path.parent.parent)) for p in part.parent.glob("*") if p.is_file())
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
+        known = sorted(
+            f"{Path(name).parent}/{p.name}" for p in path.parent.parent.joinpath(Path(name).parent.name).glob("*") if p.is_file()
+        )
         why = "no such file" if isinstance(error, FileNotFoundError) else str(error)
         problems.append(f"{path}:{_line(tree, loc)}: {'.'.join(loc)}: {name}: {why}{_nearest(name, known)}")
         return None
@@ -403,8 +436,8 @@ def _load_suite(path: Path, text: str | None, problems: list[str]) -> tuple[Expe
         suite = yaml.safe_load(text)
         lines = suite["expectations"]
         return tuple(Expectation.model_validate(line) for line in lines)
-    except yaml.YAMLError as error:
-        problems.append(f"{path}:1: not valid YAML: {error}")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problems.append(f"{path}:1: not valid YAML: {str(error).splitlines()[0]}")
     except (TypeError, KeyError):
         problems.append(f"{path}:1: expected a mapping with a list under `expectations`")
     except ValidationError as error:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import yaml
-from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta
+from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 ROLE_LINE = re.compile(r"^(system|user):[ \t]*$", re.MULTILINE)
@@ -61,7 +63,23 @@ def _refuse_null(value: object) -> object:
 
 def environment() -> ImmutableSandboxedEnvironment:
     """The one environment prompts are compiled in: sandboxed, and loud about unknown names and nulls."""
-    return ImmutableSandboxedEnvironment(autoescape=False, undefined=StrictUndefined, keep_trailing_newline=False, finalize=_refuse_null)
+    env = ImmutableSandboxedEnvironment(autoescape=False, undefined=StrictUndefined, keep_trailing_newline=False, finalize=_refuse_null)
+    env.globals.clear()  # a column called `range` is a column
+    env.filters.update({name: _refusing_null(filter_) for name, filter_ in env.filters.items() if name not in ("default", "d")})
+    return env
+
+
+def _refusing_null(filter_: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that refuses a null: most of them would make the text None of it."""
+    position = 1 if hasattr(filter_, "jinja_pass_arg") else 0
+
+    @wraps(filter_)
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        if args[position] is None:
+            raise NullInPrompt
+        return filter_(*args, **kwargs)
+
+    return refusing
 
 
 def parse_prompt(source: str) -> Prompt:
@@ -74,8 +92,12 @@ def parse_prompt(source: str) -> Prompt:
         try:
             variables = meta.find_undeclared_variables(env.parse(text)) - set(env.globals)
             parts[role] = Part(env.from_string(text), frozenset(variables))
+            if not variables:
+                parts[role].template.render()
         except TemplateSyntaxError as error:
             raise PromptInvalid(line + error.lineno - 1, f"template error: {error.message}") from error
+        except (TemplateError, NullInPrompt, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise PromptInvalid(line, f"the {role} part cannot be rendered: {error}") from error
     if not any(part.variables for part in parts.values()):
         raise PromptInvalid(offset + 1, "the prompt reads no column, so every row would ask the same; use {{ column }}")
     version = hashlib.sha256(source.encode()).hexdigest()[:12]
@@ -88,7 +110,7 @@ def _split_front_matter(source: str) -> tuple[dict[str, Any], str, int]:
         return {}, source, 0
     try:
         front = yaml.safe_load(found[1]) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
         raise PromptInvalid(1, f"front matter is not YAML: {error}") from error
     if not isinstance(front, dict):
         raise PromptInvalid(1, "front matter has to be a YAML mapping")

@@ -124,7 +124,11 @@ def partition_of(job: Job, dates: Mapping[str, str], objects: Sequence[PinnedObj
     Uploading a file again under its name replaces its partition; files of the same name in two folders stay apart.
     """
     if job.spec.output.partition:
-        return "/".join(UNSAFE.sub("-", part) for part in render_dates(job.spec.output.partition, dates).split("/") if part.strip("."))
+        named = render_dates(job.spec.output.partition, dates)
+        partition = "/".join(UNSAFE.sub("-", part) for part in named.split("/") if part.strip("."))
+        if not partition:
+            raise JobInvalid([f"output.partition: {named!r} names no partition; write something like dt={{{{ ds }}}}"])
+        return partition
     if scheduled:
         return f"dt={dates['ds']}"
     first = objects[0].uri

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nightshift.errors import JobInvalid
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -26,8 +28,15 @@ def read_settings(env: Mapping[str, str] = os.environ) -> Settings:
     return Settings(
         store=env.get("NIGHTSHIFT_STORE"),
         jobs=Path(env.get("NIGHTSHIFT_JOBS") or Path(__file__).parent.parent / "jobs"),
-        poll_seconds=float(env.get("NIGHTSHIFT_POLL_SECONDS", "30")),
-        upload_poll_seconds=float(env.get("NIGHTSHIFT_UPLOAD_POLL_SECONDS", "30")),
+        poll_seconds=_seconds(env, "NIGHTSHIFT_POLL_SECONDS"),
+        upload_poll_seconds=_seconds(env, "NIGHTSHIFT_UPLOAD_POLL_SECONDS"),
         store_connection=env.get("NIGHTSHIFT_STORE_CONNECTION", "aws_default"),
         scratch=Path(scratch) if scratch else None,
     )
+
+
+def _seconds(env: Mapping[str, str], name: str) -> float:
+    try:
+        return float(env.get(name, "30"))
+    except ValueError as error:
+        raise JobInvalid([f"{name}={env[name]!r}: expected a number of seconds"]) from error
