@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Event
+from threading import Event, Lock
 
 from nightshift.errors import Interrupted, NightshiftError, RunHeld, ShardHeld, Transient
 from nightshift.job import Job
@@ -84,9 +84,9 @@ def _drive(site: Site, run: Run, ask: Callable[[Run, Plan], bool], watcher: Watc
 
 def _settle_all(site: Site, run: Run, planned: Plan, watcher: Watcher) -> None:
     """Drive every shard until it is settled. The first permanent error stops new work; what is in flight stays in the ledger."""
-    stop = Event()
+    stop, harvesting = Event(), Lock()
     with ThreadPoolExecutor(SHARDS_AT_ONCE, thread_name_prefix="shard") as pool:
-        futures = [pool.submit(_settle, site, run, shard, watcher, stop) for shard in planned.shards]
+        futures = [pool.submit(_settle, site, run, shard, watcher, stop, harvesting) for shard in planned.shards]
         try:
             for future in futures:
                 future.result()
@@ -96,7 +96,7 @@ def _settle_all(site: Site, run: Run, planned: Plan, watcher: Watcher) -> None:
             raise
 
 
-def _settle(site: Site, run: Run, shard: str, watcher: Watcher, stop: Event) -> Settled:
+def _settle(site: Site, run: Run, shard: str, watcher: Watcher, stop: Event, harvesting: Lock) -> Settled:
     """Submit → wait → collect, until the shard is settled."""
     failures = 0
     while True:
@@ -104,7 +104,8 @@ def _settle(site: Site, run: Run, shard: str, watcher: Watcher, stop: Event) -> 
             submit(site, run, shard)
             for pause in pauses(site, run, shard, seen=lambda look: watcher.shard(shard, look)):
                 _sleep(stop, pause)
-            settled = collect(site, run, shard)
+            with harvesting:
+                settled = collect(site, run, shard)
             failures = 0
         except ShardHeld as held:
             _sleep(stop, min(max(held.seconds_left, 1.0), 30.0))
