@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nightshift.columns import answers_schema, fit, needs_fitting
-from nightshift.errors import BatchRejected, BatchUnknown, CountsDisagree, ProviderUnavailable
+from nightshift.errors import BatchRejected, CountsDisagree, ProviderUnavailable
 from nightshift.job import Job
 from nightshift.providers.protocol import Garbage, Reply, Snapshot
 from nightshift.runs import Run, Site
@@ -64,10 +64,7 @@ def collect(site: Site, run: Run, shard: str) -> Settled | None:
 def _harvest(site: Site, run: Run, shard: str, number: int, receipt: Receipt, attempts: list[Attempt]) -> None:
     """Read everything the batch left, write the attempt's answers, then its end. Repeating it writes the same."""
     provider = site.open_provider(run.job.spec.request)
-    try:
-        snapshot = provider.poll(receipt.batch_id)
-    except BatchUnknown as error:
-        raise BatchRejected(receipt.batch_id, [f"{error} Its answers, if any, cannot be fetched"]) from error
+    snapshot = provider.poll(receipt.batch_id)  # a batch that is not known there says nothing of what it cost
     if snapshot.state == "running":
         raise ProviderUnavailable(provider.where, f"batch {receipt.batch_id} is still {snapshot.status}.")
     if _is_waiting_for_files(snapshot, site.now()):
