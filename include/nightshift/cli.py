@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
 import typer
@@ -17,10 +17,13 @@ from rich.table import Table
 
 from nightshift import __version__
 from nightshift.errors import InputMissing, JobInvalid, NightshiftError
-from nightshift.job import Job, find_job, job_schema, load_job
+from nightshift.job import Job, Policy, find_job, job_schema, load_job, redriven
 from nightshift.pages import MEANING, render_job_reference, usd
 from nightshift.settings import Settings, read_settings
 from nightshift.shapes import OUTCOMES, Plan, Settled, Summary
+
+if TYPE_CHECKING:
+    from nightshift.runs import Run, Site
 
 app = typer.Typer(
     help="Batch LLM inference that pays once, accounts for every row and reports what it did.",
@@ -34,6 +37,9 @@ JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="a job file, or 
 InputOption = Annotated[str | None, typer.Option("--input", help="object, pattern or folder to read in place of the job's")]
 StoreOption = Annotated[str | None, typer.Option("--store", help="where everything is kept; default NIGHTSHIFT_STORE")]
 DateOption = Annotated[str | None, typer.Option("--ds", metavar="YYYY-MM-DD", help="the date of a scheduled interval")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run as `status` names it, 16 hex digits")]
+JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object, last on stdout")]
+YesOption = Annotated[bool, typer.Option("--yes", help="approve an estimate above policy.approve_above_usd")]
 
 
 def main() -> None:
@@ -93,7 +99,9 @@ def plan(job: JobArgument, input: InputOption = None, store: StoreOption = None,
     site = local_site(settings, _store(store, settings))
     dates, pattern = _dates(ds), _pattern(loaded, input, ds)
     objects = pin(site, loaded, render_dates(pattern, dates)).objects
-    asked = RunInput(run="draft", label="draft", started_at=site.now(), partition="draft", objects=objects, job=loaded)
+    asked = RunInput(
+        run="draft", label="draft", started_at=site.now(), partition="draft", objects=objects, job=loaded, fresh=loaded.spec.fresh
+    )
     drafted = draft(site, Run(site.store, asked), keep=False)
     people.print(_plan_table(drafted))
 
@@ -104,19 +112,54 @@ def run(
     input: InputOption = None,
     store: StoreOption = None,
     ds: DateOption = None,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object, last on stdout")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="approve an estimate above policy.approve_above_usd")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="buy every answer anew, whatever was answered before")] = False,
+    json: JsonOption = False,
+    yes: YesOption = False,
 ) -> None:
     """Take a job the whole way: discover, plan, approve, submit, wait, collect, assemble, audit, publish, report."""
-    from nightshift.drive import begin, drive
+    from nightshift.drive import begin
     from nightshift.local_site import local_site
 
     settings = read_settings()
     loaded = load_job(find_job(job, settings.jobs))
     site = local_site(settings, _store(store, settings))
+    scheduled = ds is not None and input is None
+    _drive(
+        site,
+        lambda: begin(site, loaded, pattern=_pattern(loaded, input, ds), dates=_dates(ds), scheduled=scheduled, fresh=fresh),
+        json=json,
+        yes=yes,
+    )
+
+
+@app.command()
+def redrive(
+    run: RunArgument,
+    outcome: Annotated[list[str] | None, typer.Option(help="drive rows again that ended so; default: all that can be")] = None,
+    store: StoreOption = None,
+    json: JsonOption = False,
+    yes: YesOption = False,
+) -> None:
+    """Drive the failures of a run again, and publish its partition anew. Follows the job file's policy as it is now."""
+    from nightshift.drive import begin_again
+    from nightshift.local_site import local_site
+
+    settings = read_settings()
+    site = local_site(settings, _store(store, settings))
+
+    def policy(job: str) -> Policy | None:
+        path = settings.jobs / f"{job}.yaml"
+        return load_job(path).spec.policy if path.is_file() else None
+
+    _drive(site, lambda: begin_again(site, run, redriven(outcome or ()), policy=policy), json=json, yes=yes)
+
+
+def _drive(site: Site, begin: Callable[[], Run], *, json: bool, yes: bool) -> None:
+    """Take a run the whole way, with progress bars or in silence, and show what became of it."""
+    from nightshift.drive import drive
+
     with _shown(quiet=json) as watcher:
-        begun = begin(site, loaded, pattern=_pattern(loaded, input, ds), dates=_dates(ds), scheduled=ds is not None and input is None)
-        summary = drive(site, begun, ask=_asker(yes), watcher=watcher)
+        summary = drive(site, begin(), ask=_asker(yes), watcher=watcher)
     if json:
         typer.echo(orjson.dumps(as_json(summary)).decode())
     else:
@@ -152,7 +195,7 @@ def status(job: JobArgument, store: StoreOption = None, last: Annotated[int, typ
 @app.command()
 def report(
     job: JobArgument,
-    run: Annotated[str, typer.Argument(metavar="RUN", help="a run as `status` names it, 16 hex digits")],
+    run: RunArgument,
     store: StoreOption = None,
 ) -> None:
     """Print what a run did, and write its page again from its summary."""
@@ -213,6 +256,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
         "outcomes": summary.outcomes,
         "requests": summary.requests.model_dump(),
         "batches": summary.batches,
+        "paid": summary.paid,
         "cost_usd": {"estimated": summary.cost_usd.estimated, "actual": summary.cost_usd.actual, "saved": summary.cost_usd.saved},
         "published": summary.published,
         "results": summary.results,
@@ -233,7 +277,7 @@ def show_summary(summary: Summary, console: Console = people) -> None:
     counts, cost = summary.requests, summary.cost_usd
     console.print(
         f"\nrequests  {counts.submitted:,} submitted in {summary.batches} batches, {counts.reused:,} reused, {counts.adopted:,} adopted, "
-        f"{counts.duplicates:,} duplicates"
+        f"{counts.duplicates:,} duplicates; {summary.paid:,} answers paid for"
     )
     if counts.submitted == 0:
         console.print("          nothing had to be paid for: every request is answered, or in flight, elsewhere")
@@ -289,15 +333,13 @@ def _job_name(job: str, settings: Settings) -> str:
     return load_job(find_job(job, settings.jobs)).name
 
 
-def _asker(yes: bool) -> Callable[[Any, Plan], bool]:
+def _asker(yes: bool) -> Callable[[Run, Plan], bool]:
     """A person at a terminal is asked; elsewhere only --yes approves."""
-    from nightshift.steps.approve import Ask, decide, question
+    from nightshift.steps.approve import question
 
-    def ask(run: Any, planned: Plan) -> bool:
-        if yes or not isinstance(decide(planned, run.job.spec.policy), Ask):
+    def ask(run: Run, planned: Plan) -> bool:
+        if yes or not sys.stdin.isatty():
             return yes
-        if not sys.stdin.isatty():
-            return False
         people.print(question(run, planned), markup=False)
         return typer.confirm("Send it?")
 

@@ -75,10 +75,14 @@ def answers_schema(schema: Mapping[str, Any] | None) -> pa.Schema:
             ("text", pa.string()),  # raw answer; null where `output` holds it
             ("output", answer_type(schema)),
             ("paid", pa.bool_()),
-            ("again", pa.bool_()),  # to be asked again in the next attempt
+            ("again", pa.string()),  # how it is asked again (a Variant as JSON), null where this is the last word
+            ("shard", pa.string()),
             ("attempt", pa.int32()),
             ("batch_id", pa.string()),
-            ("model", pa.string()),
+            ("answered_at", pa.timestamp("ms", "UTC")),
+            ("stand_in", pa.string()),  # the model that was asked in place of the job's
+            ("token_limit", pa.int32()),  # where it was raised above the job's
+            ("model", pa.string()),  # that answered, as it calls itself
             ("input_tokens", pa.int64()),
             ("cached_tokens", pa.int64()),
             ("output_tokens", pa.int64()),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Event, Lock
 
 from nightshift.errors import Interrupted, NightshiftError, RunHeld, ShardHeld, Transient
-from nightshift.job import Job
+from nightshift.job import Job, Policy
 from nightshift.providers.protocol import Snapshot
-from nightshift.runs import Run, Site, run_id
-from nightshift.shapes import Plan, Published, Settled, Summary
+from nightshift.redrive import begin_redrive, find_run
+from nightshift.runs import Run, Site, run_folder, run_id
+from nightshift.shapes import Outcome, Plan, Published, Settled, Summary
 from nightshift.steps.approve import approve
 from nightshift.steps.assemble import assemble
 from nightshift.steps.audit import audit
@@ -38,16 +40,33 @@ class Watcher:
     shard: Callable[[str, Snapshot | NightshiftError | Settled], None] = lambda shard, seen: None
 
 
-def begin(site: Site, job: Job, *, pattern: str, dates: Mapping[str, str], scheduled: bool) -> Run:
+def begin(site: Site, job: Job, *, pattern: str, dates: Mapping[str, str], scheduled: bool, fresh: bool = False) -> Run:
     """Begin a run, or go on with one that was interrupted: the same job on the same objects is the same run until it is reported."""
-    identity = run_id(job.digest, pin(site, job, pattern).identity)
-    for number in range(1, 1_000_000):
+    identity = run_id(job.digest, pin(site, job, pattern).identity, *(["fresh"] if fresh else []))
+    number, name = _next_run(site, job.name, identity)
+    label = f"local {identity[:6]}-{number}"
+    return discover(site, job, pattern=pattern, label=label, run=name, dates=dates, scheduled=scheduled, fresh=fresh)
+
+
+def begin_again(site: Site, name: str, outcomes: Sequence[Outcome], *, policy: Callable[[str], Policy | None]) -> Run:
+    """Begin to drive a run's failures again, or go on with it: the same run and outcomes are the same redrive until it is reported.
+
+    `policy`: by the job's name, the policy in place of that of the first run.
+    """
+    original = find_run(site.store, name)
+    identity = run_id("redrive", name, *outcomes)
+    number, run = _next_run(site, original.job.name, identity)
+    return begin_redrive(site, original, outcomes, label=f"redrive of {name[:6]}-{number}", run=run, policy=policy(original.job.name))
+
+
+def _next_run(site: Site, job: str, identity: str) -> tuple[int, str]:
+    """The first run of an identity that has not been brought to its end: its number and its name."""
+    for number in itertools.count(1):
         name = run_id(identity, str(number))
-        run = discover(site, job, pattern=pattern, label=f"local {identity[:6]}-{number}", run=name, dates=dates, scheduled=scheduled)
-        summary = site.store.get_shape(run.key("summary.json"), Summary)
+        summary = site.store.get_shape(f"{run_folder(job, name)}/summary.json", Summary)
         if summary is None or summary.state == "failed":
-            return run
-    raise AssertionError("a million runs of one job on one input")
+            return number, name
+    raise AssertionError("counting has no end")
 
 
 def drive(site: Site, run: Run, *, ask: Callable[[Run, Plan], bool], watcher: Watcher | None = None) -> Summary:
@@ -71,22 +90,22 @@ def _drive(site: Site, run: Run, ask: Callable[[Run, Plan], bool], watcher: Watc
     planned = plan(site, run, progress=watcher.rows)
     watcher.planned(planned)
     watcher.stage("approve")
-    approve(run, planned, approved=ask(run, planned))
+    approved = approve(site, run, planned, ask=lambda: ask(run, planned))
     watcher.stage("wait")
-    _settle_all(site, run, planned, watcher)
+    _settle_all(site, run, approved, watcher)
     watcher.stage("assemble")
-    assembled = assemble(site, run, planned)
+    assembled = assemble(site, run, approved)
     watcher.stage("audit")
-    verdict = audit(site, run, planned, assembled)
+    verdict = audit(site, run, approved, assembled)
     watcher.stage("publish")
     return publish(site, run, assembled, verdict)
 
 
-def _settle_all(site: Site, run: Run, planned: Plan, watcher: Watcher) -> None:
+def _settle_all(site: Site, run: Run, approved: Plan, watcher: Watcher) -> None:
     """Drive every shard until it is settled. The first permanent error stops new work; what is in flight stays in the ledger."""
     stop, harvesting = Event(), Lock()
     with ThreadPoolExecutor(SHARDS_AT_ONCE, thread_name_prefix="shard") as pool:
-        futures = [pool.submit(_settle, site, run, shard, watcher, stop, harvesting) for shard in planned.shards]
+        futures = [pool.submit(_settle, site, run, shard, watcher, stop, harvesting) for shard in approved.shards]
         try:
             for future in futures:
                 future.result()

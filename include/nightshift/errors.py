@@ -11,6 +11,8 @@ NightshiftError
 │   ├── ModelNotFound             the provider does not offer this model
 │   ├── RequestTooLarge           one request alone is over the limit for a whole batch
 │   ├── BatchRejected             the provider refused the batch; nothing ran
+│   ├── BatchLost                 the provider no longer knows a batch that it took from us
+│   ├── WrongPlace                a shard was sent elsewhere than this connection leads
 │   ├── QuotaExhausted            the provider stopped billing us
 │   ├── BudgetExceeded            the estimate is over the job's budget
 │   ├── ApprovalNeeded            a person has to say yes first
@@ -130,6 +132,29 @@ class BatchRejected(Permanent):
         shown = "; ".join(self.reasons[:3]) or "no reason given"
         more = f" (and {len(self.reasons) - 3} more)" if len(self.reasons) > 3 else ""
         super().__init__(f"The provider rejected batch {batch_id}: {shown}{more}. Nothing ran and nothing is billed.")
+
+
+class BatchLost(Permanent):
+    """The provider has not known a batch of ours for a while: it may have run, and may be billed."""
+
+    def __init__(self, where: str, batch_id: str) -> None:
+        self.batch_id = batch_id
+        super().__init__(
+            f"{where} no longer knows batch {batch_id} that it took from us. Check that the connection still leads to the account that "
+            "it was sent from, then run this again. To give it up and buy its requests again, set policy.retry.lost: 1; "
+            "what it has answered may then be paid twice."
+        )
+
+
+class WrongPlace(Permanent):
+    """A shard is under way at one endpoint, and the run's connection leads to another."""
+
+    def __init__(self, shard: str, where: str, here: str) -> None:
+        self.shard, self.where, self.here = shard, where, here
+        super().__init__(
+            f"Shard {shard[:12]} was sent to {where}, but the connection now leads to {here}, where nobody can look for it. "
+            "Point the connection back until the shard is settled; nothing was sent."
+        )
 
 
 class QuotaExhausted(Permanent):

@@ -5,23 +5,24 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date, timedelta
 from decimal import Decimal
 from functools import cached_property
+from math import ceil
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import orjson
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, ValidationError, field_validator, model_validator
 
 from nightshift.errors import JobInvalid
 from nightshift.prompts import Prompt, PromptInvalid, parse_prompt
-from nightshift.shapes import Compression, Endpoint, Format, Outcome, ProviderName, Wire
+from nightshift.shapes import Compression, Endpoint, Format, Outcome, ProviderName, Variant, Wire
 
-RetryableOutcome = Literal["invalid", "truncated", "errored", "expired", "cancelled", "missing"]
+RETRYABLE: tuple[Outcome, ...] = ("invalid", "truncated", "refused", "filtered", "errored", "expired", "cancelled", "missing")
 NAME = r"^[a-z][a-z0-9_]{0,62}$"
 URI = re.compile(r"^(s3|gs|az|abfss?|file|memory)://")
 PRESETS = ("@hourly", "@daily", "@weekly", "@monthly", "@quarterly", "@yearly")
@@ -103,19 +104,67 @@ class OutputSpec(Section):
     partition: str | None = Field(None, description="partition name; default dt={{ ds }} or the name of the input")
 
 
-class RetrySpec(Section):
-    """How many times a request is asked again, by what became of it. Paid outcomes cost again."""
+class Retry(Section):
+    """How many times a request with this outcome is asked again, and of whom. A number alone says how many times."""
 
-    invalid: int = Field(1, ge=0, le=5)
-    truncated: int = Field(0, ge=0, le=5)
-    errored: int = Field(2, ge=0, le=5)
-    expired: int = Field(2, ge=0, le=5)
-    cancelled: int = Field(2, ge=0, le=5, description="stopped by a person, and then gone on with; not by the deadline")
-    missing: int = Field(2, ge=0, le=5)
+    times: int = Field(1, ge=0, le=5)
+    model: str | None = Field(None, min_length=1, description="ask this model in place of the job's")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number_alone(cls, given: Any) -> Any:
+        return {"times": given} if isinstance(given, int) and not isinstance(given, bool) else given
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "integer", "minimum": 0, "maximum": 5}, handler(core)]}
+
+
+class RepairRetry(Retry):
+    """How many times an invalid answer is asked to be mended. A number alone says how many times."""
+
+    repair: bool = Field(True, description="show the model its answer and what is wrong with it")
+
+
+class LongerRetry(Retry):
+    """How many times an answer that was cut is asked again. A number alone says how many times."""
+
+    token_factor: float = Field(2, ge=1, le=16, description="the token limit is multiplied by this each time")
+
+
+class RetrySpec(Section):
+    """How a request is asked again, by what became of it. What was answered and paid for costs again."""
+
+    invalid: RepairRetry = RepairRetry(times=1)
+    truncated: LongerRetry = LongerRetry(times=0)
+    refused: Retry = Retry(times=0)
+    filtered: Retry = Retry(times=0)
+    errored: Retry = Retry(times=2)
+    expired: Retry = Retry(times=2)
+    cancelled: Retry = Field(Retry(times=2), description="stopped by a person, and then gone on with; not by the deadline")
+    missing: Retry = Retry(times=2)
+    lost: int = Field(0, ge=0, le=5, description="batches that the provider no longer knows; sending them again may pay twice")
 
     def allows(self, outcome: Outcome, times: int) -> bool:
         """Whether a request that has had this outcome `times` times may be asked once more."""
-        return outcome in get_args(RetryableOutcome) and times <= getattr(self, outcome)
+        return outcome in RETRYABLE and times <= getattr(self, outcome).times
+
+    def variant(self, outcome: Outcome, before: Variant, limit: int | None) -> Variant:
+        """How a request with this outcome is asked next; `before`: how it was asked, `limit`: the token limit of the job."""
+        how: Retry = getattr(self, outcome)
+        longest = before.max_output_tokens or limit
+        changes: dict[str, Any] = {"repair": isinstance(how, RepairRetry) and how.repair}
+        if how.model:
+            changes["model"] = how.model
+        if isinstance(how, LongerRetry) and longest:
+            changes["max_output_tokens"] = ceil(longest * how.token_factor)
+        return before.model_copy(update=changes)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Models that are asked in place of the job's."""
+        named = [getattr(self, outcome).model for outcome in RETRYABLE]
+        return tuple(dict.fromkeys(model for model in named if model))
 
 
 class Policy(Section):
@@ -125,7 +174,7 @@ class Policy(Section):
     budget_usd: Decimal | None = Field(None, gt=0, description="a run estimated above it is stopped before it costs")
     approve_above_usd: Decimal | None = Field(None, ge=0, description="a run estimated above it asks a person first")
     publish_at_least: float = Field(0.95, ge=0, le=1, description="share of the rows that must succeed, else the run is held")
-    deadline_hours: float | None = Field(None, gt=0, le=336, description="a batch still running then is cancelled and harvested")
+    deadline_hours: float = Field(26, gt=0, le=336, description="a batch still running then is cancelled and harvested")
     max_requests_per_shard: int | None = Field(None, ge=1, description="smaller shards than the provider allows")
 
 
@@ -151,7 +200,13 @@ class JobFile(Section):
     request: RequestSpec
     output: OutputSpec = Field(default_factory=OutputSpec)
     policy: Policy = Field(default_factory=Policy)
+    fresh: bool = Field(False, description="buy every answer anew in every run, whatever was answered before")
     report: ReportSpec = Field(default_factory=ReportSpec)
+
+    @property
+    def stand_ins(self) -> tuple[str, ...]:
+        """Models whose answers count in place of the job's own model's."""
+        return tuple(model for model in self.policy.retry.models if model != self.request.model)
 
     @field_validator("on_upload")
     @classmethod
@@ -221,10 +276,15 @@ class Job(Wire):
         return tuple(dict.fromkeys([spec.input.id, *spec.input.require, *sorted(self.prompt.variables), *spec.output.keep]))
 
     @property
-    def patience(self) -> timedelta | None:
+    def token_limit(self) -> int | None:
+        """The token limit of an answer, where the job sets one."""
+        limit = self.spec.request.parameters.get("max_output_tokens")
+        return limit if isinstance(limit, int) else None
+
+    @property
+    def patience(self) -> timedelta:
         """How long a batch may take before it is cancelled and harvested."""
-        hours = self.spec.policy.deadline_hours
-        return None if hours is None else timedelta(hours=hours)
+        return timedelta(hours=self.spec.policy.deadline_hours)
 
 
 def job_schema() -> dict[str, Any]:
@@ -270,6 +330,15 @@ def load_job(path: Path) -> Job:
     if problems:
         raise JobInvalid(problems)
     return job
+
+
+def redriven(names: Iterable[str]) -> tuple[Outcome, ...]:
+    """The outcomes of these names that can be driven again; all of them where none is named. Raises JobInvalid."""
+    wanted = tuple(names) or RETRYABLE
+    for name in wanted:
+        if name not in RETRYABLE:
+            raise JobInvalid([f"{name!r} cannot be driven again{_nearest(name, list(RETRYABLE))}; known: {', '.join(RETRYABLE)}"])
+    return tuple(outcome for outcome in RETRYABLE if outcome in wanted)
 
 
 def answer_fields(schema: Mapping[str, Any] | None) -> tuple[str, ...]:

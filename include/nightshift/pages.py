@@ -34,41 +34,51 @@ def render_report(summary: Summary) -> str:
 def render_job_reference(schema: Mapping[str, Any]) -> str:
     """Every key of a job file as Markdown, from the job file's JSON Schema."""
     lines = ["# Job files", "", "Written by `make schema` from the contract in `include/nightshift/job.py`. Unknown keys are errors.", ""]
-    sections = [("(top level)", schema), *(_sections(schema, schema))]
+    named: dict[str, list[str]] = {}
+    for name, reference in _references(schema, schema):
+        named.setdefault(reference, []).append(f"`{name}`")
+    sections = [("(top level)", schema), *((", ".join(names), _mapping(schema, reference)) for reference, names in named.items())]
     for name, section in sections:
         lines += [f"## {name}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
         required = section.get("required", ())
         for key, field in section["properties"].items():
             default = "**required**" if key in required else f"`{orjson.dumps(field['default']).decode()}`" if "default" in field else ""
-            lines.append(f"| `{key}` | {_type_name(field)} | {default} | {field.get('description', '')} |")
+            lines.append(f"| `{key}` | {_type_name(schema, field)} | {default} | {field.get('description', '')} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _sections(schema: Mapping[str, Any], section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The nested mappings of the job file, with their paths."""
+def _references(schema: Mapping[str, Any], section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """The nested mappings of the job file: (path, reference into the schema)."""
     for key, field in section["properties"].items():
         inner = field.get("additionalProperties", field)
         reference = (inner if isinstance(inner, dict) else field).get("$ref")
         if reference:
-            found = schema["$defs"][reference.rpartition("/")[2]]
             name = f"{path}{key}" if inner is field else f"{path}{key}.<column>"
-            yield f"`{name}`", found
-            yield from _sections(schema, found, f"{name}.")
+            yield name, reference
+            yield from _references(schema, _mapping(schema, reference), f"{name}.")
 
 
-def _type_name(field: Mapping[str, Any]) -> str:
+def _mapping(schema: Mapping[str, Any], reference: str) -> Mapping[str, Any]:
+    """A definition of the schema; where a number may stand in its place, what it stands for."""
+    found: Mapping[str, Any] = schema["$defs"][reference.rpartition("/")[2]]
+    return next((each for each in found.get("anyOf", ()) if "properties" in each), found)
+
+
+def _type_name(schema: Mapping[str, Any], field: Mapping[str, Any]) -> str:
     """A field's type in a word or two."""
     if "enum" in field:
         return " or ".join(f"`{value}`" for value in field["enum"])
     if "const" in field:
         return f"`{field['const']}`"
     if "anyOf" in field:
-        return " or ".join(dict.fromkeys(_type_name(each) for each in field["anyOf"] if each.get("type") != "null"))
+        return " or ".join(dict.fromkeys(_type_name(schema, each) for each in field["anyOf"] if each.get("type") != "null"))
+    if "$ref" in field and "anyOf" in (found := schema["$defs"][field["$ref"].rpartition("/")[2]]):
+        return _type_name(schema, found)
     if "$ref" in field or field.get("type") == "object":
         return "mapping"
     if field.get("type") == "array":
-        return f"list of {_type_name(field['items'])}"
+        return f"list of {_type_name(schema, field['items'])}"
     return str(field.get("type", "any"))
 
 

@@ -18,7 +18,7 @@ from nightshift.errors import JobInvalid, LedgerCorrupt
 from nightshift.job import Job, RequestSpec
 from nightshift.prompts import environment
 from nightshift.providers.protocol import Provider
-from nightshift.shapes import PinnedObject, Wire
+from nightshift.shapes import Outcome, PinnedObject, Wire
 from nightshift.stores.answers import AnswerStore
 from nightshift.stores.ledger import Ledger
 from nightshift.stores.objects import Objects
@@ -57,6 +57,13 @@ class Site:
         return AnswerStore(self.store, fingerprint)
 
 
+class Redrive(Wire):
+    """What a run drives again: the rows of another run that ended in these outcomes."""
+
+    run: str  # of the same job
+    outcomes: tuple[Outcome, ...]
+
+
 class RunInput(Wire):
     """What a run was asked to do, frozen at discovery. Stored as `runs/<job>/<run>/input.json`, once."""
 
@@ -66,6 +73,8 @@ class RunInput(Wire):
     partition: str
     objects: tuple[PinnedObject, ...]
     job: Job
+    fresh: bool = False  # buys every answer anew
+    redrive: Redrive | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +97,11 @@ class Run:
     def key(self, name: str) -> str:
         """The key of one of the run's files."""
         return f"{run_folder(self.job.name, self.input.run)}/{name}"
+
+
+def salt_of(run: Run) -> str:
+    """What tells the shards of a run that buys again from those that were bought before; nothing for every other run."""
+    return run.input.run if run.input.fresh or run.input.redrive else ""
 
 
 def run_folder(job: str, run: str) -> str:

@@ -48,6 +48,7 @@ class Shard(Wire):
     model: str
     request_count: int
     request_bytes: int
+    seeded: bool = False  # `answers-0` holds what became of its requests before, and how they are asked now
 
 
 class Receipt(Wire):
@@ -56,6 +57,14 @@ class Receipt(Wire):
     batch_id: str
     token: str
     created_at: datetime  # the provider's clock
+
+
+class Variant(Wire):
+    """How a request is asked again. Its answer still counts as the answer to the request that the row asks."""
+
+    model: str | None = None  # None: the model that the job names
+    max_output_tokens: int | None = None  # None: the limit that the job sets
+    repair: bool = False  # the model is shown its answer and what is wrong with it
 
 
 class Usage(Wire):
@@ -75,14 +84,23 @@ class Usage(Wire):
         )
 
 
+class Paid(Wire):
+    """What one run bought of a shard from one model."""
+
+    run: str  # URI of the run that claimed the attempts
+    model: str
+    batches: int
+    answers: int  # that were paid for, over all attempts: not only those that were kept
+    usage: Usage
+
+
 class Settled(Wire):
     """A shard that needs no more driving. Stored as `shards/<key>/settled.json`; one line per request is in `answers`."""
 
     shard: str
     answers: str  # key of the Parquet file in the store
     requests: int
-    batches: int
-    usage: Usage  # over all attempts: what was paid, not only what was kept
+    paid: tuple[Paid, ...]
     alarms: dict[str, int]  # oddities in the result files, by name: counted, never trusted
 
 
@@ -98,7 +116,7 @@ class Estimate(Wire):
 
 
 class Plan(Wire):
-    """What a run will do. Stored as `runs/<job>/<run>/plan.json`, once."""
+    """What a run will do. Stored as `runs/<job>/<run>/plan.json`, once, and as approved beside it as `approved.json`."""
 
     fingerprint: str
     rows: int
@@ -115,6 +133,12 @@ class Plan(Wire):
     slices: tuple[str, ...]  # row indexes, in order of the rows
     estimate: Estimate
     saved_usd: Decimal | None  # what the duplicates and the reused requests would have cost
+    seen: str  # digest of what was known then of others' answers and shards: looked at again only where it has changed
+
+    @property
+    def own_shards(self) -> tuple[str, ...]:
+        """The shards that this run pays for."""
+        return tuple(shard for shard in self.shards if shard not in self.adopted_shards)
 
 
 class Assembled(Wire):
@@ -124,9 +148,13 @@ class Assembled(Wire):
     reasons: dict[str, dict[str, int]]  # per outcome other than succeeded: the most frequent reasons
     parts: tuple[str, ...]  # keys of staged Parquet files, in row order
     quarantine: tuple[str, ...]
-    batches: int
-    usage: Usage
+    paid: tuple[Paid, ...]  # what this run bought, over all its shards
     alarms: dict[str, int]
+
+    @property
+    def usage(self) -> Usage:
+        """The tokens that this run paid for."""
+        return sum((each.usage for each in self.paid), Usage())
 
 
 class Check(Wire):
@@ -183,6 +211,7 @@ class Summary(Wire):
     job: str
     run: str
     label: str  # what people call the run: Airflow's run id, or the command line's
+    redrive_of: str | None  # the run whose failures this one drives again
     state: Literal["published", "held", "failed"]
     problem: str | None
     partition: str
@@ -196,6 +225,7 @@ class Summary(Wire):
     reasons: dict[str, dict[str, int]]
     requests: Counts
     batches: int
+    paid: int  # answers that this run paid for, over all attempts
     usage: Usage
     alarms: dict[str, int]
     cost_usd: Cost

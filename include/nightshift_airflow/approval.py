@@ -7,8 +7,7 @@ from typing import Any
 
 from airflow.providers.standard.operators.hitl import ApprovalOperator
 
-from nightshift.shapes import Plan
-from nightshift.steps.approve import Ask, approve, decide, question
+from nightshift.steps.approve import approve, must_ask, question
 from nightshift.steps.plan import plan
 from nightshift_airflow.site import owner_of, run_at
 
@@ -24,13 +23,18 @@ class ApproveRun(ApprovalOperator):
         )
         self.run_uri = run_uri
 
-    def execute(self, context: Any) -> Any:
-        """Decide from the plan; a question waits in the state `awaiting_input`, with no worker and no trigger."""
+    def execute(self, context: Any) -> list[str]:
+        """The shards to drive. A question waits in the state `awaiting_input`, with no worker and no trigger."""
         site, run = run_at(self.run_uri, owner_of(context))
-        planned: Plan = plan(site, run)
-        if isinstance(decide(planned, run.job.spec.policy), Ask):
+        planned = plan(site, run)
+        if must_ask(site, run, planned):
             self.subject = f"Send {planned.submitted:,} requests of {run.job.name} to {run.job.spec.request.model}?"
             self.body = question(run, planned)
-            return super().execute(context)
-        approve(run, planned, approved=False)
-        return None
+            super().execute(context)
+        return list(approve(site, run, planned, ask=lambda: False).shards)
+
+    def execute_complete(self, context: Any, event: dict[str, Any]) -> list[str]:
+        """Go on with a person's yes; a no has failed the task by then."""
+        super().execute_complete(context, event)
+        site, run = run_at(self.run_uri, owner_of(context))
+        return list(approve(site, run, plan(site, run), ask=lambda: True).shards)

@@ -10,7 +10,7 @@ import pendulum
 from airflow.sdk import DAG, Asset, CronDataIntervalTimetable, Param, chain, task, task_group
 
 from nightshift.errors import JobInvalid
-from nightshift.job import JobFile
+from nightshift.job import RETRYABLE, JobFile
 from nightshift.settings import read_settings
 from nightshift_airflow.approval import ApproveRun
 from nightshift_airflow.retries import RETRIES, RETRY_DELAY, ByErrorClass
@@ -42,13 +42,24 @@ def job_dag(spec: JobFile, path: Path) -> DAG:
         params={
             "input": Param(
                 None, type=["null", "string"], title="Input", description="object, pattern or folder to read in place of the job's"
-            )
+            ),
+            "fresh": Param(False, type="boolean", title="Fresh", description="buy every answer anew, whatever was answered before"),
+            "redrive": Param(
+                None, type=["null", "string"], title="Redrive", description="an earlier run of this job whose failures are driven again"
+            ),
+            "outcomes": Param(
+                None,
+                type=["null", "array"],
+                items={"type": "string", "enum": list(RETRYABLE)},
+                title="Outcomes",
+                description="for a redrive: rows that ended so; empty: all that can be driven again",
+            ),
         },
         default_args={**DEFAULTS, "owner": spec.owner},
     ) as dag:
         run_uri: Any = discover.override(execution_timeout=STEP_TIMEOUT)(str(path))
-        shards = plan.override(execution_timeout=STEP_TIMEOUT)(run_uri)
-        approved = ApproveRun(task_id="approve", run_uri=run_uri, retries=2)
+        planned: Any = plan.override(execution_timeout=STEP_TIMEOUT)(run_uri)
+        approved = ApproveRun(task_id="approve", run_uri=planned, retries=2)
 
         @task_group(group_id="shard")
         def shard_group(run_uri: str, shard: str) -> Any:
@@ -58,12 +69,13 @@ def job_dag(spec: JobFile, path: Path) -> DAG:
             chain(submitted, waited, collected)
             return collected.output
 
-        settled = shard_group.partial(run_uri=run_uri).expand(shard=shards)
-        assembled = assemble.override(execution_timeout=STEP_TIMEOUT)(run_uri, shards, settled)
+        settled = shard_group.partial(run_uri=run_uri).expand(shard=approved.output)  # nothing is submitted before it is approved
+        assembled = assemble.override(execution_timeout=STEP_TIMEOUT)(planned, settled)
         audited = audit.override(execution_timeout=STEP_TIMEOUT)(assembled)
         published = publish_to(results_asset(spec)).override(execution_timeout=STEP_TIMEOUT)(audited)
         reported = report.override(execution_timeout=STEP_TIMEOUT)(run_uri)
-        chain(shards, approved, dag.task_group_dict["shard"])  # the whole group: nothing is submitted before it is approved
+        chain(approved, dag.task_group_dict["shard"])  # the whole group, also where it is empty
+        chain(approved, assembled)
         chain(published, reported)
     return dag
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ from airflow.sdk import task
 from airflow.sdk.exceptions import AirflowSkipException
 
 from nightshift.errors import InputMissing, JobInvalid, RunFailed, RunHeld, ShardHeld
-from nightshift.job import load_job
+from nightshift.job import Job, load_job, redriven
+from nightshift.redrive import begin_redrive, find_run
 from nightshift.runs import run_id
 from nightshift.shapes import Assembled, Audit, Published
+from nightshift.steps.approve import approved_plan
 from nightshift.steps.assemble import assemble as assemble_run
 from nightshift.steps.audit import audit as audit_run
 from nightshift.steps.discover import discover as discover_run
@@ -25,17 +29,19 @@ from nightshift.steps.submit import submit as submit_shard
 from nightshift_airflow.site import owner_of, run_at, site_for
 
 log = logging.getLogger(__name__)
+RUN_NAME = re.compile(r"[0-9a-f]{16}")
 
 
 @task
 def discover(job_file: str, **context: Any) -> str:
     """Pin the objects of this run. Skips the run, green and quick, where a schedule finds nothing to do."""
     job = load_job(Path(job_file))
-    given = context["params"].get("input")
-    dates = run_dates(context)
+    params, dates, dag_run = context["params"], run_dates(context), context["dag_run"]
+    if params.get("redrive"):
+        return _redrive(job, params["redrive"], params.get("outcomes") or (), context)
+    given = params.get("input")
     if not given and not dates and "{{" in job.spec.input.uri:
         raise JobInvalid([f"{job.name} reads {job.spec.input.uri}, and this run has no dates: give `input` in the trigger form."])
-    dag_run = context["dag_run"]
     try:
         run = discover_run(
             site_for(job.spec, owner_of(context)),
@@ -45,6 +51,7 @@ def discover(job_file: str, **context: Any) -> str:
             run=run_id(dag_run.dag_id, dag_run.run_id),
             dates=dates,
             scheduled=not given and bool(dates),
+            fresh=bool(params.get("fresh")),
         )
     except InputMissing as error:
         if given or job.spec.input.required:
@@ -54,9 +61,17 @@ def discover(job_file: str, **context: Any) -> str:
     return run.uri
 
 
+def _redrive(job: Job, name: str, outcomes: Sequence[str], context: Any) -> str:
+    """Begin to drive an earlier run's failures again. It is named as in Airflow, or by its name in the store."""
+    site, dag_run = site_for(job.spec, owner_of(context)), context["dag_run"]
+    original = find_run(site.store, name if RUN_NAME.fullmatch(name) else run_id(dag_run.dag_id, name))
+    label, run = dag_run.run_id, run_id(dag_run.dag_id, dag_run.run_id)
+    return begin_redrive(site, original, redriven(outcomes), label=label, run=run, policy=job.spec.policy).uri
+
+
 @task
-def plan(run_uri: str, **context: Any) -> list[str]:
-    """The run's shards: their keys."""
+def plan(run_uri: str, **context: Any) -> str:
+    """Plan the run; approve and everything after it read the plan in the store."""
     site, run = run_at(run_uri, owner_of(context))
     planned = plan_run(site, run, progress=_every(100_000))
     log.info(
@@ -64,7 +79,7 @@ def plan(run_uri: str, **context: Any) -> list[str]:
         planned.rows, planned.rejected, planned.duplicates, planned.reused, planned.adopted, planned.submitted, len(planned.shards),
         planned.estimate.usd,
     )  # fmt: skip
-    return list(planned.shards)
+    return run_uri
 
 
 @task
@@ -80,10 +95,10 @@ def submit(run_uri: str, shard: str, **context: Any) -> str:
 
 
 @task(trigger_rule="none_failed_min_one_success")
-def assemble(run_uri: str, planned: list[str], settled: Any, **context: Any) -> str:
-    """Join answers to rows. Given the plan as well: a failed shard vanishes from what its siblings return."""
+def assemble(run_uri: str, settled: Any, **context: Any) -> str:
+    """Join answers to rows. The shards are read from the approved plan: a failed one vanishes from what its siblings return."""
     site, run = run_at(run_uri, owner_of(context))
-    assembled = assemble_run(site, run, plan_run(site, run))
+    assembled = assemble_run(site, run, approved_plan(site, run))
     log.info("Outcomes: %s", {name: count for name, count in assembled.outcomes.items() if count})
     return run_uri
 
@@ -92,8 +107,8 @@ def assemble(run_uri: str, planned: list[str], settled: Any, **context: Any) -> 
 def audit(run_uri: str, **context: Any) -> str:
     """Judge the staged dataset; publish acts on the verdict."""
     site, run = run_at(run_uri, owner_of(context))
-    planned = plan_run(site, run)
-    verdict = audit_run(site, run, planned, assemble_run(site, run, planned))
+    approved = approved_plan(site, run)
+    verdict = audit_run(site, run, approved, assemble_run(site, run, approved))
     for check in verdict.checks:
         log.log(
             logging.INFO if check.success else logging.WARNING,
@@ -112,9 +127,9 @@ def publish_to(asset: Any) -> Any:
     def publish(run_uri: str, **context: Any) -> str:
         """Swap the partition, or hold it."""
         site, run = run_at(run_uri, owner_of(context))
-        planned = plan_run(site, run)
-        assembled = assemble_run(site, run, planned)
-        published = publish_run(site, run, assembled, audit_run(site, run, planned, assembled))
+        approved = approved_plan(site, run)
+        assembled = assemble_run(site, run, approved)
+        published = publish_run(site, run, assembled, audit_run(site, run, approved, assembled))
         log.info("Published %s rows at %s", published.rows, published.uri)
         context["outlet_events"][asset].extra = {"partition": run.input.partition, "rows": published.rows, "results": published.uri}
         return published.uri

@@ -9,15 +9,17 @@ import pytest
 
 from nightshift.errors import AccessDenied, ApprovalNeeded, BatchUnknown, BudgetExceeded, ProviderUnavailable
 from nightshift.job import Policy, RetrySpec
+from nightshift.packing import Wanted, cut
 from nightshift.providers.protocol import Garbage, Reply, Snapshot
 from nightshift.shapes import Estimate, Plan
 from nightshift.steps.approve import Ask, Pass, Stop, approve, decide
 from nightshift.steps.collect import match_replies
-from nightshift.steps.plan import Wanted, cut
+from nightshift.steps.discover import discover
 from nightshift.steps.wait import UNKNOWN_PATIENCE, Cancel, Ended, Look, next_look
 from nightshift.stores.shards import shard_key
+from tests.conftest import reviews
 
-HOUR = timedelta(hours=1)
+HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 
 
 def plan(usd: str | None, submitted: int = 10) -> Plan:
@@ -26,7 +28,7 @@ def plan(usd: str | None, submitted: int = 10) -> Plan:
     )
     return Plan(
         fingerprint="f", rows=10, rejected=0, reasons={}, unique=10, duplicates=0, reused=0, adopted=0, submitted=submitted,
-        shards=(), adopted_shards=(), answers=(), slices=(), estimate=estimate, saved_usd=None,
+        shards=(), adopted_shards=(), answers=(), slices=(), estimate=estimate, saved_usd=None, seen="",
     )  # fmt: skip
 
 
@@ -47,13 +49,15 @@ def test_what_the_estimate_allows(planned, policy, decision):
 
 
 def test_approval_is_asked_for_and_a_budget_is_not_negotiable(world):
-    run = type("R", (), {"job": world.job(policy={"approve_above_usd": 4, "budget_usd": 10})})()
-    approve(run, plan("5"), approved=True)
+    job = world.job(policy={"approve_above_usd": 4, "budget_usd": 10})
+    run = discover(world.site, job, pattern=world.write("in.jsonl", reviews(1)), label="x", run="r1", dates={})
     with pytest.raises(ApprovalNeeded, match=r"estimated at \$5.0000") as asked:
-        approve(run, plan("5"), approved=False)
+        approve(world.site, run, plan("5"), ask=lambda: False)
     with pytest.raises(BudgetExceeded, match="nothing was sent") as stopped:
-        approve(run, plan("11"), approved=True)
+        approve(world.site, run, plan("11"), ask=lambda: True)
     assert asked.value.exit_code == stopped.value.exit_code == 4
+    approve(world.site, run, plan("5"), ask=lambda: True)
+    approve(world.site, run, plan("5"), ask=lambda: pytest.fail("asked twice"))
 
 
 def snapshot(state: str, status: str = "x") -> Snapshot:
@@ -63,25 +67,26 @@ def snapshot(state: str, status: str = "x") -> Snapshot:
 @pytest.mark.parametrize(
     ("look", "waited", "patience", "move"),
     [
-        pytest.param(snapshot("running"), HOUR, None, Look, id="running"),
-        pytest.param(snapshot("running", "a word nobody knows"), HOUR, None, Look, id="F45 unknown status"),
-        pytest.param(snapshot("ended"), HOUR, None, Ended, id="ended"),
-        pytest.param(snapshot("failed"), HOUR, None, Ended, id="failed"),
-        pytest.param(ProviderUnavailable("x", "y"), 1000 * HOUR, None, Look, id="F44 a failed look never ends the wait"),
-        pytest.param(AccessDenied("x", "y"), HOUR, None, Ended, id="a person has to mend it"),
-        pytest.param(BatchUnknown("x", "b"), UNKNOWN_PATIENCE / 2, None, Look, id="F46 not known yet"),
-        pytest.param(BatchUnknown("x", "b"), UNKNOWN_PATIENCE * 2, None, Ended, id="F46 not known any more"),
+        pytest.param(snapshot("running"), HOUR, DAY, Look, id="running"),
+        pytest.param(snapshot("running", "a word nobody knows"), HOUR, DAY, Look, id="F45 unknown status"),
+        pytest.param(snapshot("ended"), HOUR, DAY, Ended, id="ended"),
+        pytest.param(snapshot("failed"), HOUR, DAY, Ended, id="failed"),
+        pytest.param(ProviderUnavailable("x", "y"), 1000 * HOUR, DAY, Look, id="F44 a failed look never ends the wait"),
+        pytest.param(AccessDenied("x", "y"), HOUR, DAY, Ended, id="a person has to mend it"),
+        pytest.param(BatchUnknown("x", "b"), UNKNOWN_PATIENCE / 2, DAY, Look, id="F46 not known yet"),
+        pytest.param(BatchUnknown("x", "b"), UNKNOWN_PATIENCE * 2, DAY, Ended, id="F46 not known any more"),
         pytest.param(snapshot("running"), 2 * HOUR, HOUR, Cancel, id="past the deadline"),
         pytest.param(snapshot("running", "cancelling"), 2 * HOUR, HOUR, Look, id="F57 cancelling is not cancelled"),
     ],
 )
 def test_what_follows_from_a_look(look, waited, patience, move):
-    assert isinstance(next_look(look, failures=1, waited=waited, patience=patience, poll_seconds=1.0), move)
+    assert isinstance(next_look(look, failures=1, failing=waited, waited=waited, patience=patience, poll_seconds=1.0), move)
 
 
 def test_failed_looks_come_at_growing_distances_up_to_a_bound():
     def pause(failures: int) -> float:
-        return next_look(ProviderUnavailable("x", "y"), failures=failures, waited=HOUR, patience=None, poll_seconds=10).after_seconds
+        look = ProviderUnavailable("x", "y")
+        return next_look(look, failures=failures, failing=HOUR, waited=HOUR, patience=DAY, poll_seconds=10).after_seconds
 
     assert pause(1) < pause(3) < pause(9) <= 300 * 1.25
     assert pause(1000) <= 300 * 1.25

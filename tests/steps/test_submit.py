@@ -9,14 +9,15 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from nightshift.errors import AccessDenied, ProviderUnavailable, ShardHeld, SubmissionInDoubt
+from nightshift.errors import AccessDenied, ProviderUnavailable, ShardHeld, SubmissionInDoubt, WrongPlace
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.runs import Site
+from nightshift.steps.collect import collect
 from nightshift.steps.discover import discover
 from nightshift.steps.plan import plan
 from nightshift.steps.submit import submit
-from nightshift.stores.ledger import LEASE, token_for
-from tests.conftest import free_port, reviews
+from nightshift.stores.ledger import LEASE, Claim, Lease, token_for
+from tests.conftest import reviews, serve
 
 
 @pytest.fixture
@@ -30,6 +31,15 @@ def planned(world):
 def later(site: Site) -> Site:
     """The same site when every lease has lapsed."""
     return replace(site, now=lambda: datetime.now(UTC) + LEASE + timedelta(seconds=1), owner="a later worker")
+
+
+def claim_and_die(world, run, shard: str, attempt: int) -> None:
+    """A worker that claims an attempt and is never heard of again."""
+    claim = Claim(
+        token=token_for(shard, attempt), owner="the dead", claimed_at=datetime.now(UTC), where=f"{world.rehearsal.url}/v1",
+        run=run.uri, model="gpt-5.4-nano", asked=5,
+    )  # fmt: skip
+    assert world.site.ledger.claim(shard, attempt, claim)
 
 
 def batches(world) -> int:
@@ -68,21 +78,42 @@ def test_F35_a_worker_that_died_after_the_create_call_has_its_batch_found(world,
 
 def test_F35_a_worker_that_died_before_the_create_call_is_replaced(world, planned):
     site, run, shard = planned
-    site.ledger.claim(shard, 1, "the dead", datetime.now(UTC))
+    claim_and_die(world, run, shard, 1)
     receipt = submit(later(site), run, shard)
     assert receipt.token == token_for(shard, 2)
     assert batches(world) == 1
 
 
-def test_a_look_up_that_fails_is_not_taken_for_nothing_there(world, planned):
+def test_a_look_up_that_fails_is_not_taken_for_nothing_there(world, planned, tmp_path):
     site, run, shard = planned
     submit(site, run, shard)
     site.store.delete([f"shards/{shard}/receipt-1.json"])
-    down = OpenAIBatches("/v1/chat/completions", OpenAIAccess(base_url=f"http://127.0.0.1:{free_port()}/v1", api_key="x"))
+    port = int(world.rehearsal.url.rpartition(":")[2])
+    world.rehearsal.stop()
     with pytest.raises(ProviderUnavailable):
-        submit(replace(later(site), open_provider=lambda request: down), run, shard)
+        submit(later(site), run, shard)
     assert [attempt.number for attempt in site.ledger.attempts(shard)] == [1]
-    assert batches(world) == 1
+    again = serve(world.rehearsal.state, port=port)
+    assert submit(replace(site, now=lambda: datetime.now(UTC) + 3 * LEASE), run, shard).token == token_for(shard, 1)
+    assert again.bill()["batches"] == 1
+    again.stop()
+
+
+@pytest.mark.parametrize("died", [False, True], ids=["with a receipt", "in doubt"])
+def test_a_shard_is_neither_looked_for_nor_bought_at_another_place(world, planned, tmp_path, died):
+    """A connection that was pointed elsewhere: what is under way at the old place is not there, and is not bought again."""
+    site, run, shard = planned
+    submit(site, run, shard)
+    if died:
+        site.store.delete([f"shards/{shard}/receipt-1.json"])
+    elsewhere = serve(tmp_path / "elsewhere")
+    moved = replace(later(site), open_provider=lambda request: elsewhere.provider())
+    go_on = submit if died else collect
+    with pytest.raises(WrongPlace, match="Point the connection back") as caught:
+        go_on(moved, run, shard)
+    assert (caught.value.where, caught.value.here) == (f"{world.rehearsal.url}/v1", f"{elsewhere.url}/v1")
+    assert (batches(world), elsewhere.bill()["batches"]) == (1, 0)
+    elsewhere.stop()
 
 
 def test_F33_a_doubt_stays_a_doubt_until_the_list_has_been_read_after_the_lease(world, planned):
@@ -103,7 +134,7 @@ def test_a_late_receipt_of_an_older_attempt_is_attached_to(world, planned):
     site, run, shard = planned
     submit(site, run, shard)
     site.store.delete([f"shards/{shard}/receipt-1.json"])
-    site.ledger.claim(shard, 2, "the searcher that died", datetime.now(UTC))
+    claim_and_die(world, run, shard, 2)
     found = submit(later(site), run, shard)
     assert found.token == token_for(shard, 1)
     assert submit(later(site), run, shard) == found
@@ -144,11 +175,45 @@ def test_a_create_call_that_bought_nothing_can_be_made_again(world, planned, fau
     assert batches(world) == 1
 
 
+def after_the_claim(site: Site, **delta: float) -> Site:
+    """The same site, whose clock jumps as soon as an attempt is claimed: the process slept just before the create call."""
+
+    def now() -> datetime:
+        claimed = any(found.key.endswith("claim-1.json") for found in site.store.scan("shards"))
+        return datetime.now(UTC) + timedelta(**delta) * claimed
+
+    return replace(site, now=now)
+
+
 def test_a_process_that_slept_past_its_lease_sends_nothing(world, planned):
     site, run, shard = planned
-    moments = iter([datetime.now(UTC), datetime.now(UTC)])
     with pytest.raises(ProviderUnavailable, match="lapsed before the call went out"):
-        submit(replace(site, now=lambda: next(moments, datetime.now(UTC) + LEASE)), run, shard)
+        submit(after_the_claim(site, seconds=LEASE.total_seconds()), run, shard)
+    assert batches(world) == 0
+
+
+def test_a_process_that_slept_through_most_of_its_lease_renews_it_before_it_sends(world, planned):
+    site, run, shard = planned
+    submit(after_the_claim(site, seconds=60), run, shard)
+    [attempt] = site.ledger.attempts(shard)
+    assert [lease.owner for lease in attempt.leases] == [site.owner]
+    assert batches(world) == 1
+
+
+def test_a_process_whose_lease_was_taken_over_sends_nothing(world, planned):
+    """It slept through most of its lease, and a worker with a faster clock has begun to look for its batch."""
+    site, run, shard = planned
+    slow = after_the_claim(site, seconds=60)
+    key = f"shards/{shard}/lease-1-1.json"
+
+    def now() -> datetime:
+        moment = slow.now()
+        if moment > datetime.now(UTC) + timedelta(seconds=30):
+            site.store.create_shape(key, Lease(owner="the other", since=moment))
+        return moment
+
+    with pytest.raises(ProviderUnavailable, match="lapsed before the call went out"):
+        submit(replace(site, now=now), run, shard)
     assert batches(world) == 0
 
 

@@ -19,22 +19,23 @@ DEFAULT_OUTPUT_TOKENS = 256  # where the job sets no limit
 ANSWERED_SHARE = Decimal("0.3")  # of the limit that a short structured answer uses
 
 
-def estimate_requests(job: Job, requests: int, request_bytes: int) -> Estimate:
-    """The estimate for some requests of a job; `request_bytes` counts their whole lines."""
+def estimate_requests(job: Job, requests: int, request_bytes: int, *, model: str | None = None) -> Estimate:
+    """The estimate for some requests of a job; `request_bytes` counts their whole lines. `model`: one asked in place of the job's."""
     request = job.spec.request
+    model = model or request.model
     limit = int(request.parameters.get("max_output_tokens", DEFAULT_OUTPUT_TOKENS))
     text_bytes = max(0, request_bytes - requests * ENVELOPE_BYTES)
     input_tokens = int(text_bytes / BYTES_PER_TOKEN) + requests * MESSAGE_TOKENS
     expected = Usage(input_tokens=input_tokens, output_tokens=int(requests * limit * ANSWERED_SHARE))
     most = Usage(input_tokens=input_tokens, output_tokens=requests * limit)
-    price = price_of(request.provider, request.model, "batch")
+    price = price_of(request.provider, model, "batch")
     return Estimate(
         input_tokens=input_tokens,
         output_tokens=expected.output_tokens,
         output_tokens_max=most.output_tokens,
         usd=_usd(price.of(expected)) if price else None,
         usd_max=_usd(price.of(most)) if price else None,
-        basis=basis(request.provider, request.model, "batch"),
+        basis=basis(request.provider, model, "batch"),
     )
 
 
@@ -43,7 +44,7 @@ def actual_cost(provider: str, model: str, usage: Usage) -> Decimal | None:
     price = price_of(provider, model, "batch")
     if price is None or usage.unknown:
         return None
-    return _usd(price.of(usage))
+    return price.of(usage)
 
 
 def _usd(value: Decimal) -> Decimal:

@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import orjson
 
 from nightshift.errors import (
     AccessDenied,
@@ -30,7 +33,7 @@ from nightshift.errors import (
 )
 from nightshift.providers.openai_forms import FORMS
 from nightshift.providers.protocol import BatchState, Garbage, Limits, Reply, Snapshot
-from nightshift.shapes import Endpoint, Receipt
+from nightshift.shapes import Endpoint, Receipt, Variant
 from nightshift.stores.ledger import CREATE_TIMEOUT
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ STATES: dict[str, BatchState] = {
 LIMITS = Limits(requests=50_000, request_bytes=200_000_000)
 QUEUE_FULL = "token_limit_exceeded"
 TOKEN = "nightshift_token"  # noqa: S105 — not a secret: the metadata key that carries an attempt's token
+WINDOW = timedelta(hours=24)
 CLOCK_SKEW = timedelta(hours=1)  # between the ledger's clock and the provider's, when looking for a batch
 LIST_LAG_SECONDS = (0.0, 2.0, 5.0)  # looks at the list after a doubtful create: read-after-write is not promised
 NOT_VISIBLE_PATIENCE_SECONDS = 20.0  # a file just uploaded may be unknown to `create` for a while (F30)
@@ -109,6 +113,11 @@ class OpenAIBatches:
     def line(self, custom_id: str, body: bytes) -> bytes:
         """See Provider."""
         return b'{"custom_id":"%b","method":"POST","url":"%b","body":%b}' % (custom_id.encode(), self.endpoint.encode(), body)
+
+    def vary(self, line: bytes, variant: Variant, answer: str | None, reason: str | None) -> bytes:
+        """See Provider."""
+        request = orjson.loads(line)
+        return self.line(request["custom_id"], orjson.dumps(self._form.vary(request["body"], variant, answer, reason)))
 
     def upload(self, name: str, path: Path) -> str:
         """See Provider. The file needs a name ending in .jsonl: bare bytes would be sent as `upload` and refused (F28)."""
@@ -186,6 +195,12 @@ class OpenAIBatches:
             if token in found:
                 return _receipt(found[token], token)
         return None
+
+    def is_busy(self) -> bool:
+        """See Provider. Batches older than their window are over, whatever became of them."""
+        horizon = (datetime.now(UTC) - WINDOW - CLOCK_SKEW).timestamp()
+        recent = takewhile(lambda batch: batch.created_at >= horizon, self._newest_batches())
+        return any(STATES.get(str(batch.status), "running") == "running" for batch in recent)
 
     def _newest_batches(self) -> Iterator[Batch]:
         """Every batch of the account, newest first. What is not clearly a list is an outage, never an empty list."""

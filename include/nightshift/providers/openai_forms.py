@@ -12,7 +12,7 @@ import msgspec
 import orjson
 
 from nightshift.providers.protocol import Garbage, Reply
-from nightshift.shapes import Endpoint, Outcome
+from nightshift.shapes import Endpoint, Outcome, Variant
 
 NEVER_RUN: dict[str, Outcome] = {"batch_expired": "expired", "batch_cancelled": "cancelled", "batch_canceled": "cancelled"}
 FILTERED_CODES = frozenset({"content_filter", "content_policy_violation", "responsible_ai_policy_violation"})
@@ -125,6 +125,10 @@ class ChatForm:
             }
         return body
 
+    def vary(self, body: dict[str, Any], variant: Variant, answer: str | None, reason: str | None) -> dict[str, Any]:
+        """A body as it is asked again."""
+        return _varied(body, variant, answer, reason, turns="messages", limit="max_completion_tokens")
+
     def read(self, line: bytes) -> Reply | Garbage:
         """One line of a result file, of either file."""
         try:
@@ -172,6 +176,10 @@ class ResponsesForm:
             body["text"] = {"format": {"type": "json_schema", "name": "answer", "strict": is_strict(schema), "schema": schema}}
         return body
 
+    def vary(self, body: dict[str, Any], variant: Variant, answer: str | None, reason: str | None) -> dict[str, Any]:
+        """A body as it is asked again."""
+        return _varied(body, variant, answer, reason, turns="input", limit="max_output_tokens")
+
     def read(self, line: bytes) -> Reply | Garbage:
         """One line of a result file, of either file."""
         try:
@@ -216,6 +224,18 @@ def is_strict(schema: Mapping[str, Any]) -> bool:
             return False
     items = schema.get("items")
     return is_strict(items) if isinstance(items, Mapping) else True
+
+
+def _varied(body: dict[str, Any], variant: Variant, answer: str | None, reason: str | None, *, turns: str, limit: str) -> dict[str, Any]:
+    changed = dict(body)
+    if variant.model:
+        changed["model"] = variant.model
+    if variant.max_output_tokens:
+        changed[limit] = variant.max_output_tokens
+    if variant.repair and answer:
+        wrong = f"That answer cannot be used: {reason or 'it breaks the schema'}. Answer the first message again, as asked for."
+        changed[turns] = [*body[turns], {"role": "assistant", "content": answer}, {"role": "user", "content": wrong}]
+    return changed
 
 
 def _renamed(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal, Protocol
 
-from nightshift.shapes import Outcome, Receipt
+from nightshift.shapes import Outcome, Receipt, Variant
 
 BatchState = Literal["running", "ended", "failed"]
 
@@ -78,6 +78,9 @@ class Provider(Protocol):
     def line(self, custom_id: str, body: bytes) -> bytes:
         """One request as a line of the input file, without the newline."""
 
+    def vary(self, line: bytes, variant: Variant, answer: str | None, reason: str | None) -> bytes:
+        """A line as it is asked again. `answer` and `reason`: what came last, and what is wrong with it, for a repair."""
+
     def upload(self, name: str, path: Path) -> str:
         """Make an input file known to the provider. Free, and harmless when repeated."""
 
@@ -86,6 +89,9 @@ class Provider(Protocol):
 
     def find(self, tokens: Sequence[str], since: datetime) -> Receipt | None:
         """The batch that carries one of these tokens, oldest first, among those created after `since` (less clock skew)."""
+
+    def is_busy(self) -> bool:
+        """Whether any batch of this account is under way, so that a full queue will drain."""
 
     def poll(self, batch_id: str) -> Snapshot:
         """One look."""

@@ -1,14 +1,31 @@
-"""approve: compare the estimate with the job's budget: pass, ask a person, or stop. Decides; asking is the caller's."""
+"""approve: compare the estimate with the job's budget: pass, ask a person, or stop; then reserve what is to be bought.
+
+Deciding is here, asking is the caller's. A plan can be hours old by the time it is approved, and another run may have been
+planned beside it: what somebody else has bought or reserved meanwhile is taken out of it, never bought a second time.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nightshift.errors import ApprovalNeeded, BudgetExceeded
+import pyarrow as pa
+
+from nightshift.errors import ApprovalNeeded, BudgetExceeded, LedgerCorrupt
 from nightshift.job import Policy
-from nightshift.runs import Run
-from nightshift.shapes import Plan
+from nightshift.money.estimate import estimate_requests
+from nightshift.packing import ANSWERED, IN_FLIGHT, REQUESTS, Wanted, freeze, mark_answered, mark_in_flight
+from nightshift.runs import Run, Site, salt_of
+from nightshift.shapes import Plan, Shard
+from nightshift.stores.answers import Reservation, seen
+from nightshift.stores.database import open_database
+from nightshift.stores.shards import key_of_line, request_keys, requests_key, seed_of
+
+if TYPE_CHECKING:
+    import duckdb
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +62,110 @@ def decide(plan: Plan, policy: Policy) -> Pass | Ask | Stop:
     return Pass()
 
 
-def approve(run: Run, plan: Plan, *, approved: bool) -> None:
-    """Let a run pass or stop it. Raises BudgetExceeded, or ApprovalNeeded where nobody has said yes."""
+def approve(site: Site, run: Run, plan: Plan, *, ask: Callable[[], bool]) -> Plan:
+    """Let a run pass and reserve its shards, or stop it: the plan as it is carried out. A repeated call finds the first.
+
+    `ask` is called only where a person has to say yes. Raises BudgetExceeded, or ApprovalNeeded where nobody does; nothing
+    is reserved then.
+    """
+    stored = site.store.get_shape(run.key("approved.json"), Plan)
+    if stored is not None:
+        return stored
     match decide(plan, run.job.spec.policy):
         case Stop(budget):
             raise BudgetExceeded(plan.estimate.usd or Decimal(0), budget)
-        case Ask(limit) if not approved:
+        case Ask(limit) if not ask():
             raise ApprovalNeeded(plan.estimate.usd, limit)
+    return site.store.settle(run.key("approved.json"), reserve(site, run, plan))
+
+
+def must_ask(site: Site, run: Run, plan: Plan) -> bool:
+    """Whether a person has to say yes, and has not done so yet."""
+    return isinstance(decide(plan, run.job.spec.policy), Ask) and site.store.head(run.key("approved.json")) is None
+
+
+def approved_plan(site: Site, run: Run) -> Plan:
+    """The plan that a run carries out. Raises LedgerCorrupt where it was never approved."""
+    stored = site.store.get_shape(run.key("approved.json"), Plan)
+    if stored is None:
+        raise LedgerCorrupt(run.key("approved.json"), "it does not exist; was the run approved?")
+    return stored
+
+
+def reserve(site: Site, run: Run, plan: Plan) -> Plan:
+    """Add the run's reservation to the log of its fingerprint; the plan less what others have by then.
+
+    The log's next number is taken only by who has read everything before it: where another run was quicker, its
+    reservation is read as well, and the number after it is tried.
+    """
+    answers = site.answers(plan.fingerprint)
+    while True:
+        reservations = answers.reservations()
+        for reservation in reservations.values():
+            if reservation.run == run.uri:
+                return reservation.plan
+        revised = _revised(site, run, plan, answers.in_flight(reservations))
+        if not revised.own_shards:
+            return revised
+        number = max(reservations, default=0) + 1
+        if answers.reserve(number, Reservation(run=run.uri, plan=revised)):
+            return revised
+
+
+def _revised(site: Site, run: Run, plan: Plan, in_flight: list[str]) -> Plan:
+    """The plan as it stands now: unchanged, or without the requests that somebody has bought or reserved since it was made."""
+    answers = site.answers(plan.fingerprint)
+    files = answers.files()
+    if run.input.fresh or seen(files, in_flight) == plan.seen:
+        return plan
+    planned = [site.ledger.shard(key) for key in plan.own_shards]
+    with site.scratch() as folder, open_database(Path(folder)) as database:
+        _load_keys(site, database, planned)
+        reused = [] if run.input.redrive else mark_answered(database, answers, files, run.job.spec.stand_ins)
+        adopted = mark_in_flight(site, database, in_flight)
+        own = [_without_known(site, run, Path(folder), database, shard, number) for number, shard in enumerate(planned)]
+        counts = dict(database.execute("SELECT coalesce(known, ''), count(*) FROM requests GROUP BY 1").fetchall())
+    kept = [shard for shard in own if shard is not None]
+    adopted_shards = tuple(dict.fromkeys([*plan.adopted_shards, *adopted]))
+    return plan.model_copy(
+        update={
+            "reused": plan.reused + counts.get(ANSWERED, 0),
+            "adopted": plan.adopted + counts.get(IN_FLIGHT, 0),
+            "submitted": counts.get("", 0),
+            "shards": (*(shard.key for shard in kept), *adopted_shards),
+            "adopted_shards": adopted_shards,
+            "answers": tuple(dict.fromkeys([*plan.answers, *reused])),
+            "estimate": estimate_requests(run.job, counts.get("", 0), sum(shard.request_bytes for shard in kept)),
+        }
+    )
+
+
+def _load_keys(site: Site, database: duckdb.DuckDBPyConnection, shards: list[Shard]) -> None:
+    """The requests of some shards; the shard's place in the list stands in `ordinal`."""
+    database.execute(f"CREATE TABLE requests {REQUESTS}")
+    for number, shard in enumerate(shards):
+        found = pa.table({"key": pa.array(request_keys(site.store, shard.key), pa.binary(32))})
+        database.execute(f"INSERT INTO requests SELECT key, {number}, 0, 0, NULL FROM found")
+        del found
+
+
+def _without_known(site: Site, run: Run, folder: Path, database: duckdb.DuckDBPyConnection, shard: Shard, number: int) -> Shard | None:
+    """A shard less the requests that others have: the same one where there are none, and None where nothing is left."""
+    known = {
+        bytes(key) for (key,) in database.execute(f"SELECT key FROM requests WHERE ordinal = {number} AND known IS NOT NULL").fetchall()
+    }
+    if not known:
+        return shard
+    group, start = [], 0
+    spool = site.store.download(requests_key(shard.key), folder / "spool.jsonl")
+    with spool.open("rb") as lines:
+        for line in lines:
+            if (key := key_of_line(line)) not in known:
+                group.append(Wanted(key=key, start=start, size=len(line), ordinal=start))
+            start += len(line)
+    if not group:
+        return None
+    return freeze(site, run.job.spec.request, shard.fingerprint, spool, group, salt=salt_of(run), before=seed_of(site.store, shard))
 
 
 def question(run: Run, plan: Plan) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from nightshift.columns import answers_schema
 from nightshift.errors import CountsDisagree
 from nightshift.job import Job, answer_fields
 from nightshift.runs import Run, Site
-from nightshift.shapes import OUTCOMES, Assembled, Outcome, Plan, Settled, Usage
+from nightshift.shapes import OUTCOMES, Assembled, Outcome, Plan, Settled
 from nightshift.stores.database import open_database
 
 if TYPE_CHECKING:
@@ -34,21 +34,32 @@ def assemble(site: Site, run: Run, plan: Plan) -> Assembled:
         return stored
     settled = [_settled(site, shard) for shard in plan.shards]
     with site.scratch() as folder, open_database(Path(folder)) as database:
-        _load(site, run.job, Path(folder), database, plan, settled)
+        load(site, run.job, Path(folder), database, plan)
         _reconcile(database, plan)
+        outcomes = _outcomes(database)
         parts = _stage(site, run, Path(folder), database, "staged", _succeeded_query(run.job))
         quarantine = _stage(site, run, Path(folder), database, "quarantine", _quarantine_query(run.job))
-        own = [each for each in settled if each.shard not in plan.adopted_shards]
-        assembled = Assembled(
-            outcomes=_outcomes(database),
-            reasons=_reasons(database),
-            parts=tuple(parts),
-            quarantine=tuple(quarantine),
-            batches=sum(each.batches for each in own),
-            usage=sum((each.usage for each in own), Usage()),
-            alarms=_sum_alarms(settled),
-        )
+        reasons = _reasons(database)
+    check_staged(outcomes, sum(rows for _, rows in parts), sum(rows for _, rows in quarantine))
+    assembled = Assembled(
+        outcomes=outcomes,
+        reasons=reasons,
+        parts=tuple(key for key, _ in parts),
+        quarantine=tuple(key for key, _ in quarantine),
+        paid=tuple(paid for each in settled for paid in each.paid if paid.run == run.uri),
+        alarms=_sum_alarms(settled),
+    )
     return site.store.settle(run.key("assembled.json"), assembled)
+
+
+def check_staged(outcomes: Mapping[Outcome, int], staged: int, quarantined: int) -> None:
+    """Raise CountsDisagree unless the staged files hold every row once: those that succeeded, and those that did not."""
+    succeeded, others = outcomes["succeeded"], sum(outcomes.values()) - outcomes["succeeded"]
+    if (staged, quarantined) != (succeeded, others):
+        raise CountsDisagree(
+            f"{succeeded} rows succeeded and {others} did not, but {staged} were staged and {quarantined} quarantined. "
+            "Nothing is published."
+        )
 
 
 def _settled(site: Site, shard: str) -> Settled:
@@ -60,18 +71,22 @@ def _settled(site: Site, shard: str) -> Settled:
     return settled
 
 
-def _load(site: Site, job: Job, folder: Path, database: duckdb.DuckDBPyConnection, plan: Plan, settled: list[Settled]) -> None:
-    """Rows and answers as views over local copies. Of several answers to one request a success wins, then a paid one."""
+def load(site: Site, job: Job, folder: Path, database: duckdb.DuckDBPyConnection, plan: Plan) -> None:
+    """A run's rows and answers as the views `rows` and `answers`, over local copies of its files.
+
+    Of several answers to one request a success wins, then a paid one, then the latest.
+    """
     rows = [site.store.download(key, folder / f"rows-{i:05d}.parquet") for i, key in enumerate(plan.slices)]
-    keys = [*(each.answers for each in settled), *plan.answers]
-    files = [site.store.download(key, folder / f"answers-{i:05d}.parquet") for i, key in enumerate(dict.fromkeys(keys))]
+    own = [_settled(site, shard).answers for shard in plan.shards]
+    keys = site.answers(plan.fingerprint).kept([*plan.answers, *own])
+    files = [site.store.download(key, folder / f"answers-{i:05d}.parquet") for i, key in enumerate(keys)]
     if not files:  # every row was rejected; the columns are still those of an answer
         files = [folder / "answers-none.parquet"]
         pq.write_table(answers_schema(job.answer_schema).empty_table(), files[0])
     database.execute(f"CREATE VIEW rows AS SELECT * FROM read_parquet({_paths(rows)}, union_by_name = true)")
     database.execute(f"CREATE VIEW everything AS SELECT * FROM read_parquet({_paths(files)}, filename = true)")
     database.execute(
-        """CREATE TABLE chosen AS SELECT request_key, arg_max(filename, (outcome = 'succeeded', paid, filename)) AS filename
+        """CREATE TABLE chosen AS SELECT request_key, arg_max(filename, (outcome = 'succeeded', paid, answered_at, filename)) AS filename
            FROM everything SEMI JOIN rows USING (request_key) GROUP BY request_key"""
     )
     database.execute("CREATE VIEW answers AS SELECT everything.* FROM everything JOIN chosen USING (request_key, filename)")
@@ -96,19 +111,22 @@ def _reconcile(database: duckdb.DuckDBPyConnection, plan: Plan) -> None:
         raise CountsDisagree(
             f"No answer, not even a failure, was harvested for rows {', '.join(str(each[0]) for each in lost)}, … Nothing is published."
         )
-    doubled = database.execute("SELECT count(*) FROM (SELECT request_key FROM answers GROUP BY 1 HAVING count(*) > 1)").fetchall()[0][0]
+    doubled = database.execute(
+        """SELECT any_value(rows.id) FROM answers JOIN rows USING (request_key)
+           GROUP BY request_key HAVING count(*) > count(DISTINCT rows.ordinal) LIMIT 10"""
+    ).fetchall()
     if doubled:
-        raise CountsDisagree(f"{doubled} requests have two answers in one file. Nothing is published.")
+        raise CountsDisagree(f"Rows {', '.join(str(each[0]) for each in doubled)}, … have two answers in one file. Nothing is published.")
 
 
-def _stage(site: Site, run: Run, folder: Path, database: duckdb.DuckDBPyConnection, kind: str, query: str) -> list[str]:
-    """Stream a query into Parquet parts in the run's folder; their keys."""
-    keys = []
+def _stage(site: Site, run: Run, folder: Path, database: duckdb.DuckDBPyConnection, kind: str, query: str) -> list[tuple[str, int]]:
+    """Stream a query into Parquet parts in the run's folder; (key, rows) of each, the rows as its footer counts them."""
+    staged = []
     for number, path in enumerate(_parts(folder, kind, database.sql(query).to_arrow_reader(STREAM_ROWS))):
         key = run.key(f"{kind}/part-{number:05d}.parquet")
+        staged.append((key, pq.read_metadata(path).num_rows))
         site.store.put(key, path)
-        keys.append(key)
-    return keys
+    return staged
 
 
 def _parts(folder: Path, kind: str, reader: pa.RecordBatchReader) -> Iterator[Path]:

@@ -7,9 +7,11 @@ provider returned none for it, or two.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from decimal import Decimal
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nightshift.columns import answers_schema, fit, needs_fitting
-from nightshift.errors import BatchRejected, CountsDisagree, ProviderUnavailable
+from nightshift.errors import BatchLost, BatchRejected, BatchUnknown, CountsDisagree, ProviderUnavailable
 from nightshift.job import Job
-from nightshift.providers.protocol import Garbage, Reply, Snapshot
+from nightshift.money.estimate import actual_cost, estimate_requests
+from nightshift.providers.protocol import Garbage, Provider, Reply, Snapshot
 from nightshift.runs import Run, Site
-from nightshift.shapes import Outcome, Receipt, Settled, Usage
-from nightshift.stores.ledger import Attach, Attempt, Done, Ended, next_move
-from nightshift.stores.shards import answers_key, asked_by, left_by, request_keys
+from nightshift.shapes import Outcome, Paid, Plan, Settled, Shard, Usage, Variant
+from nightshift.steps.submit import open_where
+from nightshift.stores.ledger import QUEUE_PATIENCE, Attach, Attempt, Done, Ended, full_queues, next_move
+from nightshift.stores.shards import Left, answers_key, asked, pending, request_keys
 
 NEVER_RAN: dict[str, Outcome] = {"expired": "expired", "cancelled": "cancelled"}  # batch status → outcome of what has no line
 RANK: dict[str, int] = {"succeeded": 3, "invalid": 2, "truncated": 2, "refused": 2, "filtered": 2}  # of two lines the better stays
 WRITE_ROWS = 8192
+AS_IT_WAS = Variant()
+LOST_AFTER = timedelta(minutes=2)  # from the first "not known" here; the wait before has looked for longer
 FILES_GRACE = timedelta(minutes=10)  # after its end, for a completed batch to show its result files
 
 
@@ -37,64 +43,97 @@ class Answer:
     """One request's line of an answers file: classified, validated, parsed."""
 
     reply: Reply
-    attempt: int
-    batch_id: str | None
     output: dict[str, Any] | None = None
-    again: bool = False
+    asked_as: Variant = AS_IT_WAS
+    again: Variant | None = None  # how it is asked again; None: this is the last word
 
 
 def collect(site: Site, run: Run, shard: str) -> Settled | None:
     """Harvest the current attempt. The shard's last word once it is settled, or None when it has to be submitted again.
 
-    Raises BatchRejected when the provider refused the batch as a whole for a reason that a repetition would meet again.
+    Raises BatchRejected when the provider refused the batch as a whole for a reason that a repetition would meet again,
+    and BatchLost when it has not known the batch for a while and the job does not say to buy it again.
     """
     ledger = site.ledger
     attempts = ledger.attempts(shard)
     match next_move(attempts, now=site.now()):
-        case Attach(attempt=number, receipt=receipt):
-            _harvest(site, run, shard, number, receipt, attempts)
+        case Attach(attempt=attempt):
+            _harvest(site, run, shard, attempt, attempts)
         case Done():
-            return ledger.settled(shard) or _settle(site, run, shard, attempts)
+            return ledger.settled(shard) or _settle(site, shard, attempts)
         case _:
             return None
     attempts = ledger.attempts(shard)
-    return _settle(site, run, shard, attempts) if isinstance(next_move(attempts, now=site.now()), Done) else None
+    return _settle(site, shard, attempts) if isinstance(next_move(attempts, now=site.now()), Done) else None
 
 
-def _harvest(site: Site, run: Run, shard: str, number: int, receipt: Receipt, attempts: list[Attempt]) -> None:
+def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[Attempt]) -> None:
     """Read everything the batch left, write the attempt's answers, then its end. Repeating it writes the same."""
-    provider = site.open_provider(run.job.spec.request)
-    snapshot = provider.poll(receipt.batch_id)  # a batch that is not known there says nothing of what it cost
+    provider, batch_id = open_where(site, run, shard, attempt), _batch_of(attempt)
+    snapshot = _look(site, run, shard, attempt, attempts, provider)
+    if snapshot is None:
+        return
     if snapshot.state == "running":
-        raise ProviderUnavailable(provider.where, f"batch {receipt.batch_id} is still {snapshot.status}.")
+        raise ProviderUnavailable(provider.where, f"batch {batch_id} is still {snapshot.status}.")
     if _is_waiting_for_files(snapshot, site.now()):
-        raise ProviderUnavailable(provider.where, f"batch {receipt.batch_id} is {snapshot.status} and its result files are not there yet.")
+        raise ProviderUnavailable(provider.where, f"batch {batch_id} is {snapshot.status} and its result files are not there yet.")
+    if snapshot.state == "failed" and not snapshot.bad_lines and not snapshot.result_files:
+        _end_without_answers(site, shard, attempt, attempts, snapshot, provider)
+        return
+    facts = site.ledger.shard(shard)
+    left = asked(site.store, shard, attempt.claim, facts.model)
+    target = answers_key(shard, attempt.number)
     with site.scratch() as folder:
-        asked = asked_by(site.store, shard, attempts, number)
-        keys = [key for key in request_keys(site.store, shard) if asked is None or key in asked]
-        if snapshot.state == "failed" and not snapshot.bad_lines and not snapshot.result_files:
-            _end_without_answers(site, shard, number, receipt, snapshot, len(keys))
-            return
-        found, alarms = match_replies(keys, provider.replies(snapshot, Path(folder)))
-        history = _outcomes_so_far(site, shard, attempts, number)
+        found, alarms = match_replies(list(left), provider.replies(snapshot, Path(folder)))
+        purse = purse_of(site, run, facts, attempts, found.values(), attempt.claim.model)
+        again = _again_for(site, run, shard, attempt, left, purse)
         judge = judge_for(run.job)
         answers = (
-            _with_retry(run.job, _judged(judge, key, found, snapshot, position), number, receipt, history.get(key, Counter()), site.now())
-            for position, key in enumerate(keys, start=1)
+            (key, again(key, judge(found.pop(key) if key in found else _absent(key, snapshot, position))))
+            for position, key in enumerate(left, start=1)
         )
         path = Path(folder) / "answers.parquet"
-        write_answers(path, run.job, zip(keys, answers, strict=True))
-        if site.store.head(answers_key(shard, number)) is None:  # who harvested first has decided what is asked again
-            site.store.put(answers_key(shard, number), path)
-    again = len(left_by(site.store, shard, number))
+        origin = {
+            "shard": shard,
+            "attempt": attempt.number,
+            "batch_id": batch_id,
+            "answered_at": snapshot.ended_at or site.now(),
+            "stand_in": attempt.claim.model if attempt.claim.model != facts.model else None,
+        }
+        write_answers(path, run.job, answers, origin)
+        if site.store.head(target) is None:  # who harvested first has decided what is asked again
+            site.store.put(target, path)
     ended = Ended(
         how="harvested",
         status=snapshot.status,
         ended_at=site.now(),
-        remaining=again,
+        remaining=len(pending(site.store, shard, (*attempt.claim.after, attempt.number))),
         reasons=tuple(f"{name}: {count}" for name, count in sorted(alarms.items())),
     )
-    site.ledger.record_end(shard, number, ended)
+    site.ledger.record_end(shard, attempt.number, ended)
+
+
+def _look(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[Attempt], provider: Provider) -> Snapshot | None:
+    """One look at an attempt's batch. None: it is given up, because nobody has known it for a while and the job says so (F46)."""
+    batch_id = _batch_of(attempt)
+    try:
+        snapshot = provider.poll(batch_id)
+    except BatchUnknown as error:
+        since = site.ledger.record_unknown(shard, attempt.number, site.now()).since
+        if site.now() - since < LOST_AFTER:
+            raise
+        if sum(1 for each in attempts if each.ended and each.ended.how == "lost") >= run.job.spec.policy.retry.lost:
+            raise BatchLost(provider.where, batch_id) from error
+        lost = Ended(how="lost", status="unknown", ended_at=site.now(), remaining=attempt.claim.asked)
+        site.ledger.record_end(shard, attempt.number, lost)
+        return None
+    if attempt.unknown:
+        site.ledger.forget_unknown(shard, attempt.number)
+    return snapshot
+
+
+def _batch_of(attempt: Attempt) -> str:
+    return attempt.receipt.batch_id if attempt.receipt else "-"
 
 
 def _is_waiting_for_files(snapshot: Snapshot, now: datetime) -> bool:
@@ -104,13 +143,22 @@ def _is_waiting_for_files(snapshot: Snapshot, now: datetime) -> bool:
     return snapshot.ended_at is None or now - snapshot.ended_at < FILES_GRACE
 
 
-def _end_without_answers(site: Site, shard: str, number: int, receipt: Receipt, snapshot: Snapshot, count: int) -> None:
+def _end_without_answers(site: Site, shard: str, attempt: Attempt, attempts: list[Attempt], snapshot: Snapshot, provider: Provider) -> None:
     """The provider failed the batch as a whole: later, when its queue was full; never, for any other reason."""
-    how = "queue_full" if snapshot.queue_full else "rejected"
-    ended = Ended(how=how, status=snapshot.status, ended_at=site.now(), remaining=count, reasons=snapshot.reasons[:10])
-    site.ledger.record_end(shard, number, ended)
+    full = full_queues([each for each in attempts if each.number < attempt.number])
+    stuck = bool(full and full[-1].ended and site.now() - full[-1].ended.ended_at > QUEUE_PATIENCE)
+    how = "queue_full" if snapshot.queue_full and not stuck else "rejected"
+    ended = Ended(
+        how=how,
+        status=snapshot.status,
+        ended_at=site.now(),
+        remaining=attempt.claim.asked,
+        alone=how == "queue_full" and not provider.is_busy(),
+        reasons=snapshot.reasons[:10],
+    )
+    site.ledger.record_end(shard, attempt.number, ended)
     if how == "rejected":
-        raise BatchRejected(receipt.batch_id, snapshot.reasons)
+        raise BatchRejected(_batch_of(attempt), snapshot.reasons)
 
 
 def match_replies(keys: list[bytes], replies: Iterable[Reply | Garbage]) -> tuple[dict[bytes, Reply], dict[str, int]]:
@@ -141,8 +189,6 @@ def judge_for(job: Job) -> Callable[[Reply], Answer]:
         return lambda reply: Answer(
             reply=replace(reply, text=None) if reply.outcome == "succeeded" else reply,
             output={"answer": reply.text} if reply.outcome == "succeeded" else None,
-            attempt=0,
-            batch_id=None,
         )
     import jsonschema_rs
 
@@ -151,30 +197,30 @@ def judge_for(job: Job) -> Callable[[Reply], Answer]:
 
     def judge(reply: Reply) -> Answer:
         if reply.outcome != "succeeded":
-            return Answer(reply=reply, attempt=0, batch_id=None)
+            return Answer(reply=reply)
         try:
             value = orjson.loads(reply.text or "")
         except orjson.JSONDecodeError as error:
-            return Answer(reply=replace(reply, outcome="invalid", reason=f"not valid JSON: {error.msg}"), attempt=0, batch_id=None)
+            return Answer(reply=replace(reply, outcome="invalid", reason=f"not valid JSON: {error.msg}"))
         if not validator.is_valid(value):
             why = next(iter(validator.iter_errors(value))).message[:300]
-            return Answer(reply=replace(reply, outcome="invalid", reason=f"breaks the schema: {why}"), attempt=0, batch_id=None)
+            return Answer(reply=replace(reply, outcome="invalid", reason=f"breaks the schema: {why}"))
         try:
             output = fit(value, schema) if fitted else value
         except (TypeError, RecursionError) as error:
-            return Answer(reply=replace(reply, outcome="invalid", reason=f"fits no column: {error}"), attempt=0, batch_id=None)
-        return Answer(reply=replace(reply, text=None), output=output, attempt=0, batch_id=None)
+            return Answer(reply=replace(reply, outcome="invalid", reason=f"fits no column: {error}"))
+        return Answer(reply=replace(reply, text=None), output=output)
 
     return judge
 
 
-def write_answers(path: Path, job: Job, answers: Iterable[tuple[bytes, Answer]]) -> None:
-    """Write an answers file, one line per request."""
+def write_answers(path: Path, job: Job, answers: Iterable[tuple[bytes, Answer]], origin: Mapping[str, Any]) -> None:
+    """Write an answers file, one line per request; `origin`: the columns that are the same in every line."""
     schema = answers_schema(job.answer_schema)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         batch: list[dict[str, Any]] = []
         for key, answer in answers:
-            batch.append(_line(key, answer))
+            batch.append({**_line(key, answer), **origin})
             if len(batch) == WRITE_ROWS:
                 writer.write_batch(_as_batch(batch, schema))
                 batch = []
@@ -208,20 +254,13 @@ def _line(key: bytes, answer: Answer) -> dict[str, Any]:
         "text": reply.text,
         "output": answer.output,
         "paid": reply.paid,
-        "again": answer.again,
-        "attempt": answer.attempt,
-        "batch_id": answer.batch_id,
+        "token_limit": answer.asked_as.max_output_tokens,
+        "again": answer.again.model_dump_json(exclude_defaults=True) if answer.again else None,
         "model": reply.model,
         "input_tokens": reply.input_tokens,
         "cached_tokens": reply.cached_tokens,
         "output_tokens": reply.output_tokens,
     }
-
-
-def _judged(judge: Callable[[Reply], Answer], key: bytes, found: dict[bytes, Reply], snapshot: Snapshot, position: int) -> Answer:
-    """One request's answer; what has no line was never executed, or went missing."""
-    reply = found.pop(key, None)
-    return judge(reply if reply is not None else _absent(key, snapshot, position))
 
 
 def _absent(key: bytes, snapshot: Snapshot, position: int) -> Reply:
@@ -235,23 +274,84 @@ def _absent(key: bytes, snapshot: Snapshot, position: int) -> Reply:
     return Reply(custom_id=custom_id, outcome=outcome, reason=reason, retryable=True)
 
 
-def _with_retry(job: Job, answer: Answer, attempt: int, receipt: Receipt, history: Counter[str], now: datetime) -> Answer:
-    reply = answer.reply
-    allowed = job.spec.policy.retry.allows(reply.outcome, history[reply.outcome] + 1)
-    overdue = job.patience is not None and now - receipt.created_at > job.patience  # the deadline cancelled it: asking again is no use
-    again = allowed and (reply.outcome != "errored" or reply.retryable) and not (reply.outcome == "cancelled" and overdue)
-    return replace(answer, attempt=attempt, batch_id=receipt.batch_id, again=again)
+def _again_for(
+    site: Site, run: Run, shard: str, attempt: Attempt, left: Mapping[bytes, Left | None], purse: Purse
+) -> Callable[[bytes, Answer], Answer]:
+    """The function that decides whether and how a request is asked again: by policy, bounded by count and by money."""
+    retry, job, history = run.job.spec.policy.retry, run.job, _outcomes_so_far(site, shard, attempt)
+    created = attempt.receipt.created_at if attempt.receipt else attempt.claim.claimed_at
+    overdue = site.now() - created > job.patience  # the deadline cancelled it: asking again is no use
+
+    def again(key: bytes, answer: Answer) -> Answer:
+        reply, before = answer.reply, left[key]
+        asked_as = before.variant if before else AS_IT_WAS
+        answer = replace(answer, asked_as=asked_as)
+        hopeless = (reply.outcome == "errored" and not reply.retryable) or (reply.outcome == "cancelled" and overdue)
+        if hopeless or not retry.allows(reply.outcome, history.get(key, Counter())[reply.outcome] + 1):
+            return answer
+        variant = retry.variant(reply.outcome, asked_as, job.token_limit)
+        return replace(answer, again=variant) if purse.pays(variant.model or job.spec.request.model) else answer
+
+    return again
 
 
-def _outcomes_so_far(site: Site, shard: str, attempts: list[Attempt], before: int) -> dict[bytes, Counter[str]]:
-    """How often each request had each outcome in earlier attempts. Only requests asked again are in the later ones."""
+def _outcomes_so_far(site: Site, shard: str, attempt: Attempt) -> dict[bytes, Counter[str]]:
+    """How often each request had each outcome in the attempts before. Only requests asked again are in the later ones."""
     history: dict[bytes, Counter[str]] = {}
-    for attempt in attempts:
-        if attempt.number < before and attempt.ended and attempt.ended.how == "harvested":
-            table = pq.read_table(site.store.open(answers_key(shard, attempt.number)), columns=["request_key", "outcome", "again"])
-            for line in table.filter(table.column("again")).to_pylist():
+    for number in attempt.claim.after:
+        if number:  # attempt 0 is what became of it before it was driven again
+            table = pq.read_table(site.store.open(answers_key(shard, number)), columns=["request_key", "outcome", "again"])
+            for line in table.filter(table.column("again").is_valid()).to_pylist():
                 history.setdefault(line["request_key"], Counter())[line["outcome"]] += 1
     return history
+
+
+class Purse:
+    """The dollars that are left for asking a shard's requests again; without a budget there is no bound."""
+
+    def __init__(self, dollars: Decimal | None, price: Callable[[str], Decimal | None]) -> None:
+        self._dollars, self._price = dollars, price
+
+    def pays(self, model: str) -> bool:
+        """Whether one more request can be asked of a model; its estimated price is then taken out."""
+        if self._dollars is None:
+            return True
+        price = self._price(model)
+        if price is None or price > self._dollars:
+            return False
+        self._dollars -= price
+        return True
+
+
+def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], replies: Iterable[Reply], model: str) -> Purse:
+    """What the job's budget leaves for a shard once all its answers so far are paid: its share by requests, less what it cost."""
+    budget = run.job.spec.policy.budget_usd
+    if budget is None:
+        return Purse(None, lambda model: None)
+    approved = site.store.get_shape(run.key("approved.json"), Plan)
+    share = budget * facts.request_count / max(facts.request_count, approved.submitted if approved else 0)
+    usage: dict[str, Usage] = {model: sum((_usage_of(reply) for reply in replies if reply.paid), Usage())}
+    for attempt in attempts:
+        if attempt.is_harvested:
+            before = usage.get(attempt.claim.model, Usage())
+            usage[attempt.claim.model] = before + _usage(pq.read_table(site.store.open(answers_key(facts.key, attempt.number))))
+    spent = sum((_cost(run.job, model, each) for model, each in usage.items()), Decimal(0))
+
+    @cache
+    def price(model: str) -> Decimal | None:
+        usd = estimate_requests(run.job, facts.request_count, facts.request_bytes, model=model).usd
+        return None if usd is None else usd / facts.request_count
+
+    return Purse(max(Decimal(0), share - spent), price)
+
+
+def _cost(job: Job, model: str, usage: Usage) -> Decimal:
+    """Dollars as far as they are known: answers without usage are left out here, and flagged in the report."""
+    return actual_cost(job.spec.request.provider, model, usage.model_copy(update={"unknown": 0})) or Decimal(0)
+
+
+def _usage_of(reply: Reply) -> Usage:
+    return Usage(input_tokens=reply.input_tokens or 0, cached_tokens=reply.cached_tokens, output_tokens=reply.output_tokens or 0)
 
 
 def _better(first: Reply, second: Reply) -> Reply:
@@ -277,32 +377,58 @@ def _key_of(custom_id: str) -> bytes | None:
     return key if len(key) == 32 else None
 
 
-def _settle(site: Site, run: Run, shard: str, attempts: list[Attempt]) -> Settled:
+def _settle(site: Site, shard: str, attempts: list[Attempt]) -> Settled:
     """Merge the attempts into one line per request, keep it under the fingerprint, and write the shard's last word."""
     facts = site.ledger.shard(shard)
     answers = site.answers(facts.fingerprint)
-    harvested = [each for each in attempts if each.ended and each.ended.how == "harvested"]
-    tables = [pq.read_table(site.store.open(answers_key(shard, each.number))) for each in harvested]
-    everything = pa.concat_tables(tables)
-    merged = _merge(everything)
-    if merged.num_rows != facts.request_count:
-        raise CountsDisagree(f"Shard {shard[:12]} holds {facts.request_count} requests, but {merged.num_rows} answers were harvested.")
+    tables = {each.number: pq.read_table(site.store.open(answers_key(shard, each.number))) for each in attempts if each.is_harvested}
+    merged = _merge(pa.concat_tables(tables.values()))
+    check_shard(facts, attempts, tables, request_keys(site.store, shard), merged)
     with site.scratch() as folder:
         path = Path(folder) / "answers.parquet"
         pq.write_table(merged, path, compression="zstd")
         site.store.put(answers.file_of(shard), path)
-    settled = site.ledger.settle(
+    return site.ledger.settle(
         Settled(
             shard=shard,
             answers=answers.file_of(shard),
             requests=facts.request_count,
-            batches=sum(1 for each in attempts if each.receipt),
-            usage=_usage(everything),
-            alarms=_alarms(harvested),
+            paid=paid_by(attempts, tables),
+            alarms=_alarms(attempts),
         )
     )
-    answers.close(shard)
-    return settled
+
+
+def check_shard(facts: Shard, attempts: list[Attempt], tables: Mapping[int, pa.Table], keys: list[bytes], merged: pa.Table) -> None:
+    """Prove from the files that every request of a shard was asked and has one last word. Raises CountsDisagree, naming ids."""
+    for attempt in attempts:
+        if attempt.number in tables and tables[attempt.number].num_rows != attempt.claim.asked:
+            raise CountsDisagree(
+                f"Attempt {attempt.number} of shard {facts.key[:12]} asked {attempt.claim.asked} requests, "
+                f"but {tables[attempt.number].num_rows} answers were harvested."
+            )
+    found = merged.column("request_key").to_pylist()
+    odd = set(keys).symmetric_difference(found)
+    if odd or len(found) != facts.request_count:
+        named = ", ".join(key.hex()[:16] for key in sorted(odd)[:5])
+        raise CountsDisagree(
+            f"Shard {facts.key[:12]} holds {facts.request_count} requests, but {len(found)} answers were harvested; "
+            f"in only one of them: {named}."
+        )
+
+
+def paid_by(attempts: Iterable[Attempt], tables: Mapping[int, pa.Table]) -> tuple[Paid, ...]:
+    """What each run bought of a shard: whoever claimed an attempt pays for it."""
+    bought: dict[tuple[str, str], list[Attempt]] = {}
+    for attempt in attempts:
+        if attempt.receipt:
+            bought.setdefault((attempt.claim.run, attempt.claim.model), []).append(attempt)
+    paid = []
+    for (run, model), own in bought.items():
+        found = [tables[attempt.number].filter(tables[attempt.number].column("paid")) for attempt in own if attempt.number in tables]
+        usage = sum((_usage(table) for table in found), Usage())
+        paid.append(Paid(run=run, model=model, batches=len(own), answers=sum(table.num_rows for table in found), usage=usage))
+    return tuple(paid)
 
 
 def _merge(everything: pa.Table) -> pa.Table:
@@ -333,10 +459,10 @@ def _usage(everything: pa.Table) -> Usage:
     )
 
 
-def _alarms(harvested: list[Attempt]) -> dict[str, int]:
+def _alarms(attempts: Iterable[Attempt]) -> dict[str, int]:
     alarms: Counter[str] = Counter()
-    for attempt in harvested:
-        for reason in attempt.ended.reasons if attempt.ended else ():
+    for attempt in attempts:
+        for reason in attempt.ended.reasons if attempt.ended and attempt.is_harvested else ():
             name, _, count = reason.rpartition(": ")
             alarms[name] += int(count)
     return dict(alarms)

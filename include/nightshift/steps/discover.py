@@ -36,7 +36,9 @@ def pin(site: Site, job: Job, pattern: str) -> Pinned:
     return Pinned(objects=tuple(_pinned(bucket, item, job) for item in sorted(found, key=lambda item: item.key)))
 
 
-def discover(site: Site, job: Job, *, pattern: str, label: str, run: str, dates: Mapping[str, str], scheduled: bool = False) -> Run:
+def discover(
+    site: Site, job: Job, *, pattern: str, label: str, run: str, dates: Mapping[str, str], scheduled: bool = False, fresh: bool = False
+) -> Run:
     """Begin a run, or find it begun: a repeated discovery reads the objects of the first.
 
     Raises AccessDenied or ModelNotFound now, where the provider would refuse every request later.
@@ -46,9 +48,19 @@ def discover(site: Site, job: Job, *, pattern: str, label: str, run: str, dates:
     if begun is None:
         objects = pin(site, job, render_dates(pattern, dates)).objects
         with suppress(ProviderUnavailable):  # submit will meet it again, where waiting can help
-            site.open_provider(job.spec.request).check(job.spec.request.model)
-        partition = partition_of(job, dates, objects, scheduled=scheduled)
-        begun = site.store.settle(key, RunInput(run=run, label=label, started_at=site.now(), partition=partition, objects=objects, job=job))
+            provider = site.open_provider(job.spec.request)
+            for model in (job.spec.request.model, *job.spec.stand_ins):
+                provider.check(model)
+        asked = RunInput(
+            run=run,
+            label=label,
+            started_at=site.now(),
+            partition=partition_of(job, dates, objects, scheduled=scheduled),
+            objects=objects,
+            job=job,
+            fresh=fresh or job.spec.fresh,
+        )
+        begun = site.store.settle(key, asked)
     return Run(site.store, begun)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +22,13 @@ from nightshift.errors import InputUnreadable, RequestTooLarge
 from nightshift.formats import Fault, Rows, column_types, read_rows
 from nightshift.job import Job
 from nightshift.money.estimate import estimate_requests
-from nightshift.providers.protocol import Limits, Provider
-from nightshift.runs import Run, Site
-from nightshift.shapes import PinnedObject, Plan, Shard
-from nightshift.stores.answers import AnswerStore
+from nightshift.packing import ANSWERED, IN_FLIGHT, REQUESTS, cut, freeze, mark_answered, mark_in_flight, wanted
+from nightshift.providers.protocol import Provider
+from nightshift.redrive import draft_redrive
+from nightshift.runs import Run, Site, salt_of
+from nightshift.shapes import PinnedObject, Plan
+from nightshift.stores.answers import seen
 from nightshift.stores.database import open_database
-from nightshift.stores.shards import request_keys, requests_key, shard_key
 
 if TYPE_CHECKING:
     import duckdb
@@ -39,21 +39,14 @@ SPOOLED = pa.schema([("ordinal", pa.int64()), ("id", pa.string()), ("key", pa.bi
 Progress = Callable[[int], None]  # rows read so far
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """One request to be sent: where its line stands in the spool."""
-
-    key: bytes
-    start: int
-    size: int  # bytes, with the newline
-    ordinal: int
-
-
 def plan(site: Site, run: Run, *, progress: Progress = lambda rows: None) -> Plan:
     """The run's plan, made once: a repeated call finds the first. Writes row indexes and frozen shards, sends nothing."""
     key = run.key("plan.json")
     stored = site.store.get_shape(key, Plan)
-    return stored or site.store.settle(key, draft(site, run, keep=True, progress=progress))
+    if stored is not None:
+        return stored
+    drafted = draft_redrive(site, run) if run.input.redrive else draft(site, run, keep=True, progress=progress)
+    return site.store.settle(key, drafted)
 
 
 def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows: None) -> Plan:
@@ -68,10 +61,15 @@ def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows:
             spool.mark_doubled()
         _collapse(database)
         answers = site.answers(encoder.fingerprint)
-        in_flight = answers.open_shards()  # before the files: a shard that settles meanwhile is then found among those
-        reused_files = _find_known(database, answers)
-        adopted_shards = _find_in_flight(site, database, in_flight)
-        shards = list(_pack(site, run, database, spool, provider.limits, encoder.fingerprint, keep=keep))
+        in_flight = answers.in_flight(answers.reservations())  # before the files: a shard that settles meanwhile is then found among those
+        files = answers.files()
+        reused_files = [] if run.input.fresh else mark_answered(database, answers, files, job.spec.stand_ins)
+        adopted_shards = [] if run.input.fresh else mark_in_flight(site, database, in_flight)
+        most = min(provider.limits.requests, job.spec.policy.max_requests_per_shard or provider.limits.requests)
+        shards = [
+            freeze(site, job.spec.request, encoder.fingerprint, spool.path, group, salt=salt_of(run), keep=keep)
+            for group in cut(wanted(database), most, provider.limits.request_bytes)
+        ]
         slices = [run.key(f"slices/{path.name}") for path in spool.slices]
         if keep:
             for slice_key, path in zip(slices, spool.slices, strict=True):
@@ -94,6 +92,7 @@ def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows:
             slices=tuple(slices),
             estimate=estimate_requests(job, counted["new"], counted["new_bytes"]),
             saved_usd=_saved(job, counted),
+            seen=seen(files, in_flight),
         )
 
 
@@ -235,111 +234,11 @@ def _reject_doubled_ids(database: duckdb.DuckDBPyConnection) -> int:
 
 def _collapse(database: duckdb.DuckDBPyConnection) -> None:
     """Rows that ask the same become one request, which stands where its first row stands."""
+    database.execute(f"CREATE TABLE requests {REQUESTS}")
     database.execute(
-        """CREATE TABLE requests AS SELECT key, min(ordinal) AS ordinal, arg_min(start, ordinal) AS start, arg_min(size, ordinal) AS size,
-             NULL::VARCHAR AS known FROM spool WHERE key IS NOT NULL GROUP BY key"""
+        """INSERT INTO requests SELECT key, min(ordinal), arg_min(start, ordinal), arg_min(size, ordinal), NULL
+           FROM spool WHERE key IS NOT NULL GROUP BY key"""
     )
-
-
-def _find_known(database: duckdb.DuckDBPyConnection, answers: AnswerStore) -> list[str]:
-    """Mark the requests that somebody has paid for; the answer files that hold them."""
-    used = []
-    for file in answers.files():
-        database.execute("CREATE OR REPLACE TEMP TABLE paid (key BLOB)")
-        for batch in answers.paid_keys(file):
-            found = pa.Table.from_batches([batch])
-            database.execute("INSERT INTO paid SELECT * FROM found")
-            del found
-        if _mark(database, "paid", "answered"):
-            used.append(file)
-    return used
-
-
-def _find_in_flight(site: Site, database: duckdb.DuckDBPyConnection, in_flight: list[str]) -> list[str]:
-    """Mark the requests that are in somebody's shard already; those shards."""
-    used = []
-    for shard in in_flight:
-        database.execute("CREATE OR REPLACE TEMP TABLE flying (key BLOB)")
-        keys = request_keys(site.store, shard)
-        found = pa.table({"key": pa.array(keys, pa.binary(32))})
-        database.execute("INSERT INTO flying SELECT * FROM found")
-        del found
-        if _mark(database, "flying", "in flight"):
-            used.append(shard)
-    return used
-
-
-def _mark(database: duckdb.DuckDBPyConnection, table: str, word: str) -> int:
-    database.execute(f"UPDATE requests SET known = '{word}' WHERE known IS NULL AND key IN (SELECT key FROM {table})")
-    return int(database.fetchall()[0][0])
-
-
-def _pack(
-    site: Site, run: Run, database: duckdb.DuckDBPyConnection, spool: _Spool, limits: Limits, fingerprint: str, *, keep: bool
-) -> Iterator[Shard]:
-    """Freeze the new requests into shards, in row order. A shard found there already is the same shard."""
-    request = run.job.spec.request
-    most = min(limits.requests, run.job.spec.policy.max_requests_per_shard or limits.requests)
-    for wanted in cut(_wanted(database), most, limits.request_bytes):
-        shard = Shard(
-            key=shard_key(item.key for item in wanted),
-            fingerprint=fingerprint,
-            provider=request.provider,
-            endpoint=request.endpoint,
-            model=request.model,
-            request_count=len(wanted),
-            request_bytes=sum(item.size for item in wanted),
-        )
-        if keep and site.store.get_shape(f"shards/{shard.key}/shard.json", Shard) is None:
-            site.store.put(requests_key(shard.key), _gather(spool.path, wanted))
-            site.store.create_shape(f"shards/{shard.key}/shard.json", shard)
-        yield shard
-
-
-def cut(wanted: Iterable[Wanted], most: int, most_bytes: int) -> Iterator[list[Wanted]]:
-    """Requests in groups that keep both limits, filled in order."""
-    group: list[Wanted] = []
-    size = 0
-    for item in wanted:
-        if group and (len(group) == most or size + item.size > most_bytes):
-            yield group
-            group, size = [], 0
-        group.append(item)
-        size += item.size
-    if group:
-        yield group
-
-
-def _wanted(database: duckdb.DuckDBPyConnection) -> Iterator[Wanted]:
-    cursor = database.cursor()
-    cursor.execute("SELECT key, start, size, ordinal FROM requests WHERE known IS NULL ORDER BY ordinal")
-    while rows := cursor.fetchmany(4096):
-        for key, start, size, ordinal in rows:
-            yield Wanted(key=bytes(key), start=start, size=size, ordinal=ordinal)
-
-
-def _gather(spool: Path, wanted: list[Wanted]) -> Path:
-    """The lines of one shard in a file of their own; neighbours in the spool are copied in one piece."""
-    path = spool.with_name("shard.jsonl")
-    with spool.open("rb") as source, path.open("wb", buffering=1 << 20) as target:
-        for start, size in _runs(wanted):
-            source.seek(start)
-            while size:
-                piece = source.read(min(size, 4 << 20))
-                target.write(piece)
-                size -= len(piece)
-    return path
-
-
-def _runs(wanted: list[Wanted]) -> Iterator[tuple[int, int]]:
-    """(start, size) of stretches of the spool without gaps."""
-    start, end = wanted[0].start, wanted[0].start
-    for item in wanted:
-        if item.start != end:
-            yield start, end - start
-            start = item.start
-        end = item.start + item.size
-    yield start, end - start
 
 
 def _counts(database: duckdb.DuckDBPyConnection) -> dict[str, int]:
@@ -350,8 +249,8 @@ def _counts(database: duckdb.DuckDBPyConnection) -> dict[str, int]:
         "asked": asked,
         "asked_bytes": asked_bytes,
         "unique": sum(count for count, _ in by.values()),
-        "reused": by.get("answered", (0, 0))[0],
-        "adopted": by.get("in flight", (0, 0))[0],
+        "reused": by.get(ANSWERED, (0, 0))[0],
+        "adopted": by.get(IN_FLIGHT, (0, 0))[0],
         "new": by.get("new", (0, 0))[0],
         "new_bytes": by.get("new", (0, 0))[1],
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +14,7 @@ from nightshift.job import Job
 from nightshift.money.estimate import actual_cost
 from nightshift.pages import render_report
 from nightshift.runs import Run, Site
-from nightshift.shapes import OUTCOMES, Assembled, Audit, Cost, Counts, Plan, Published, Summary, Usage, Wire
+from nightshift.shapes import OUTCOMES, Assembled, Audit, Cost, Counts, Paid, Plan, Published, Summary, Usage, Wire
 from nightshift.steps.publish import quarantine_folder
 from nightshift.stores.database import open_database
 from nightshift.stores.objects import dump_json
@@ -37,7 +37,7 @@ def report(site: Site, run: Run, *, published: Published | None, problem: str | 
     Raises CountsDisagree where a run that was assembled does not add up.
     """
     store = site.store
-    plan = store.get_shape(run.key("plan.json"), Plan)
+    plan = store.get_shape(run.key("approved.json"), Plan) or store.get_shape(run.key("plan.json"), Plan)
     assembled = store.get_shape(run.key("assembled.json"), Assembled)
     audit = store.get_shape(run.key("audit.json"), Audit)
     figures = distributions(site, run.job, assembled) if assembled else {}
@@ -64,13 +64,13 @@ def summarise(
 ) -> Summary:
     """The summary of a run from its facts."""
     job, request = run.job, run.job.spec.request
-    usage = assembled.usage if assembled else Usage()
-    actual = actual_cost(request.provider, request.model, usage) if assembled else None
+    paid = assembled.paid if assembled else ()
     state: Literal["published", "held", "failed"] = "published" if published else "held" if audit and not audit.passed else "failed"
     return Summary(
         job=job.name,
         run=run.input.run,
         label=run.input.label,
+        redrive_of=run.input.redrive.run if run.input.redrive else None,
         state=state,
         problem=problem or ("; ".join(audit.reasons) if audit and not audit.passed else None),
         partition=run.input.partition,
@@ -89,12 +89,13 @@ def summarise(
             adopted=plan.adopted if plan else 0,
             submitted=plan.submitted if plan else 0,
         ),
-        batches=assembled.batches if assembled else 0,
-        usage=usage,
+        batches=sum(each.batches for each in paid),
+        paid=sum(each.answers for each in paid),
+        usage=assembled.usage if assembled else Usage(),
         alarms=assembled.alarms if assembled else {},
         cost_usd=Cost(
             estimated=_dollars(plan.estimate.usd) if plan else None,
-            actual=_dollars(actual),
+            actual=_dollars(cost_of(request.provider, paid)) if assembled else None,
             saved=_dollars(plan.saved_usd) if plan else None,
             basis=plan.estimate.basis if plan else "not planned",
         ),
@@ -107,6 +108,12 @@ def summarise(
         quarantine=site.store.uri_of(quarantine_folder(run)) if published else None,
         report=site.store.uri_of(run.key("report.html")),
     )
+
+
+def cost_of(provider: str, paid: Iterable[Paid]) -> Decimal | None:
+    """Dollars for everything that was bought, by model; None where any of it has no known price."""
+    costs = [actual_cost(provider, each.model, each.usage) for each in paid]
+    return None if any(cost is None for cost in costs) else sum((cost for cost in costs if cost is not None), Decimal(0))
 
 
 def check_sums(summary: Summary) -> None:
@@ -189,4 +196,4 @@ def _last_published(site: Site, run: Run) -> Summary | None:
 
 
 def _dollars(value: Decimal | None) -> float | None:
-    return None if value is None else float(value)
+    return None if value is None else float(round(value, 6))

@@ -8,62 +8,121 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from nightshift.errors import Permanent, ShardHeld, SubmissionInDoubt, Transient
+from nightshift.errors import Permanent, ShardHeld, SubmissionInDoubt, Transient, WrongPlace
 from nightshift.providers.protocol import Provider
 from nightshift.runs import Run, Site
 from nightshift.shapes import Receipt
-from nightshift.stores.ledger import CREATE_TIMEOUT, LEASE, Attach, Done, Ended, Hold, Search, Send, next_move
-from nightshift.stores.shards import asked_by, key_of_line, requests_key
+from nightshift.stores.ledger import (
+    CREATE_TIMEOUT,
+    LEASE,
+    Attach,
+    Attempt,
+    Claim,
+    Done,
+    Ended,
+    Hold,
+    Lease,
+    Search,
+    Send,
+    next_move,
+    portion,
+    token_for,
+)
+from nightshift.stores.shards import Left, asked, harvested, key_of_line, model_of, pending, requests_key
 
 
 def submit(site: Site, run: Run, shard: str) -> Receipt | None:
     """The receipt of a shard's current attempt; None once the shard is settled.
 
-    Raises ShardHeld while somebody else holds a fresh claim or the provider's queue is full.
+    Raises ShardHeld while somebody else holds a fresh claim or the provider's queue is full, and WrongPlace where the
+    run's connection leads elsewhere than the claim that has to be looked up.
     """
-    move = next_move(site.ledger.attempts(shard), now=site.now())
-    match move:
+    attempts = site.ledger.attempts(shard)
+    match next_move(attempts, now=site.now()):
         case Done():
             return None
         case Attach(receipt=receipt):
             return receipt
         case Hold(until=until, why=why):
             raise ShardHeld(shard, why, (until - site.now()).total_seconds())
-        case Send(attempt=attempt) | Search(attempt=attempt):
-            provider = site.open_provider(run.job.spec.request)
-            if isinstance(move, Search):
-                found = _find(site, shard, provider, move)
-                if found is not None:
-                    return found
-            return _send(site, run, shard, provider, attempt)
+        case Search(attempt=number) as search:
+            return _find(site, run, shard, search) or _send(site, run, shard, number, attempts)
+        case Send(attempt=number):
+            return _send(site, run, shard, number, attempts)
 
 
-def _find(site: Site, shard: str, provider: Provider, search: Search) -> Receipt | None:
+def open_where(site: Site, run: Run, shard: str, attempt: Attempt) -> Provider:
+    """The run's provider, where it is the place at which an attempt was claimed. Raises WrongPlace where it is another."""
+    provider = site.open_provider(run.job.spec.request)
+    if provider.where != attempt.claim.where:
+        raise WrongPlace(shard, attempt.claim.where, provider.where)
+    return provider
+
+
+def _find(site: Site, run: Run, shard: str, search: Search) -> Receipt | None:
     """A batch that an attempt left behind when it died; its receipt is written late, under its own attempt."""
-    receipt = provider.find(search.tokens, search.since)
-    if receipt is None:
-        return None
-    attempt = next(each.number for each in site.ledger.attempts(shard) if each.claim.token == receipt.token)
-    return site.ledger.record_receipt(shard, attempt, receipt)
-
-
-def _send(site: Site, run: Run, shard: str, provider: Provider, attempt: int) -> Receipt:
-    """Upload, claim, create, record. Whatever happens in between is found again by the claim's token."""
-    ledger = site.ledger
-    with site.scratch() as folder:
-        path, count = _write_requests(site, shard, attempt, Path(folder))
-        uploaded = provider.upload(f"nightshift-{shard[:12]}-{attempt}", path)
-    site.answers(ledger.shard(shard).fingerprint).announce(shard, run.uri)
-    claim = ledger.claim(shard, attempt, site.owner, site.now())
-    if claim is None:
+    providers = [open_where(site, run, shard, attempt) for attempt in search.doubtful]
+    if not site.ledger.take_lease(shard, search.lapsed, Lease(owner=site.owner, since=site.now())):
         raise ShardHeld(shard, "another worker", LEASE.total_seconds())
-    last_moment = claim.claimed_at + LEASE - 2 * CREATE_TIMEOUT  # a process that slept past it must not send any more
-    labels = {"shard": shard[:12], "job": run.job.name, "attempt": str(attempt)}
-    with _refusals_recorded(site, shard, attempt, count):
-        receipt = provider.create(uploaded, claim.token, labels, lambda: site.now() <= last_moment)
-    return ledger.record_receipt(shard, attempt, receipt)
+    tokens = {attempt.claim.token: attempt.number for attempt in search.doubtful}
+    receipt = providers[0].find(list(tokens), search.doubtful[0].claim.claimed_at)
+    return None if receipt is None else site.ledger.record_receipt(shard, tokens[receipt.token], receipt)
+
+
+def _send(site: Site, run: Run, shard: str, number: int, attempts: list[Attempt]) -> Receipt:
+    """Upload, claim, create, record. Whatever happens in between is found again by the claim's token."""
+    provider = site.open_provider(run.job.spec.request)
+    claim = _next_claim(site, run, shard, number, attempts, provider.where)
+    with site.scratch() as folder:
+        path = _write_requests(site, shard, claim, provider, Path(folder))
+        uploaded = provider.upload(f"nightshift-{shard[:12]}-{number}", path)
+    claim = claim.model_copy(update={"claimed_at": site.now()})
+    if not site.ledger.claim(shard, number, claim):
+        raise ShardHeld(shard, "another worker", LEASE.total_seconds())
+    labels = {"shard": shard[:12], "job": run.job.name, "attempt": str(number)}
+    with _refusals_recorded(site, shard, number, claim.asked):
+        receipt = provider.create(uploaded, claim.token, labels, _Holding(site, shard, Attempt(number=number, claim=claim)))
+    return site.ledger.record_receipt(shard, number, receipt)
+
+
+def _next_claim(site: Site, run: Run, shard: str, number: int, attempts: list[Attempt], where: str) -> Claim:
+    """What the next attempt asks: what is left, of one model, and no more than the provider's queue has shown to hold."""
+    facts = site.ledger.shard(shard)
+    after = (*((0,) if facts.seeded else ()), *harvested(attempts))
+    left = pending(site.store, shard, after)
+    model = model_of(next(iter(left.values())), facts.model)
+    most = portion(attempts)
+    claim = Claim(
+        token=token_for(shard, number), owner=site.owner, claimed_at=site.now(), where=where, run=run.uri, model=model, asked=0,
+        after=after, most=most,
+    )  # fmt: skip
+    count = sum(1 for each in left.values() if model_of(each, facts.model) == model)
+    return claim.model_copy(update={"asked": count if most is None else min(count, most)})
+
+
+class _Holding:
+    """Asked before a create call goes out: whether the claim is still ours, renewing its lease in time.
+
+    A process that slept past its lease finds it taken over, or leaves it to be, and sends nothing.
+    """
+
+    def __init__(self, site: Site, shard: str, attempt: Attempt) -> None:
+        self._site, self._shard, self._attempt = site, shard, attempt
+
+    def __call__(self) -> bool:
+        now = self._site.now()
+        if now >= self._attempt.lapses_at:
+            return False
+        if now <= self._attempt.lapses_at - 2 * CREATE_TIMEOUT:
+            return True
+        lease = Lease(owner=self._site.owner, since=now)
+        if not self._site.ledger.take_lease(self._shard, self._attempt, lease):
+            return False
+        self._attempt = replace(self._attempt, leases=(*self._attempt.leases, lease))
+        return True
 
 
 @contextmanager
@@ -79,13 +138,18 @@ def _refusals_recorded(site: Site, shard: str, attempt: int, count: int) -> Iter
         raise
 
 
-def _write_requests(site: Site, shard: str, attempt: int, folder: Path) -> tuple[Path, int]:
-    """The lines of one attempt as a local file, and their count: all of the shard's, or those to be asked again."""
+def _write_requests(site: Site, shard: str, claim: Claim, provider: Provider, folder: Path) -> Path:
+    """The lines of one attempt as a local file: the shard's as they stand, or those to be asked again, as they are asked now."""
     path = site.store.download(requests_key(shard), folder / "requests.jsonl")
-    chosen = asked_by(site.store, shard, site.ledger.attempts(shard), attempt)
-    if chosen is None:
-        return path, site.ledger.shard(shard).request_count
+    facts = site.ledger.shard(shard)
+    if not claim.after and claim.asked == facts.request_count:
+        return path
+    chosen = asked(site.store, shard, claim, facts.model)
     rest = folder / "rest.jsonl"
     with path.open("rb") as source, rest.open("wb") as target:
-        target.writelines(line for line in source if key_of_line(line) in chosen)
-    return rest, len(chosen)
+        target.writelines(_line(line, chosen[key], provider) for line in source if (key := key_of_line(line)) in chosen)
+    return rest
+
+
+def _line(line: bytes, left: Left | None, provider: Provider) -> bytes:
+    return line if left is None else provider.vary(line.rstrip(b"\n"), left.variant, left.text, left.reason) + b"\n"

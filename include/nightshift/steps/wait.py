@@ -12,6 +12,7 @@ from nightshift.job import Job
 from nightshift.providers.protocol import Provider, Snapshot
 from nightshift.runs import Run, Site
 from nightshift.shapes import Receipt
+from nightshift.steps.submit import open_where
 from nightshift.stores.ledger import Attach, Hold, next_move
 
 UNKNOWN_PATIENCE = timedelta(minutes=10)  # how long a batch that we hold a receipt for may be unknown to the provider
@@ -40,18 +41,27 @@ class Ended:
 
 
 def next_look(
-    snapshot: Snapshot | NightshiftError, *, failures: int, waited: timedelta, patience: timedelta | None, poll_seconds: float
+    snapshot: Snapshot | NightshiftError,
+    *,
+    failures: int,
+    failing: timedelta,
+    waited: timedelta,
+    patience: timedelta,
+    poll_seconds: float,
 ) -> Look | Cancel | Ended:
-    """Decide from one look. `failures`: looks in a row that failed, this one included; `waited`: since the batch began."""
+    """Decide from one look. `failures`: looks in a row that failed, this one included; `failing`: since the first of them;
+
+    `waited`: since the batch began.
+    """
     if isinstance(snapshot, BatchUnknown):
-        return Ended() if waited > UNKNOWN_PATIENCE else Look(_backoff(poll_seconds, failures))
+        return Ended() if failing > UNKNOWN_PATIENCE else Look(_backoff(poll_seconds, failures))
     if isinstance(snapshot, Permanent):
         return Ended()  # collect meets the same error on a worker, where it can be reported and retried by a person
     if isinstance(snapshot, NightshiftError):
         return Look(_backoff(poll_seconds, failures))
     if snapshot.state != "running":
         return Ended()
-    if patience is not None and waited > patience and snapshot.status != "cancelling":
+    if waited > patience and snapshot.status != "cancelling":
         return Cancel(poll_seconds)
     return Look(poll_seconds)
 
@@ -60,15 +70,22 @@ def watch(
     provider: Provider, receipt: Receipt, job: Job, *, poll_seconds: float, now: Callable[[], datetime], seen: Seen
 ) -> Iterator[float]:
     """Pauses in seconds between looks, ending when there is nothing more to wait for. The driver sleeps as suits it."""
-    failures = 0
+    failures, last_known = 0, now()
     while True:
         try:
             snapshot: Snapshot | NightshiftError = provider.poll(receipt.batch_id)
-            failures = 0
+            failures, last_known = 0, now()
         except (Permanent, Transient) as error:
             snapshot, failures = error, failures + 1
         seen(snapshot)
-        move = next_look(snapshot, failures=failures, waited=now() - receipt.created_at, patience=job.patience, poll_seconds=poll_seconds)
+        move = next_look(
+            snapshot,
+            failures=failures,
+            failing=now() - last_known,
+            waited=now() - receipt.created_at,
+            patience=job.patience,
+            poll_seconds=poll_seconds,
+        )
         match move:
             case Ended():
                 return
@@ -82,8 +99,8 @@ def watch(
 def pauses(site: Site, run: Run, shard: str, *, seen: Seen = lambda look: None) -> Iterator[float]:
     """The waiting that a shard needs now, as pauses in seconds: for its batch, for somebody's claim, for the provider's queue."""
     match next_move(site.ledger.attempts(shard), now=site.now()):
-        case Attach(receipt=receipt):
-            provider = site.open_provider(run.job.spec.request)
+        case Attach(attempt=attempt, receipt=receipt):
+            provider = open_where(site, run, shard, attempt)
             yield from watch(provider, receipt, run.job, poll_seconds=site.poll_seconds, now=site.now, seen=seen)
         case Hold(until=until):
             yield max(0.0, (until - site.now()).total_seconds())

@@ -1,8 +1,8 @@
 """The ledger: what was claimed, taken and ended for every attempt of a shard, as write-once objects.
 
-An attempt is up to three objects under `shards/<shard>/`: `claim-<n>` before the paid call, `receipt-<n>` after it,
-`ended-<n>` once nothing more will come of it. Nothing is edited, so what to do next follows from what is there:
-`next_move` is a pure function of the facts and the time.
+An attempt is a few objects under `shards/<shard>/`: `claim-<n>` before the paid call, `lease-<n>-<k>` each time its claim
+is renewed or taken over, `receipt-<n>` after the call, `ended-<n>` once nothing more will come of it. Nothing is edited,
+so what to do next follows from what is there: `next_move` is a pure function of the facts and the time.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import takewhile
 from typing import Literal
 
 from nightshift.errors import LedgerCorrupt
 from nightshift.shapes import Receipt, Settled, Shard, Wire
-from nightshift.stores.objects import Objects
+from nightshift.stores.objects import Objects, Shape
 
 LEASE = timedelta(seconds=90)  # a claim covers one create call and nothing else
 CREATE_TIMEOUT = timedelta(seconds=30)  # so a live owner is done long before its lease is
 QUEUE_PAUSE = timedelta(seconds=60)  # before a batch that found the queue full is sent again; doubles up to QUEUE_PAUSE_MAX
 QUEUE_PAUSE_MAX = timedelta(minutes=30)
-ATTEMPT_OBJECT = re.compile(r"/(claim|receipt|ended)-(\d+)\.json$")
+QUEUE_PATIENCE = timedelta(hours=24)  # of full queues in a row, before a person is asked to look (F23)
+ATTEMPT_OBJECT = re.compile(r"/(claim|receipt|ended|unknown|lease)-(\d+)(?:-(\d+))?\.json$")
 
 
 class Claim(Wire):
@@ -31,6 +33,28 @@ class Claim(Wire):
     token: str
     owner: str
     claimed_at: datetime
+    where: str  # the endpoint: a batch can be found again only there
+    run: str  # URI of the run that pays
+    model: str  # that this attempt asks: one batch, one model
+    asked: int  # requests
+    after: tuple[int, ...] = ()  # the harvested attempts that it builds on: it asks what they left
+    most: int | None = None  # of what they left, so many at most
+
+
+class Lease(Wire):
+    """A claim's lease from a moment on: renewed by its owner, or taken over by somebody else once it had lapsed.
+
+    Both write the same name (`lease-<n>-<k>`, the next k), so that one of them wins and the other one knows.
+    """
+
+    owner: str
+    since: datetime
+
+
+class Unknown(Wire):
+    """When a provider first said that it does not know a batch which it gave us a receipt for."""
+
+    since: datetime
 
 
 class Ended(Wire):
@@ -38,12 +62,14 @@ class Ended(Wire):
 
     `refused`: the create call was refused, no batch exists. `rejected`: the provider took the batch and failed it as a
     whole. `queue_full`: the same, but only because too much was enqueued. `harvested`: its results are in `answers-<n>`.
+    `lost`: the provider does not know it any more, and the job's policy buys its requests again.
     """
 
     how: Literal["refused", "rejected", "queue_full", "harvested", "lost"]
     status: str  # the provider's word
     ended_at: datetime
-    remaining: int  # requests of the shard that are to be asked again
+    remaining: int  # requests of the shard that are to be asked (again)
+    alone: bool = False  # for `queue_full`: nothing else was in the queue, so that waiting alone cannot help (F24)
     reasons: tuple[str, ...] = ()
 
 
@@ -53,8 +79,25 @@ class Attempt:
 
     number: int  # from 1
     claim: Claim
+    leases: tuple[Lease, ...] = ()  # in order; the last one counts
     receipt: Receipt | None = None
     ended: Ended | None = None
+    unknown: Unknown | None = None
+
+    @property
+    def holder(self) -> str:
+        """Who holds the lease."""
+        return self.leases[-1].owner if self.leases else self.claim.owner
+
+    @property
+    def lapses_at(self) -> datetime:
+        """When the lease ends."""
+        return (self.leases[-1].since if self.leases else self.claim.claimed_at) + LEASE
+
+    @property
+    def is_harvested(self) -> bool:
+        """Whether its answers are in."""
+        return self.ended is not None and self.ended.how == "harvested"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +111,7 @@ class Send:
 class Attach:
     """A batch of ours is there: wait for it, then harvest it."""
 
-    attempt: int
+    attempt: Attempt
     receipt: Receipt
 
 
@@ -82,11 +125,11 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """A claim lapsed without a receipt. Look its tokens up at the provider before anything is sent again."""
+    """A claim lapsed without a receipt. Take its lease over and look up every token in doubt before anything is sent again."""
 
-    attempt: int  # the attempt to claim for the search, and to send if nothing is found
-    tokens: tuple[str, ...]  # by attempt, oldest first, of every attempt whose fate is unknown
-    since: datetime
+    attempt: int  # to send, if nothing is found
+    lapsed: Attempt  # whose lease is taken over
+    doubtful: tuple[Attempt, ...]  # oldest first: those whose fate is unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +146,7 @@ def next_move(attempts: Sequence[Attempt], *, now: datetime) -> Move:
         return Send(1)
     for attempt in attempts:  # also an old one: its receipt may have been written late, by a slow owner or by a search
         if attempt.receipt is not None and attempt.ended is None:
-            return Attach(attempt.number, attempt.receipt)
+            return Attach(attempt, attempt.receipt)
     harvests = [attempt.ended for attempt in attempts if attempt.ended is not None and attempt.ended.how == "harvested"]
     if harvests and not harvests[-1].remaining:
         return Done()  # whatever became of later claims: nothing is left to ask
@@ -113,21 +156,33 @@ def next_move(attempts: Sequence[Attempt], *, now: datetime) -> Move:
             until = last.ended.ended_at + queue_pause(attempts)
             return Hold(until, "the provider's queue is full") if now < until else Send(last.number + 1)
         return Send(last.number + 1)
-    if now < last.claim.claimed_at + LEASE:
-        return Hold(last.claim.claimed_at + LEASE, last.claim.owner)
-    doubtful = [attempt for attempt in attempts if attempt.receipt is None and attempt.ended is None]
-    return Search(last.number + 1, tuple(attempt.claim.token for attempt in doubtful), doubtful[0].claim.claimed_at)
+    if now < last.lapses_at:
+        return Hold(last.lapses_at, last.holder)
+    return Search(last.number + 1, last, tuple(attempt for attempt in attempts if attempt.receipt is None and attempt.ended is None))
 
 
 def queue_pause(attempts: Sequence[Attempt]) -> timedelta:
     """How long to let the provider's queue drain: doubling with every full queue in a row."""
-    full = 0
-    for attempt in reversed(attempts):
-        if attempt.ended is None or attempt.ended.how != "queue_full":
-            break
-        full += 1
-    doubled: timedelta = QUEUE_PAUSE * 2 ** max(0, full - 1)
+    doubled: timedelta = QUEUE_PAUSE * 2 ** max(0, len(full_queues(attempts)) - 1)
     return min(doubled, QUEUE_PAUSE_MAX)
+
+
+def full_queues(attempts: Sequence[Attempt]) -> list[Attempt]:
+    """The attempts at the end that all met a full queue, newest first."""
+    return list(takewhile(lambda attempt: attempt.ended is not None and attempt.ended.how == "queue_full", reversed(attempts)))
+
+
+def portion(attempts: Sequence[Attempt]) -> int | None:
+    """How many requests the next attempt may ask at most; None: all that are left.
+
+    A batch that met a full queue with nothing else in it is too large for the queue, so half of it is sent next (F24).
+    """
+    for attempt in reversed(attempts):
+        if attempt.ended is not None and attempt.ended.how == "queue_full" and attempt.ended.alone:
+            return max(1, attempt.claim.asked // 2)
+        if attempt.receipt is not None:
+            return attempt.claim.most
+    return None
 
 
 def token_for(shard: str, attempt: int) -> str:
@@ -142,28 +197,45 @@ class Ledger:
         self._objects = objects
 
     def attempts(self, shard: str) -> list[Attempt]:
-        """Every attempt of a shard, oldest first. Raises LedgerCorrupt if a receipt or an end stands without its claim."""
-        found: dict[int, set[str]] = {}
-        for item in self._objects.scan(f"shards/{shard}"):
+        """Every attempt of a shard, oldest first. Raises LedgerCorrupt if something stands without its claim."""
+        found: dict[int, dict[str, str]] = {}
+        for item in sorted(self._objects.scan(f"shards/{shard}"), key=lambda item: item.key):
             if match := ATTEMPT_OBJECT.search(item.key):
-                found.setdefault(int(match[2]), set()).add(match[1])
-        return [self._attempt(shard, number, kinds) for number, kinds in sorted(found.items())]
+                found.setdefault(int(match[2]), {})[f"{match[1]}-{int(match[3]):04d}" if match[3] else match[1]] = item.key
+        return [self._attempt(shard, number, keys) for number, keys in sorted(found.items())]
 
-    def _attempt(self, shard: str, number: int, kinds: set[str]) -> Attempt:
-        claim = self._objects.get_shape(_key(shard, "claim", number), Claim)
+    def _attempt(self, shard: str, number: int, keys: dict[str, str]) -> Attempt:
+        def read(kind: str, shape: type[Shape]) -> Shape | None:
+            return self._objects.get_shape(keys[kind], shape) if kind in keys else None
+
+        claim = read("claim", Claim)
         if claim is None:
-            raise LedgerCorrupt(_key(shard, "claim", number), f"{sorted(kinds)} stand without it")
+            raise LedgerCorrupt(_key(shard, "claim", number), f"{', '.join(sorted(keys))} stand without it")
+        leases = (read(kind, Lease) for kind in sorted(keys) if kind.startswith("lease-"))
         return Attempt(
             number=number,
             claim=claim,
-            receipt=self._objects.get_shape(_key(shard, "receipt", number), Receipt) if "receipt" in kinds else None,
-            ended=self._objects.get_shape(_key(shard, "ended", number), Ended) if "ended" in kinds else None,
+            leases=tuple(lease for lease in leases if lease),
+            receipt=read("receipt", Receipt),
+            ended=read("ended", Ended),
+            unknown=read("unknown", Unknown),
         )
 
-    def claim(self, shard: str, attempt: int, owner: str, now: datetime) -> Claim | None:
-        """Claim an attempt; None when somebody else was first."""
-        claim = Claim(token=token_for(shard, attempt), owner=owner, claimed_at=now)
-        return claim if self._objects.create_shape(_key(shard, "claim", attempt), claim) else None
+    def claim(self, shard: str, attempt: int, claim: Claim) -> bool:
+        """Claim an attempt; False when somebody else was first."""
+        return self._objects.create_shape(_key(shard, "claim", attempt), claim)
+
+    def take_lease(self, shard: str, attempt: Attempt, lease: Lease) -> bool:
+        """Renew an attempt's lease, or take it over once it has lapsed; False when somebody else was first."""
+        return self._objects.create_shape(_key(shard, "lease", attempt.number, len(attempt.leases) + 1), lease)
+
+    def record_unknown(self, shard: str, attempt: int, now: datetime) -> Unknown:
+        """Note that the provider does not know an attempt's batch; the first note stays until it does."""
+        return self._objects.settle(_key(shard, "unknown", attempt), Unknown(since=now))
+
+    def forget_unknown(self, shard: str, attempt: int) -> None:
+        """The provider knows the batch again."""
+        self._objects.delete([_key(shard, "unknown", attempt)])
 
     def record_receipt(self, shard: str, attempt: int, receipt: Receipt) -> Receipt:
         """Keep the proof that the provider took an attempt; the first one stays."""
@@ -189,5 +261,5 @@ class Ledger:
         return self._objects.settle(f"shards/{settled.shard}/settled.json", settled)
 
 
-def _key(shard: str, kind: str, attempt: int) -> str:
-    return f"shards/{shard}/{kind}-{attempt}.json"
+def _key(shard: str, kind: str, *numbers: int) -> str:
+    return f"shards/{shard}/{'-'.join([kind, *map(str, numbers)])}.json"

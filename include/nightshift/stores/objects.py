@@ -127,6 +127,14 @@ class Objects:
             except (NotFoundError, FileNotFoundError):
                 return
 
+    def folders(self, prefix: str) -> list[str]:
+        """The folders right below a prefix, in key order."""
+        with _translated(self.uri_of(prefix)):
+            try:
+                return sorted(obstore.list_with_delimiter(self._store, prefix)["common_prefixes"])
+            except (NotFoundError, FileNotFoundError):
+                return []
+
     def head(self, key: str) -> Found | None:
         """One object's facts, or None when the store says that there is none."""
         with _translated(self.uri_of(key)):

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nightshift.stores.ledger import Attempt
+from nightshift.shapes import Outcome, Shard, Variant
+from nightshift.stores.ledger import Attempt, Claim
 from nightshift.stores.objects import Objects
 
+KEY_BYTES = 32
 
-def shard_key(keys: Iterable[bytes]) -> str:
-    """A shard's name: the hash of its request keys, in any order."""
-    digest = hashlib.sha256()
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """A request that an attempt left to be asked again: what became of it, and how it is asked now."""
+
+    variant: Variant
+    outcome: Outcome
+    text: str | None
+    reason: str | None
+
+
+def shard_key(keys: Iterable[bytes], salt: str = "") -> str:
+    """A shard's name: the hash of its request keys, in any order. A salt tells apart what asks the same once more."""
+    digest = hashlib.sha256(salt.encode())
     for key in sorted(keys):
         digest.update(key)
     return digest.hexdigest()
@@ -24,15 +42,35 @@ def requests_key(shard: str) -> str:
     return f"shards/{shard}/requests.jsonl"
 
 
+def keys_key(shard: str) -> str:
+    """Where the request keys of a shard stand: 32 bytes each, in the order of its lines."""
+    return f"shards/{shard}/requests.keys"
+
+
 def answers_key(shard: str, attempt: int) -> str:
     """Where the answers of one attempt stand."""
     return f"shards/{shard}/answers-{attempt}.parquet"
 
 
+def keep_shard(objects: Objects, shard: Shard, lines: Path, keys: Sequence[bytes], seed: Path | None) -> None:
+    """Freeze a shard: its lines, their keys, what became of them before, and last what the shard is."""
+    objects.put(requests_key(shard.key), lines)
+    objects.put(keys_key(shard.key), b"".join(keys))
+    if seed is not None:
+        objects.put(answers_key(shard.key, 0), seed)
+    objects.create_shape(f"shards/{shard.key}/shard.json", shard)
+
+
+def seed_of(objects: Objects, shard: Shard) -> pa.Table | None:
+    """What became of a shard's requests before it drives them again, one line per request; None where it asks them first."""
+    return pq.read_table(objects.open(answers_key(shard.key, 0))) if shard.seeded else None
+
+
 def request_keys(objects: Objects, shard: str) -> list[bytes]:
     """The request keys of a shard, in the order of its lines; a shard holds at most one batch's worth."""
-    with objects.open(requests_key(shard)) as file:
-        return [key_of_line(line) for line in file]
+    with objects.open(keys_key(shard)) as file:
+        data = file.read()
+    return [data[start : start + KEY_BYTES] for start in range(0, len(data), KEY_BYTES)]
 
 
 def key_of_line(line: bytes) -> bytes:
@@ -41,13 +79,31 @@ def key_of_line(line: bytes) -> bytes:
     return bytes.fromhex(line[start : start + 64].decode())
 
 
-def asked_by(objects: Objects, shard: str, attempts: Iterable[Attempt], number: int) -> set[bytes] | None:
-    """The request keys that an attempt asks: None for all of the shard, else what the last harvest left to be asked again."""
-    harvested = [each.number for each in attempts if each.number < number and each.ended and each.ended.how == "harvested"]
-    return left_by(objects, shard, harvested[-1]) if harvested else None
+def harvested(attempts: Iterable[Attempt]) -> tuple[int, ...]:
+    """The numbers of the attempts whose answers are in."""
+    return tuple(attempt.number for attempt in attempts if attempt.is_harvested)
 
 
-def left_by(objects: Objects, shard: str, attempt: int) -> set[bytes]:
-    """The request keys that a harvested attempt left to be asked again."""
-    table = pq.read_table(objects.open(answers_key(shard, attempt)), columns=["request_key", "again"])
-    return set(table.filter(table.column("again")).column("request_key").to_pylist())
+def pending(objects: Objects, shard: str, after: Sequence[int]) -> dict[bytes, Left | None]:
+    """What is still to be asked once these attempts are harvested, in line order; None where it was not asked yet."""
+    left: dict[bytes, Left | None] = dict.fromkeys(request_keys(objects, shard))
+    for number in sorted(after):
+        table = pq.read_table(objects.open(answers_key(shard, number)), columns=["request_key", "again", "outcome", "text", "reason"])
+        is_left = table.column("again").is_valid()
+        for key in table.column("request_key").filter(pc.invert(is_left)).to_pylist():
+            left.pop(key, None)
+        for line in table.filter(is_left).to_pylist():
+            variant = Variant.model_validate_json(line["again"])
+            left[line["request_key"]] = Left(variant=variant, outcome=line["outcome"], text=line["text"], reason=line["reason"])
+    return left
+
+
+def asked(objects: Objects, shard: str, claim: Claim, model: str) -> dict[bytes, Left | None]:
+    """The requests that an attempt asks, in line order: what follows from its claim. `model`: the shard's own."""
+    left = pending(objects, shard, claim.after)
+    return dict(islice(((key, each) for key, each in left.items() if model_of(each, model) == claim.model), claim.most))
+
+
+def model_of(left: Left | None, model: str) -> str:
+    """The model that a request is asked of; `model`: the shard's own."""
+    return (left.variant.model if left else None) or model

@@ -1,0 +1,164 @@
+"""Requests into shards: which of them somebody has paid for or is about to, and what fits into one batch.
+
+Everything works on a DuckDB table `requests (key, ordinal, start, size, known)`: one line per distinct request, with the
+place of its line in a local spool file, and `known` once somebody else has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from nightshift.job import RequestSpec
+from nightshift.runs import Site
+from nightshift.shapes import Shard
+from nightshift.stores.answers import AnswerStore
+from nightshift.stores.shards import keep_shard, request_keys, shard_key
+
+if TYPE_CHECKING:
+    import duckdb
+
+ANSWERED, IN_FLIGHT = "answered", "in flight"
+REQUESTS = "(key BLOB, ordinal BIGINT, start BIGINT, size INTEGER, known VARCHAR)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """One request to be sent: where its line stands in the spool."""
+
+    key: bytes
+    start: int
+    size: int  # bytes, with the newline
+    ordinal: int
+
+
+def mark_answered(database: duckdb.DuckDBPyConnection, answers: AnswerStore, files: Iterable[str], models: Collection[str]) -> list[str]:
+    """Mark the requests that somebody has paid for; the answer files that hold them."""
+    used = []
+    for file in files:
+        database.execute("CREATE OR REPLACE TEMP TABLE paid (key BLOB)")
+        for batch in answers.paid_keys(file, models):
+            found = pa.Table.from_batches([batch])  # DuckDB finds it by its name in this scope
+            database.execute("INSERT INTO paid SELECT * FROM found")
+            del found
+        if _mark(database, "paid", ANSWERED):
+            used.append(file)
+    return used
+
+
+def mark_in_flight(site: Site, database: duckdb.DuckDBPyConnection, shards: Iterable[str]) -> list[str]:
+    """Mark the requests that are in somebody's shard already; those shards."""
+    used = []
+    for shard in shards:
+        database.execute("CREATE OR REPLACE TEMP TABLE flying (key BLOB)")
+        found = pa.table({"key": pa.array(request_keys(site.store, shard), pa.binary(32))})
+        database.execute("INSERT INTO flying SELECT * FROM found")
+        del found
+        if _mark(database, "flying", IN_FLIGHT):
+            used.append(shard)
+    return used
+
+
+def _mark(database: duckdb.DuckDBPyConnection, table: str, word: str) -> int:
+    database.execute(f"UPDATE requests SET known = '{word}' WHERE known IS NULL AND key IN (SELECT key FROM {table})")
+    return int(database.fetchall()[0][0])
+
+
+def wanted(database: duckdb.DuckDBPyConnection) -> Iterator[Wanted]:
+    """The requests that nobody else has, in row order."""
+    cursor = database.cursor()
+    cursor.execute("SELECT key, start, size, ordinal FROM requests WHERE known IS NULL ORDER BY ordinal")
+    while rows := cursor.fetchmany(4096):
+        for key, start, size, ordinal in rows:
+            yield Wanted(key=bytes(key), start=start, size=size, ordinal=ordinal)
+
+
+def cut(wanted: Iterable[Wanted], most: int, most_bytes: int) -> Iterator[list[Wanted]]:
+    """Requests in groups that keep both limits, filled in order."""
+    group: list[Wanted] = []
+    size = 0
+    for item in wanted:
+        if group and (len(group) == most or size + item.size > most_bytes):
+            yield group
+            group, size = [], 0
+        group.append(item)
+        size += item.size
+    if group:
+        yield group
+
+
+def freeze(
+    site: Site,
+    request: RequestSpec,
+    fingerprint: str,
+    spool: Path,
+    group: list[Wanted],
+    *,
+    salt: str = "",
+    before: pa.Table | None = None,
+    keep: bool = True,
+) -> Shard:
+    """Make a group a shard, once: one that is there already is the same shard.
+
+    `before`: what became of its requests, where it drives them again, and how each is asked now (`again`). A shard that is
+    settled is never sent again, so what is still wanted of it (its failures) becomes a shard of another name.
+    """
+    keys = [item.key for item in group]
+    shard = Shard(
+        key=_unsettled_key(site, keys, salt),
+        fingerprint=fingerprint,
+        provider=request.provider,
+        endpoint=request.endpoint,
+        model=request.model,
+        request_count=len(group),
+        request_bytes=sum(item.size for item in group),
+        seeded=before is not None,
+    )
+    if keep and site.store.get_shape(f"shards/{shard.key}/shard.json", Shard) is None:
+        keep_shard(site.store, shard, _gather(spool, group), keys, _seed(spool, before, keys))
+    return shard
+
+
+def _seed(spool: Path, before: pa.Table | None, keys: list[bytes]) -> Path | None:
+    if before is None:
+        return None
+    path = spool.with_name("seed.parquet")
+    pq.write_table(before.filter(pc.is_in(before.column("request_key"), pa.array(keys, pa.binary(32)))), path, compression="zstd")
+    return path
+
+
+def _unsettled_key(site: Site, keys: list[bytes], salt: str) -> str:
+    generation = 0
+    while site.ledger.settled(key := shard_key(keys, f"{salt}{generation or ''}")) is not None:
+        generation += 1
+    return key
+
+
+def _gather(spool: Path, wanted: list[Wanted]) -> Path:
+    """The lines of one shard in a file of their own; neighbours in the spool are copied in one piece."""
+    path = spool.with_name("shard.jsonl")
+    with spool.open("rb") as source, path.open("wb", buffering=1 << 20) as target:
+        for start, size in _runs(wanted):
+            source.seek(start)
+            while size:
+                piece = source.read(min(size, 4 << 20))
+                target.write(piece)
+                size -= len(piece)
+    return path
+
+
+def _runs(wanted: list[Wanted]) -> Iterator[tuple[int, int]]:
+    """(start, size) of stretches of the spool without gaps."""
+    start, end = wanted[0].start, wanted[0].start
+    for item in wanted:
+        if item.start != end:
+            yield start, end - start
+            start = item.start
+        end = item.start + item.size
+    yield start, end - start

@@ -1,0 +1,165 @@
+"""Redrive: the failures of a run driven again, as a run of its own over the same rows.
+
+Its plan is made from the other run's answers in place of its input. Everything after that is the ordinary way: approve,
+submit, wait, collect, assemble, audit, publish, report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from nightshift.errors import InputMissing
+from nightshift.job import Job, Policy
+from nightshift.money.estimate import estimate_requests
+from nightshift.packing import IN_FLIGHT, REQUESTS, cut, freeze, mark_in_flight, wanted
+from nightshift.runs import Redrive, Run, RunInput, Site, load_run, run_folder, salt_of
+from nightshift.shapes import Assembled, Outcome, Plan, Variant
+from nightshift.steps.approve import approved_plan
+from nightshift.steps.assemble import load
+from nightshift.stores.answers import seen
+from nightshift.stores.database import open_database
+from nightshift.stores.objects import Objects
+from nightshift.stores.shards import key_of_line, requests_key
+
+if TYPE_CHECKING:
+    import duckdb
+
+
+def find_run(store: Objects, name: str) -> Run:
+    """A run of any job by its name, 16 hex digits. Raises InputMissing."""
+    for folder in store.folders("runs"):
+        if store.head(f"{folder}/{name}/input.json") is not None:
+            return load_run(store, store.uri_of(f"{folder}/{name}"))
+    raise InputMissing(store.uri_of("runs"), f"no run is called {name}; `nightshift status JOB` lists them")
+
+
+def begin_redrive(site: Site, original: Run, outcomes: Sequence[Outcome], *, label: str, run: str, policy: Policy | None) -> Run:
+    """Begin to drive a run's failures again, or find it begun. `policy`: in place of that of the first run.
+
+    Raises InputMissing where the first run has not come as far as its outcomes.
+    """
+    if site.store.get_shape(original.key("assembled.json"), Assembled) is None:
+        raise InputMissing(original.uri, "its outcomes are not known yet: let it come to its end first")
+    job = original.job
+    if policy is not None:
+        job = Job(
+            spec=job.spec.model_copy(update={"policy": policy}),
+            prompt_source=job.prompt_source,
+            answer_schema=job.answer_schema,
+            expectations=job.expectations,
+        )
+    begun = RunInput(
+        run=run,
+        label=label,
+        started_at=site.now(),
+        partition=original.input.partition,
+        objects=original.input.objects,
+        job=job,
+        redrive=Redrive(run=original.input.run, outcomes=tuple(outcomes)),
+    )
+    return Run(site.store, site.store.settle(f"{run_folder(job.name, run)}/input.json", begun))
+
+
+def draft_redrive(site: Site, run: Run) -> Plan:
+    """The plan of a redrive: the other run's rows and answers, and new shards for the requests that are driven again.
+
+    Raises InputMissing where no row ended in one of the outcomes.
+    """
+    redrive, job = run.input.redrive, run.job
+    assert redrive is not None
+    original = load_run(site.store, site.store.uri_of(run_folder(job.name, redrive.run)))
+    before = approved_plan(site, original)
+    provider = site.open_provider(job.spec.request)
+    answers = site.answers(before.fingerprint)
+    in_flight = answers.in_flight(answers.reservations())
+    with site.scratch() as folder, open_database(Path(folder)) as database:
+        load(site, job, Path(folder), database, before)
+        _choose(database, redrive.outcomes)
+        spool = _gather_lines(site, Path(folder), database)
+        adopted_shards = mark_in_flight(site, database, in_flight)
+        most = min(provider.limits.requests, job.spec.policy.max_requests_per_shard or provider.limits.requests)
+        shards = [
+            freeze(
+                site,
+                job.spec.request,
+                before.fingerprint,
+                spool,
+                group,
+                salt=salt_of(run),
+                before=_seed(database, job, [item.key for item in group]),
+            )
+            for group in cut(wanted(database), most, provider.limits.request_bytes)
+        ]
+        counts = dict(database.execute("SELECT coalesce(known, ''), count(*) FROM requests GROUP BY 1").fetchall())
+    submitted, adopted = counts.get("", 0), counts.get(IN_FLIGHT, 0)
+    if not submitted + adopted:
+        raise InputMissing(original.uri, f"none of its rows ended as {' or '.join(redrive.outcomes)}, so there is nothing to drive again")
+    own = [each for each in before.shards if (settled := site.ledger.settled(each)) for each in [settled.answers]]
+    return before.model_copy(
+        update={
+            "reused": before.unique - submitted - adopted,
+            "adopted": adopted,
+            "submitted": submitted,
+            "shards": (*(shard.key for shard in shards), *adopted_shards),
+            "adopted_shards": tuple(adopted_shards),
+            "answers": tuple(dict.fromkeys([*before.answers, *own])),
+            "estimate": estimate_requests(job, submitted, sum(shard.request_bytes for shard in shards)),
+            "saved_usd": None,
+            "seen": seen(answers.files(), in_flight),
+        }
+    )
+
+
+def _choose(database: duckdb.DuckDBPyConnection, outcomes: Sequence[Outcome]) -> None:
+    """The last word on every request that is driven again, as the table `failed`."""
+    database.execute(
+        """CREATE TABLE failed AS
+           SELECT answers.* EXCLUDE (filename), (SELECT min(ordinal) FROM rows WHERE rows.request_key = answers.request_key) AS ordinal
+           FROM answers WHERE list_contains(?, answers.outcome)""",
+        [list(outcomes)],
+    )
+
+
+def _gather_lines(site: Site, folder: Path, database: duckdb.DuckDBPyConnection) -> Path:
+    """The frozen lines of the chosen requests in one local file, and their places in the table `requests`."""
+    database.execute(f"CREATE TABLE requests {REQUESTS}")
+    spool, end = folder / "spool.jsonl", 0
+    with spool.open("wb", buffering=1 << 20) as target:
+        for (shard,) in database.execute("SELECT DISTINCT shard FROM failed ORDER BY 1").fetchall():
+            chosen = {
+                bytes(key): ordinal
+                for key, ordinal in database.execute("SELECT request_key, ordinal FROM failed WHERE shard = ?", [shard]).fetchall()
+            }
+            places = []
+            with site.store.download(requests_key(shard), folder / "requests.jsonl").open("rb") as lines:
+                for line in lines:
+                    if (key := key_of_line(line)) in chosen:
+                        target.write(line)
+                        places.append((key, chosen[key], end, len(line)))
+                        end += len(line)
+            names = ("key", "ordinal", "start", "size")
+            found = pa.table(dict(zip(names, map(list, zip(*places, strict=True)), strict=True)))
+            database.execute("INSERT INTO requests SELECT key, ordinal, start, size, NULL FROM found")
+            del found
+    return spool
+
+
+def _seed(database: duckdb.DuckDBPyConnection, job: Job, keys: Sequence[bytes]) -> pa.Table:
+    """What became of some requests, with how each is asked now."""
+    found = pa.table({"request_key": pa.array(keys, pa.binary(32))})
+    table: pa.Table = database.sql(
+        "SELECT failed.* EXCLUDE (ordinal, again) FROM failed SEMI JOIN found USING (request_key)"
+    ).to_arrow_table()
+    del found
+    asked_as = table.select(["outcome", "stand_in", "token_limit"]).to_pylist()
+    again = [
+        job.spec.policy.retry.variant(
+            line["outcome"], Variant(model=line["stand_in"], max_output_tokens=line["token_limit"]), job.token_limit
+        ).model_dump_json(exclude_defaults=True)
+        for line in asked_as
+    ]
+    return table.append_column("again", pa.array(again, pa.string()))

@@ -1,0 +1,337 @@
+"""Asking again: nothing that is answered or under way is bought twice, unless somebody says so; failures are, by policy."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from threading import Barrier
+
+import orjson
+import pytest
+
+from nightshift.drive import begin, begin_again, drive
+from nightshift.errors import BatchLost, BatchUnknown, BudgetExceeded, InputMissing, JobInvalid
+from nightshift.job import RETRYABLE, redriven
+from nightshift.shapes import Summary
+from nightshift.steps.approve import approve, approved_plan, reserve
+from nightshift.steps.collect import LOST_AFTER, collect
+from nightshift.steps.discover import discover
+from nightshift.steps.plan import plan
+from nightshift.steps.submit import submit
+from tests.conftest import World, make_world, reviews
+
+
+def go(world: World, job, uri: str, *, fresh: bool = False, **changes) -> Summary:
+    site = replace(world.site, **changes)
+    return drive(site, begin(site, job, pattern=uri, dates={}, scheduled=False, fresh=fresh), ask=lambda run, planned: True)
+
+
+def again(world: World, of: Summary, *outcomes: str, policy=None) -> Summary:
+    begun = begin_again(world.site, of.run, redriven(outcomes), policy=lambda job: policy)
+    return drive(world.site, begun, ask=lambda run, planned: True)
+
+
+def planned(world: World, job, uri: str, name: str):
+    run = discover(world.site, job, pattern=uri, label=name, run=name, dates={})
+    return run, plan(world.site, run)
+
+
+def sent_bodies(world: World) -> list[dict]:
+    """The request bodies of every file that was uploaded, in the order of the uploads."""
+    files = sorted((world.rehearsal.state / "files").glob("file-*"), key=lambda path: path.stat().st_mtime_ns)
+    lines = [orjson.loads(line) for path in files for line in path.read_bytes().splitlines()]
+    return [line["body"] for line in lines if "body" in line]
+
+
+# ---- two runs over the same rows
+
+
+def test_two_runs_planned_before_either_is_approved_pay_once_for_the_common_rows(world):
+    job = world.job(policy={"max_requests_per_shard": 10})
+    one, first = planned(world, job, world.write("a.jsonl", reviews(30)), "a")
+    two, second = planned(world, job, world.write("b.jsonl", reviews(45)[15:]), "b")
+    assert (first.submitted, second.submitted) == (30, 30)
+    first, second = (approve(world.site, run, each, ask=lambda: True) for run, each in ((one, first), (two, second)))
+    assert (first.submitted, first.adopted) == (30, 0)
+    assert (second.submitted, second.adopted) == (15, 15)
+    assert set(second.adopted_shards) <= set(first.own_shards)
+    assert second.estimate.usd < first.estimate.usd
+    done = [drive(world.site, run, ask=lambda run, planned: False) for run in (two, one)]
+    assert [each.outcomes["succeeded"] for each in done] == [30, 30]
+    bill = world.rehearsal.bill()
+    assert (bill["requests"], bill["unique_requests"]) == (45, 45)
+    assert sum(each.cost_usd.actual for each in done) == pytest.approx(bill["usd"], abs=2e-6)
+    assert sum(each.paid for each in done) == 45
+
+
+def test_many_runs_reserving_at_one_moment_reserve_every_request_once(world):
+    """Twelve runs over overlapping windows of the same rows, planned apart and approved at one moment."""
+    job = world.job(policy={"max_requests_per_shard": 7})
+    runs = [planned(world, job, world.write(f"{i}.jsonl", reviews(60)[i * 4 : i * 4 + 16]), f"r{i}") for i in range(12)]
+    start = Barrier(12)
+
+    def at_once(i: int):
+        start.wait()
+        return reserve(world.site, *runs[i])
+
+    with ThreadPoolExecutor(12) as pool:
+        reserved = list(pool.map(at_once, range(12)))
+    own = [shard for each in reserved for shard in each.own_shards]
+    assert len(own) == len(set(own))
+    assert sum(each.submitted for each in reserved) == sum(world.site.ledger.shard(shard).request_count for shard in own) == 60
+    assert all(each.submitted + each.adopted + each.reused == 16 for each in reserved)
+
+
+def test_a_run_that_was_approved_late_buys_nothing_that_was_answered_meanwhile(world):
+    job = world.job()
+    run, slow = planned(world, job, world.write("a.jsonl", reviews(20)), "slow")
+    go(world, job, world.write("b.jsonl", reviews(25)[5:]))
+    late = approve(world.site, run, slow, ask=lambda: True)
+    assert (slow.submitted, late.submitted, late.reused) == (20, 5, 15)
+    summary = drive(world.site, run, ask=lambda run, planned: False)
+    assert summary.outcomes["succeeded"] == 20
+    assert world.rehearsal.bill()["requests"] == 25
+
+
+def test_an_approval_that_died_after_its_reservation_finds_it_again(world):
+    run, draft = planned(world, world.job(), world.write("a.jsonl", reviews(5)), "r")
+    reserved = reserve(world.site, run, draft)
+    assert approve(world.site, run, draft, ask=lambda: True) == reserved == approved_plan(world.site, run)
+    assert len(world.site.answers(draft.fingerprint).reservations()) == 1
+
+
+def test_reservations_are_cleared_away_once_their_shards_are_settled(world):
+    job = world.job()
+    for i in range(4):
+        go(world, job, world.write(f"{i}.jsonl", reviews(3 * i + 3)))
+    store = world.site.answers(planned(world, job, world.write("x.jsonl", reviews(1)), "x")[1].fingerprint)
+    assert list(store.reservations()) == [4]
+    assert store.in_flight(store.reservations()) == []
+
+
+def test_a_run_that_nobody_approves_reserves_nothing(world):
+    job = world.job(policy={"budget_usd": 0.000001})
+    run, draft = planned(world, job, world.write("a.jsonl", reviews(5)), "r")
+    with pytest.raises(BudgetExceeded):
+        approve(world.site, run, draft, ask=lambda: True)
+    assert world.site.answers(draft.fingerprint).reservations() == {}
+
+
+# ---- buying anew
+
+
+def test_fresh_buys_anew_and_a_repetition_of_the_same_run_does_not(world):
+    job, uri = world.job(), world.write("a.jsonl", reviews(10))
+    go(world, job, uri)
+    summary = go(world, job, uri, fresh=True)
+    assert (summary.requests.submitted, summary.requests.reused) == (10, 0)
+    assert world.rehearsal.bill()["requests"] == 20
+    run = discover(world.site, world.job(fresh=True), pattern=uri, label="x", run="cleared", dates={})
+    for _ in range(2):
+        drive(world.site, run, ask=lambda run, planned: True)
+    assert world.rehearsal.bill()["requests"] == 30
+    assert go(world, job, uri).requests.reused == 10
+
+
+def test_rows_that_were_never_answered_are_asked_again_by_the_next_run(world):
+    """A whole shard of failures: its name would be the same, and it is settled."""
+    job, uri = world.job(policy={"retry": {"errored": 0}}), world.write("a.jsonl", reviews(8))
+    world.rehearsal.faults(errored=1.0)
+    assert go(world, job, uri).outcomes["errored"] == 8
+    world.rehearsal.faults()
+    summary = go(world, job, uri)
+    assert (summary.requests.submitted, summary.outcomes["succeeded"]) == (8, 8)
+
+
+# ---- asking again within the shard
+
+
+def test_an_invalid_answer_is_asked_to_be_mended(world):
+    world.rehearsal.faults(invalid=1.0)
+    job = world.job(policy={"retry": {"invalid": 1}})
+    go(world, job, world.write("a.jsonl", reviews(3)))
+    first, second = sent_bodies(world)[0], sent_bodies(world)[3]
+    assert second["messages"][:2] == first["messages"]
+    assert second["messages"][2] == {"role": "assistant", "content": "I would say that this guest had a stay like any other."}
+    assert "not valid JSON" in second["messages"][3]["content"]
+    assert {key: value for key, value in second.items() if key != "messages"} == {k: v for k, v in first.items() if k != "messages"}
+
+
+def test_a_mended_answer_counts_as_the_answer_to_what_the_row_asks(world):
+    world.rehearsal.faults(invalid=0.5)
+    summary = go(world, world.job(policy={"retry": {"invalid": 5}}), world.write("a.jsonl", reviews(40)))
+    assert summary.outcomes["succeeded"] >= 38
+    assert summary.paid == world.rehearsal.bill()["requests"] > 40
+    assert summary.cost_usd.actual == pytest.approx(world.rehearsal.bill()["usd"])
+
+
+def test_a_plain_repetition_can_be_asked_for(world):
+    world.rehearsal.faults(invalid=1.0)
+    go(world, world.job(policy={"retry": {"invalid": {"times": 1, "repair": False}}}), world.write("a.jsonl", reviews(1)))
+    first, second = sent_bodies(world)
+    assert first == second
+
+
+def test_F75_a_cut_answer_is_asked_for_with_a_larger_limit_each_time(world):
+    world.rehearsal.faults(truncated=1.0)
+    job = world.job(policy={"retry": {"truncated": {"times": 2, "token_factor": 1.5}}})
+    summary = go(world, job, world.write("a.jsonl", reviews(2)))
+    assert [body["max_completion_tokens"] for body in sent_bodies(world)[::2]] == [100, 150, 225]
+    assert summary.outcomes["truncated"] == 2
+
+
+def test_another_model_can_be_asked_and_is_told_apart_in_batches_and_costs(world):
+    """Refused rows go to another model, those that met a server error to the same one: a batch holds one model."""
+    world.rehearsal.faults(refused=0.4, errored=0.3)
+    job = world.job(policy={"retry": {"refused": {"times": 1, "model": "gpt-5.4-mini"}, "errored": 5}})
+    summary = go(world, job, world.write("a.jsonl", reviews(60)))
+    bill = world.rehearsal.bill()
+    assert {line["model"] for line in bill["by_batch"]} == {"gpt-5.4-nano", "gpt-5.4-mini"}
+    assert sum(summary.outcomes.values()) == 60
+    assert summary.outcomes["succeeded"] > 36
+    assert summary.cost_usd.actual == pytest.approx(bill["usd"], rel=1e-5)
+    world.rehearsal.faults()
+    plain = go(world, world.job(), world.write("a.jsonl", reviews(60)))
+    assert plain.requests.submitted > 0, "an answer of another model is not the answer of this one"
+
+
+def test_F110_asking_again_ends_where_the_budget_does(world):
+    world.rehearsal.faults(invalid=1.0)
+    generous = go(world, world.job(policy={"retry": {"invalid": 5}}), world.write("a.jsonl", reviews(20)))
+    assert generous.paid == 120
+    before = world.rehearsal.bill()["usd"]
+    budget = float(generous.cost_usd.estimated) * 1.6
+    bounded = go(world, world.job(policy={"retry": {"invalid": 5}, "budget_usd": budget}), world.write("b.jsonl", reviews(40)[20:]))
+    spent = world.rehearsal.bill()["usd"] - before
+    assert 20 < bounded.paid < 120
+    assert spent <= budget
+    assert bounded.outcomes["invalid"] == 20
+
+
+def test_F46_a_batch_that_is_lost_is_given_up_only_where_the_job_says_so(world):
+    uri = world.write("a.jsonl", reviews(4))
+    for name, lost in (("keeps", 0), ("gives up", 1)):
+        run, draft = planned(
+            world, world.job(policy={"retry": {"lost": lost}}, prompt=f"user:\n{name} {{{{ text }}}}\n"), uri, name.replace(" ", "-")
+        )
+        [shard] = approve(world.site, run, draft, ask=lambda: True).shards
+        submit(world.site, run, shard)
+        world.rehearsal.faults(poll_404=2)
+        with pytest.raises(BatchUnknown):
+            collect(world.site, run, shard)
+        later = replace(world.site, now=lambda: datetime.now(UTC) + LOST_AFTER + timedelta(seconds=1))
+        if lost:
+            assert collect(later, run, shard) is None
+            assert world.site.ledger.attempts(shard)[0].ended.how == "lost"
+            assert drive(world.site, run, ask=lambda run, planned: True).outcomes["succeeded"] == 4
+        else:
+            with pytest.raises(BatchLost, match=r"policy\.retry\.lost"):
+                collect(later, run, shard)
+            assert world.site.ledger.attempts(shard)[0].ended is None
+    assert world.rehearsal.bill()["batches"] == 3
+
+
+def test_F46_one_look_that_does_not_find_the_batch_is_forgotten_once_another_does(world):
+    run, draft = planned(world, world.job(), world.write("a.jsonl", reviews(4)), "r")
+    [shard] = approve(world.site, run, draft, ask=lambda: True).shards
+    world.rehearsal.pace(validating=0.0, running=60.0)
+    submit(world.site, run, shard)
+    world.rehearsal.faults(poll_404=1)
+    with pytest.raises(BatchUnknown):
+        collect(world.site, run, shard)
+    assert world.site.ledger.attempts(shard)[0].unknown
+    with pytest.raises(Exception, match="is still"):
+        collect(world.site, run, shard)
+    assert world.site.ledger.attempts(shard)[0].unknown is None
+
+
+def test_F24_a_shard_that_no_queue_can_hold_is_sent_in_parts(world, monkeypatch):
+    monkeypatch.setattr("nightshift.stores.ledger.QUEUE_PAUSE", timedelta(seconds=0.2))
+    run, draft = planned(world, world.job(), world.write("a.jsonl", reviews(40)), "r")
+    world.rehearsal.faults(enqueued_token_limit=draft.estimate.input_tokens // 3)
+    summary = drive(world.site, run, ask=lambda run, planned: True)
+    assert summary.outcomes["succeeded"] == 40
+    assert world.rehearsal.bill()["requests"] == 40
+    [shard] = draft.shards
+    sizes = [attempt.claim.asked for attempt in world.site.ledger.attempts(shard) if attempt.is_harvested]
+    assert len(sizes) >= 3
+    assert sum(sizes) == 40
+
+
+# ---- redrive
+
+
+def test_a_redrive_drives_the_named_failures_and_publishes_the_partition_anew(world):
+    world.rehearsal.faults(invalid=0.3, refused=0.1)
+    job = world.job(policy={"retry": {"invalid": 0}})
+    first = go(world, job, world.write("a.jsonl", [*reviews(60), *[{**row, "id": f"dup-{row['id']}"} for row in reviews(10)]]))
+    world.rehearsal.faults()
+    before = world.rehearsal.bill()["requests"]
+    second = again(world, first, "invalid")
+    assert second.redrive_of == first.run
+    assert (second.rows, second.requests.unique, second.requests.duplicates) == (70, 60, 10)
+    assert second.requests.submitted == second.paid == world.rehearsal.bill()["requests"] - before > 0
+    assert second.outcomes["invalid"] == 0
+    assert second.outcomes["refused"] == first.outcomes["refused"] > 0
+    assert second.outcomes["succeeded"] == first.outcomes["succeeded"] + first.outcomes["invalid"]
+    assert second.results == first.results
+    assert second.partition == first.partition
+
+
+def test_a_redrive_of_a_redrive_and_of_everything_that_failed(world):
+    world.rehearsal.faults(invalid=0.5, refused=0.2, errored=0.2)
+    first = go(world, world.job(policy={"retry": {"invalid": 0, "errored": 0}, "publish_at_least": 0}), world.write("a.jsonl", reviews(50)))
+    second = again(world, first)
+    world.rehearsal.faults()
+    third = again(world, second)
+    assert first.outcomes["succeeded"] < second.outcomes["succeeded"] < third.outcomes["succeeded"] == 50
+
+
+def test_a_redrive_that_is_repeated_after_a_crash_buys_nothing_twice(world):
+    world.rehearsal.faults(invalid=1.0)
+    first = go(world, world.job(policy={"retry": {"invalid": 0}, "publish_at_least": 0}), world.write("a.jsonl", reviews(6)))
+    world.rehearsal.faults()
+    for _ in range(2):
+        begun = begin_again(world.site, first.run, ("invalid",), policy=lambda job: None)
+        [shard] = approve(world.site, begun, plan(world.site, begun), ask=lambda: True).shards
+        submit(world.site, begun, shard)
+    assert again(world, first, "invalid").outcomes["succeeded"] == 6
+    assert world.rehearsal.bill()["requests"] == 12
+
+
+def test_a_redrive_follows_the_policy_of_today(world):
+    world.rehearsal.faults(truncated=1.0)
+    first = go(world, world.job(policy={"publish_at_least": 0}), world.write("a.jsonl", reviews(2)))
+    world.rehearsal.faults()
+    policy = world.job(policy={"retry": {"truncated": {"times": 1, "token_factor": 8, "model": "gpt-5.4-mini"}}}).spec.policy
+    second = again(world, first, "truncated", policy=policy)
+    assert second.outcomes["succeeded"] == 2
+    assert [(body["model"], body["max_completion_tokens"]) for body in sent_bodies(world)[2:]] == [("gpt-5.4-mini", 800)] * 2
+    assert [second.cost_usd.actual] == [round(line["usd"], 6) for line in world.rehearsal.bill()["by_batch"] if "mini" in line["model"]]
+
+
+def test_a_redrive_of_nothing_and_of_nobody_is_told(world):
+    first = go(world, world.job(), world.write("a.jsonl", reviews(3)))
+    with pytest.raises(InputMissing, match="none of its rows ended as invalid"):
+        again(world, first, "invalid")
+    with pytest.raises(InputMissing, match="no run is called 0000000000000000"):
+        begin_again(world.site, "0" * 16, RETRYABLE, policy=lambda job: None)
+    with pytest.raises(JobInvalid, match="did you mean 'invalid'"):
+        redriven(["invalide"])
+
+
+def test_two_redrives_of_one_run_at_once_pay_once_for_the_common_rows(tmp_path, rehearsal):
+    world = make_world(tmp_path, rehearsal)
+    rehearsal.faults(invalid=0.6, refused=0.5)
+    job = world.job(policy={"retry": {"invalid": 0}, "publish_at_least": 0})
+    first = go(world, job, world.write("a.jsonl", reviews(30)))
+    rehearsal.faults()
+    before = rehearsal.bill()["requests"]
+    runs = [begin_again(world.site, first.run, outcomes, policy=lambda job: None) for outcomes in (("invalid",), ("invalid", "refused"))]
+    drafts = [plan(world.site, run) for run in runs]
+    one, two = (approve(world.site, run, draft, ask=lambda: True) for run, draft in zip(runs, drafts, strict=True))
+    assert two.adopted == one.submitted == first.outcomes["invalid"]
+    done = [drive(world.site, run, ask=lambda run, planned: True) for run in reversed(runs)]
+    assert done[0].outcomes["succeeded"] == 30
+    assert rehearsal.bill()["requests"] - before == first.outcomes["invalid"] + first.outcomes["refused"]
