@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,19 +10,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
-import uvicorn
 
 from nightshift.job import Job, load_job
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
-from nightshift.rehearsal.engine import Pace
-from nightshift.rehearsal.faults import Faults
-from nightshift.rehearsal.server import build_app
+from nightshift.rehearsal import served
+from nightshift.rehearsal.served import Served
 from nightshift.runs import Site
 from nightshift.stores.objects import open_input, open_objects
 
-FAST = Pace(validating=0.0, running=0.05, finalizing=0.0, cancelling=0.05)
 NOON = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 SCHEMA = {
     "type": "object",
@@ -35,24 +28,8 @@ SCHEMA = {
 }
 
 
-@dataclass
-class Rehearsal:
-    """A rehearsal server that runs in this process, on a port of its own."""
-
-    url: str
-    key: str
-    state: Path
-    server: uvicorn.Server
-    thread: threading.Thread
-
-    def faults(self, **wanted: Any) -> None:
-        httpx2.put(f"{self.url}/rehearsal/faults", json=Faults(**wanted).model_dump()).raise_for_status()
-
-    def pace(self, **wanted: float) -> None:
-        httpx2.put(f"{self.url}/rehearsal/pace", json=wanted).raise_for_status()
-
-    def bill(self) -> dict[str, Any]:
-        return httpx2.get(f"{self.url}/rehearsal/bill", params={"by_request": True}).json()
+class Rehearsal(Served):
+    """A rehearsal server in this process, and the way to it."""
 
     def access(self, key: str | None = None) -> OpenAIAccess:
         return OpenAIAccess(base_url=f"{self.url}/v1", api_key=key or self.key)
@@ -60,27 +37,9 @@ class Rehearsal:
     def provider(self, endpoint: str = "/v1/chat/completions") -> OpenAIBatches:
         return OpenAIBatches(endpoint, self.access(), sleep=lambda seconds: time.sleep(min(seconds, 0.05)))
 
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(timeout=20)
 
-
-def serve(state: Path, *, pace: Pace = FAST, faults: Faults | None = None, port: int = 0) -> Rehearsal:
-    config = uvicorn.Config(build_app(state, pace=pace, faults=faults), host="127.0.0.1", port=port or free_port(), log_level="critical")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 30
-    while not server.started:
-        assert time.monotonic() < deadline, "the rehearsal server did not start"
-        time.sleep(0.01)
-    return Rehearsal(url=f"http://127.0.0.1:{config.port}", key="sk-rehearsal", state=state, server=server, thread=thread)
-
-
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def serve(state: Path, **options: Any) -> Rehearsal:
+    return Rehearsal(**vars(served.serve(state, **options)))
 
 
 @pytest.fixture

@@ -28,9 +28,10 @@ from nightshift.errors import (
 )
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.providers.protocol import Limits
+from nightshift.rehearsal.served import free_port
 from nightshift.runs import Site
 from nightshift.shapes import Summary
-from tests.conftest import World, free_port, make_world, reviews
+from tests.conftest import World, make_world, reviews
 
 
 def go(world: World, job, uri: str, *, approved: bool = True) -> Summary:

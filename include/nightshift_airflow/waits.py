@@ -162,7 +162,7 @@ class CollectShard(BaseOperator):
         site, run = run_at(self.run_uri, owner_of(context))
         settled = collect(site, run, self.shard)
         if settled is not None:
-            self.log.info("Settled: %s requests in %s batches", settled.requests, settled.batches)
+            self.log.info("Settled: %s requests in %s batches", settled.requests, sum(paid.batches for paid in settled.paid))
             return settled.shard
         try:
             submit(site, run, self.shard)

@@ -117,9 +117,13 @@ def run_dag(home: Path, dag: str, conf: dict, rehearsal: Rehearsal, jobs: Path, 
     return json.loads(out.rpartition("RESULT")[2])
 
 
+def summaries_of(home: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in (home / "store" / "runs").glob("*/*/summary.json")]
+
+
 def summary_of(home: Path) -> dict:
-    [path] = (home / "store" / "runs").glob("*/*/summary.json")
-    return json.loads(path.read_text())
+    [summary] = summaries_of(home)
+    return summary
 
 
 @pytest.fixture
@@ -146,6 +150,21 @@ def test_what_fails_at_the_provider_is_driven_again_under_airflow(airflow_home, 
     ended = run_dag(airflow_home, "reviews", {"input": world.write("in.jsonl", reviews(25))}, rehearsal, jobs)
     assert ended["state"] == "success", ended
     assert summary_of(airflow_home)["batches"] > 3
+
+
+def test_failures_are_driven_again_under_airflow_by_a_parameter(airflow_home, rehearsal, job):
+    world, jobs = job
+    rehearsal.faults(refused=0.4)
+    uri = world.write("in.jsonl", reviews(25))
+    run_dag(airflow_home, "reviews", {"input": uri}, rehearsal, jobs)
+    first = summary_of(airflow_home)
+    rehearsal.faults()
+    run = run_dag(airflow_home, "reviews", {"redrive": first["run"], "outcomes": ["refused"]}, rehearsal, jobs)
+    assert run["state"] == "success"
+    [second] = [each for each in summaries_of(airflow_home) if each["redrive_of"] == first["run"]]
+    assert second["requests"]["submitted"] == first["outcomes"]["refused"] > 0
+    assert second["outcomes"]["succeeded"] == 25
+    assert rehearsal.bill()["requests"] == 25 + first["outcomes"]["refused"]
 
 
 def test_a_held_run_is_red_and_its_report_is_written(airflow_home, rehearsal, job):

@@ -13,7 +13,8 @@ import httpx2
 import openai
 import pytest
 
-from tests.conftest import FAST, Rehearsal, free_port, serve
+from nightshift.rehearsal.served import FAST, free_port
+from tests.conftest import Rehearsal, serve
 
 SCHEMA = {
     "type": "object",

@@ -15,8 +15,8 @@ import pytest
 from pytest_httpserver import HTTPServer
 
 from nightshift.errors import AccessDenied, BucketMissing, InputChanged, StoreUnavailable
+from nightshift.rehearsal.served import free_port
 from nightshift.stores.objects import Objects, matching, open_input, open_objects
-from tests.conftest import free_port
 
 MINISTACK = Path(__file__).parents[2] / ".venv" / "local" / "bin" / "ministack"
 

@@ -37,6 +37,7 @@ from nightshift.shapes import Endpoint, Receipt, Variant
 from nightshift.stores.ledger import CREATE_TIMEOUT
 
 if TYPE_CHECKING:
+    import httpx2
     from openai import OpenAI
     from openai.types import Batch
 
@@ -68,6 +69,7 @@ class OpenAIAccess:
     base_url: str | None = None  # None: the SDK's own default
     api_key: str | None = None
     headers: Mapping[str, str] | None = None
+    http_client: httpx2.Client | None = None  # None: the SDK's own; another one for a proxy, or to see what goes over the wire
 
 
 class OpenAIBatches:
@@ -93,7 +95,10 @@ class OpenAIBatches:
 
             try:
                 self._sdk = openai.OpenAI(
-                    api_key=self._access.api_key, base_url=self._access.base_url, default_headers=self._access.headers
+                    api_key=self._access.api_key,
+                    base_url=self._access.base_url,
+                    default_headers=self._access.headers,
+                    http_client=self._access.http_client,
                 )
             except openai.OpenAIError as error:
                 raise AccessDenied("OpenAI", f"{error} Set OPENAI_API_KEY; inside Airflow, the connection's password.") from error

@@ -22,6 +22,7 @@ CREATE TABLE IF NOT EXISTS batches (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TE
 CREATE TABLE IF NOT EXISTS bill (batch_id TEXT, custom_id TEXT, model TEXT, input_tokens INTEGER, output_tokens INTEGER,
                                  tier TEXT, PRIMARY KEY (batch_id, custom_id));
 CREATE INDEX IF NOT EXISTS bill_custom_id ON bill (custom_id);
+CREATE TABLE IF NOT EXISTS errored (custom_id TEXT, batch_id TEXT, PRIMARY KEY (custom_id));
 """
 
 
@@ -126,6 +127,12 @@ class Book:
                 "INSERT OR IGNORE INTO bill VALUES (?,?,?,?,?,?)",
                 [(batch_id, custom_id, model, tokens_in, tokens_out, tier) for custom_id, model, tokens_in, tokens_out in lines],
             )
+
+    def errors_first(self, batch_id: str, custom_id: str) -> bool:
+        """Whether this batch is the one in which a request meets its one error."""
+        with self._lock:
+            self._db.execute("INSERT OR IGNORE INTO errored VALUES (?,?)", (custom_id, batch_id))
+        return bool(self._rows("SELECT 1 FROM errored WHERE custom_id = ? AND batch_id = ?", custom_id, batch_id))
 
     def bill(self, *, by_request: bool = False) -> dict[str, Any]:
         """What a provider would have charged: in all, per batch, and (on request) how often each request was paid."""

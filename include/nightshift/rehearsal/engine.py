@@ -23,6 +23,14 @@ ERRORS_SHOWN = 100
 TICK_SECONDS = 0.05
 RUNNING = ("validating", "in_progress", "finalizing", "cancelling")
 EXPIRED = {"code": "batch_expired", "message": "This request could not be executed before the completion window expired."}
+SERVER_ERROR = {
+    "error": {
+        "message": "The server had an error while processing your request.",
+        "type": "server_error",
+        "param": None,
+        "code": "server_error",
+    }
+}
 CANCELLED = {"code": "batch_cancelled", "message": "This request could not be executed because the batch was cancelled."}
 
 
@@ -161,6 +169,8 @@ class Engine:
         for position, line in enumerate(lines):
             if position >= done or drawn(batch.id, line.custom_id, "never_run", faults.never_run):
                 results.errors.append(_dump(line.custom_id, None, CANCELLED if status == "cancelled" else EXPIRED))
+            elif drawn("once", line.custom_id, "errored_once", faults.errored_once) and self._book.errors_first(batch.id, line.custom_id):
+                results.errors.append(_dump(line.custom_id, (500, SERVER_ERROR), None))
             else:
                 run_line(batch, line, faults, results)
         order.shuffle(results.output)
@@ -249,9 +259,7 @@ def run_line(batch: StoredBatch, line: Line, faults: Faults, results: Results) -
     if hit("unknown"):
         results.output.append(_dump(secrets.token_hex(32), (200, {"choices": []}), None))
     if hit("errored"):
-        results.errors.append(
-            _dump(custom_id, (500, _error("The server had an error while processing your request.", "server_error")), None)
-        )
+        results.errors.append(_dump(custom_id, (500, SERVER_ERROR), None))
         return
     if hit("bad_request"):
         results.errors.append(
@@ -284,11 +292,7 @@ def answer(endpoint: str, body: Mapping[str, Any], hit: Callable[[str], bool] = 
         why = "Invalid schema for response_format: 'additionalProperties' is required to be false and every property to be required."
         return 400, _error(why, "invalid_schema", "response_format"), 0, 0
     limit = body.get("max_completion_tokens") or body.get("max_tokens") or body.get("max_output_tokens") or 4096
-    text = (
-        "I would say that this guest had a stay like any other."
-        if hit("invalid")
-        else model.answer(_last_user_text(endpoint, body), schema)
-    )
+    text = "I would say that this guest had a stay like any other." if hit("invalid") else model.answer(_asked_text(endpoint, body), schema)
     tokens_out = model.count_tokens(text)
     cut = hit("truncated") or tokens_out > limit
     if cut:
@@ -395,11 +399,12 @@ def _text(body: Mapping[str, Any]) -> str:
     return "".join(part if isinstance(part, str) else orjson.dumps(part).decode() for part in read if part)
 
 
-def _last_user_text(endpoint: str, body: Mapping[str, Any]) -> str:
+def _asked_text(endpoint: str, body: Mapping[str, Any]) -> str:
+    """What is to be judged: the first thing that the user says. Later turns only ask for a better answer."""
     messages = body.get("messages") if endpoint == "/v1/chat/completions" else body.get("input")
     if isinstance(messages, str):
         return messages
-    content = next((each.get("content") for each in reversed(messages or []) if each.get("role") == "user"), "")
+    content = next((each.get("content") for each in messages or [] if each.get("role") == "user"), "")
     if isinstance(content, str):
         return content
     return " ".join(str(part.get("text", "")) for part in content or [])

@@ -18,6 +18,7 @@ class Faults(BaseModel):
 
     # What becomes of requests: shares, 0 to 1
     errored: float = Field(0, ge=0, le=1, description="500 inside the error file, retryable (F83)")
+    errored_once: float = Field(0, ge=0, le=1, description="the same, but only the first time that a request is run")
     bad_request: float = Field(0, ge=0, le=1, description="400 inside the error file, not retryable (F71)")
     status_zero: float = Field(0, ge=0, le=1, description="status_code 0 in the output file (F70)")
     missing: float = Field(0, ge=0, le=1, description="no line at all (F66)")

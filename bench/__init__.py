@@ -1,0 +1,1 @@
+"""Measurements: what the product costs in time, and what it survives."""

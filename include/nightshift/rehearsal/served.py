@@ -1,0 +1,71 @@
+"""A rehearsal server inside this process, on a port of its own: for tests, and for whoever wants to see what happens if."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import uvicorn
+
+from nightshift.rehearsal.engine import Pace
+from nightshift.rehearsal.faults import Faults
+from nightshift.rehearsal.server import KEY, build_app
+
+FAST = Pace(validating=0.0, running=0.05, finalizing=0.0, cancelling=0.05)
+START_SECONDS = 30.0
+
+
+@dataclass
+class Served:
+    """A running server."""
+
+    url: str
+    key: str
+    state: Path
+    server: uvicorn.Server
+    thread: threading.Thread
+
+    def faults(self, **wanted: Any) -> None:
+        """Replace the faults; those not named are off."""
+        httpx2.put(f"{self.url}/rehearsal/faults", json=Faults(**wanted).model_dump()).raise_for_status()
+
+    def pace(self, **wanted: float) -> None:
+        """Replace the pace."""
+        httpx2.put(f"{self.url}/rehearsal/pace", json=wanted).raise_for_status()
+
+    def bill(self) -> dict[str, Any]:
+        """What a provider would have charged, and how often each request was paid."""
+        found: dict[str, Any] = httpx2.get(f"{self.url}/rehearsal/bill", params={"by_request": True}).json()
+        return found
+
+    def stop(self) -> None:
+        """Stop it; its state stays in its folder."""
+        self.server.should_exit = True
+        self.thread.join(timeout=20)
+
+
+def serve(state: Path, *, pace: Pace = FAST, faults: Faults | None = None, port: int = 0) -> Served:
+    """Start a server on a state folder. Raises TimeoutError if it does not come up."""
+    config = uvicorn.Config(build_app(state, pace=pace, faults=faults), host="127.0.0.1", port=port or free_port(), log_level="critical")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + START_SECONDS
+    while not server.started:
+        if time.monotonic() > deadline or not thread.is_alive():
+            raise TimeoutError(f"the rehearsal server did not start on port {config.port}")
+        time.sleep(0.01)
+    return Served(url=f"http://127.0.0.1:{config.port}", key=KEY, state=state, server=server, thread=thread)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
