@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export UV_COMPILE_BYTECODE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint up down env lock schema clean help
+.PHONY: demo test lint chaos up down env lock schema clean help
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -21,6 +21,9 @@ lint: $(VENV)/installed    ## ruff, and mypy --strict on the core
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+chaos: $(VENV)/installed $(VENV)/local-installed   ## kill everything everywhere and let the provider's bill judge (about ten minutes)
+	$(BIN)/python -m bench.chaos $(CHAOS)
 
 up: $(VENV)/installed $(VENV)/local-installed      ## the local stack with the Airflow UI, left running
 	$(BIN)/python -m local.stack up

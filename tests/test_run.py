@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
-from dataclasses import replace
 from datetime import timedelta
 
 import duckdb
@@ -471,16 +470,8 @@ def test_an_answer_that_fits_no_column_is_invalid_alone(world, monkeypatch):
 
 
 def test_F60_result_files_that_lag_behind_the_status_are_waited_for(world, monkeypatch):
-    polled = OpenAIBatches.poll
-    looks = Counter()
-
-    def poll(self, batch_id):
-        snapshot = polled(self, batch_id)
-        looks[batch_id] += snapshot.state == "ended"
-        return replace(snapshot, result_files=()) if looks[batch_id] <= 2 else snapshot
-
-    monkeypatch.setattr(OpenAIBatches, "poll", poll)
-    monkeypatch.setattr("nightshift.drive.TRANSIENT_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("nightshift.drive.TRANSIENT_PAUSE_SECONDS", 0.1)
+    world.rehearsal.faults(results_lag_seconds=0.5)
     summary = go(world, world.job(), world.write("in.jsonl", reviews(5)))
     assert (summary.outcomes["succeeded"], world.rehearsal.bill()["requests"]) == (5, 5)
 

@@ -131,6 +131,7 @@ class Life(threading.Thread):
         """Before its next effect."""
         self._dying = True
         if not self.ended:
+            Lives.deaths += 1
             self._go.release()
         self.join(PATIENCE_SECONDS)
 
@@ -182,6 +183,7 @@ class InMemory:
         return name
 
     def create(self, uploaded: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool]) -> Receipt:
+        self._life.effect()
         if not may_send():
             raise Transient("lapsed")
         self._life.sending = True
@@ -226,6 +228,8 @@ class InMemory:
 class Lives(RuleBasedStateMachine):
     """Three overlapping runs on one store, any number of workers on each."""
 
+    deaths = 0  # over all examples of this process
+
     @initialize()
     def begin(self) -> None:
         """An input per run, an account, and a clock that only the machine moves."""
@@ -236,24 +240,31 @@ class Lives(RuleBasedStateMachine):
         for number, (start, end) in enumerate(WINDOWS):
             Objects("memory://input", self.input).put(f"run-{number}.jsonl", b"".join(rows[start:end]))
 
-    @rule(run=st.integers(0, len(WINDOWS) - 1))
-    def worker_starts(self, run: int) -> None:
-        """A worker begins on a run, or begins again: a retry, a cleared task, another Airflow."""
-        if sum(not life.ended for life in self.lives) < 4:
+    @rule(runs=st.lists(st.integers(0, len(WINDOWS) - 1), min_size=1, max_size=3))
+    def workers_start(self, runs: list[int]) -> None:
+        """Workers begin on runs, or begin again: a retry, a cleared task, another Airflow."""
+        for run in runs[: 4 - len(self._alive())]:
             life = Life(self, len(self.lives), run)
             self.lives.append(life)
             life.start()
             assert life._stopped.acquire(timeout=PATIENCE_SECONDS)
 
-    @rule(pick=st.integers(0, 3), effects=st.integers(1, 25))
+    @rule(pick=st.integers(0, 3), effects=st.sampled_from([1, 2, 3, 5, 8, 13, 21, 34]))
     def worker_goes_on(self, pick: int, effects: int) -> None:
         """One of the workers has some effects."""
         if alive := self._alive():
             alive[pick % len(alive)].advance(effects)
 
+    @rule(effects=st.sampled_from([3, 8, 21, 34]))
+    def workers_go_in_step(self, effects: int) -> None:
+        """Every worker has an effect, then every worker the next: they meet at the same objects."""
+        for _ in range(effects):
+            for life in self._alive():
+                life.advance(1)
+
     @rule(pick=st.integers(0, 3))
     def worker_dies(self, pick: int) -> None:
-        """Kill -9."""
+        """SIGKILL, before its next effect."""
         if alive := self._alive():
             alive[pick % len(alive)].die()
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -151,6 +152,9 @@ class Matrix:
             between = _seen_ids(place.store)
             torn = between not in (before, self._ids["succeeded"])
             died = statuses[0] == -signal.SIGKILL
+            time.sleep(
+                case.faults.get("list_lag_seconds", 0.0)
+            )  # a lease is longer than a list lags; here only clocks are ahead, time is not
             if case.then_at and died:
                 statuses = [self._live(place, "successor", replace(case, die_at=case.then_at), ahead=AHEAD_SECONDS)]
                 died = statuses[0] == -signal.SIGKILL

@@ -154,6 +154,40 @@ def redrive(
     _drive(site, lambda: begin_again(site, run, redriven(outcome or ()), policy=policy), json=json, yes=yes)
 
 
+@app.command()
+def tidy(
+    keep_days: Annotated[int | None, typer.Option(min=1, help="drop answers and bulk that are older; default: keep everything")] = None,
+    store: StoreOption = None,
+) -> None:
+    """Merge small answers files; with --keep-days, drop what is older. Facts, plans and reports always stay."""
+    from nightshift.local_site import local_site
+    from nightshift.tidy import tidy
+
+    settings = read_settings()
+    done = tidy(local_site(settings, _store(store, settings)), keep=None if keep_days is None else timedelta(days=keep_days))
+    people.print(
+        f"{done.merged:,} answers files merged, {done.removed:,} merged earlier and removed; "
+        f"{done.dropped:,} answers dropped, {done.emptied:,} shards and runs emptied"
+    )
+
+
+@app.command()
+def forget(
+    job: JobArgument,
+    id: Annotated[list[str], typer.Option(help="the row's id, as input.id names it")],
+    store: StoreOption = None,
+) -> None:
+    """Take rows' requests and answers out of all that is kept for reuse; asked again, they are bought again."""
+    from nightshift.local_site import local_site
+    from nightshift.tidy import forget
+
+    settings = read_settings()
+    done = forget(local_site(settings, _store(store, settings)), _job_name(job, settings), id)
+    people.print(f"{done.requests:,} requests forgotten, {done.answers:,} answers dropped")
+    for partition in done.published:
+        people.print(f"still published, as your data: {partition}", markup=False, soft_wrap=True)
+
+
 def _drive(site: Site, begin: Callable[[], Run], *, json: bool, yes: bool) -> None:
     """Take a run the whole way, with progress bars or in silence, and show what became of it."""
     from nightshift.drive import drive

@@ -22,7 +22,8 @@ NightshiftError
 │   └── LedgerCorrupt             a ledger object is not what was written
 └── Transient                     come back later; nothing is lost
     ├── ProviderUnavailable       unreachable, overloaded, or talking nonsense
-    │   └── BatchUnknown          it has forgotten a batch of ours, or not heard of it yet
+    │   ├── BatchUnknown          it has forgotten a batch of ours, or not heard of it yet
+    │   └── ResultsGone           it knows the batch, and not the result files that the batch names
     ├── StoreUnavailable          the object store did not answer
     ├── DownloadIncomplete        fewer bytes came than the provider announced
     ├── ShardHeld                 another attempt is at this shard right now
@@ -140,9 +141,9 @@ class BatchLost(Permanent):
     def __init__(self, where: str, batch_id: str) -> None:
         self.batch_id = batch_id
         super().__init__(
-            f"{where} no longer knows batch {batch_id} that it took from us. Check that the connection still leads to the account that "
-            "it was sent from, then run this again. To give it up and buy its requests again, set policy.retry.lost: 1; "
-            "what it has answered may then be paid twice."
+            f"{where} no longer knows batch {batch_id} that it took from us, or no longer has its results. Check that the "
+            "connection still leads to the account that it was sent from, then run this again. To give it up and buy its "
+            "requests again, set policy.retry.lost: 1; what it has answered may then be paid twice."
         )
 
 
@@ -242,6 +243,14 @@ class BatchUnknown(ProviderUnavailable):
     def __init__(self, where: str, batch_id: str) -> None:
         self.batch_id = batch_id
         super().__init__(where, f"it does not know batch {batch_id} that it took from us.")
+
+
+class ResultsGone(ProviderUnavailable):
+    """A batch has ended and names result files that are not there: not yet, or not any more."""
+
+    def __init__(self, where: str, file_id: str) -> None:
+        self.file_id = file_id
+        super().__init__(where, f"result file {file_id} is not there.")
 
 
 class StoreUnavailable(Transient):

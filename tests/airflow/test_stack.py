@@ -62,7 +62,7 @@ def test_an_upload_becomes_a_published_dataset_and_the_same_upload_again_spends_
     assert sum(found["Key"].endswith("_manifest.json") for found in published) == 2
 
 
-def test_stopping_a_run_cancels_its_batches_and_clearing_it_goes_on_without_paying_again(stack, api):
+def test_F104_stopping_a_run_cancels_its_batches_and_clearing_it_goes_on_without_paying_again(stack, api):
     provider(stack, "PUT", "/rehearsal/pace", {"validating": 0.1, "running": 60.0, "finalizing": 0.1, "cancelling": 0.5})
     data = b"".join(line + b"\n" for line in reviews(400, seed=7))
     s3_client(stack).put_object(Bucket="reviews", Key="inbox/stopped.jsonl", Body=data)

@@ -28,6 +28,7 @@ from nightshift.errors import (
     NightshiftError,
     ProviderUnavailable,
     QuotaExhausted,
+    ResultsGone,
     SubmissionInDoubt,
     Transient,
 )
@@ -246,7 +247,7 @@ class OpenAIBatches:
             status=status,
             done=sum(getattr(counts, name, None) or 0 for name in ("completed", "failed")),
             total=getattr(counts, "total", None) or 0,
-            ended_at=_moment(batch.completed_at or batch.expired_at or batch.cancelled_at),
+            ended_at=_moment(batch.completed_at or batch.expired_at or batch.cancelled_at or batch.failed_at),
             result_files=tuple(file for file in (batch.output_file_id, batch.error_file_id) if file),  # "" was seen (F54)
             reasons=tuple(reasons),
             bad_lines={error.line: reason for error, reason in zip(errors, reasons, strict=True) if error.line},
@@ -285,19 +286,19 @@ class OpenAIBatches:
                     for chunk in response.iter_bytes(1 << 20):
                         file.write(chunk)
         except openai.NotFoundError as error:  # results can lag behind the status (F60); after 30 days they are gone (F61)
-            raise ProviderUnavailable(self.where, f"result file {file_id} is not there") from error
+            raise ResultsGone(self.where, file_id) from error
         received = path.stat().st_size
         if expected is not None and received != expected:
             raise DownloadIncomplete(file_id, received, expected)
 
     def cancel(self, batch_id: str) -> None:
-        """See Provider. A cancel that comes too late is no error: the batch is read again and harvested (F48)."""
+        """See Provider. One that comes too late (409) or is lost is no error: who waits looks again, and asks again (F48, F49)."""
         import openai
 
         try:
             with self._errors():
                 self._client.batches.cancel(batch_id)
-        except (openai.NotFoundError, BatchRejected):
+        except (openai.NotFoundError, BatchRejected, ProviderUnavailable):
             self.poll(batch_id)
 
     @contextmanager

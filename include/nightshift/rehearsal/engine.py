@@ -180,8 +180,8 @@ class Engine:
             current = self._book.batch(batch.id)
             if current is None or current.status != batch.status:
                 return
-            current.status = status
-            setattr(current, f"{status}_at", now)
+            current.status = "failed" if faults.fails_at_the_end else status
+            setattr(current, f"{current.status}_at", now)
             current.output_file_id, current.error_file_id = output, errors or ("" if faults.empty_error_file_id else None)
             current.completed, current.failed = len(results.output), len(results.errors) if status == "completed" else 0
             self._book.charge(batch.id, results.charges, "batch")

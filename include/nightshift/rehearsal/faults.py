@@ -43,10 +43,15 @@ class Faults(BaseModel):
     content_502: int = Field(0, ge=0, description="a download fails (F62)")
     content_404: int = Field(0, ge=0, description="a result file is not there yet (F60)")
     content_cut: int = Field(0, ge=0, description="a download breaks off (F63)")
+    content_short: int = Field(0, ge=0, description="a download ends early and looks complete (F64)")
+    cancel_500: int = Field(0, ge=0, description="a cancel fails (F49)")
     rate_limit: int = Field(0, ge=0, description="any call: 429 with retry-after (F26)")
 
     # How it behaves
     file_hidden_seconds: float = Field(0, ge=0, description="an uploaded file is unknown to create for a while (F30)")
+    results_lag_seconds: float = Field(0, ge=0, description="a batch has ended and does not name its result files for a while (F60)")
+    results_gone: bool = Field(False, description="result files are named and not there any more (F61)")
+    fails_at_the_end: bool = Field(False, description="a batch ends as failed after its work was done and billed (F59)")
     list_lag_seconds: float = Field(0, ge=0, description="new batches are not listed for a while (F33)")
     enqueued_token_limit: int | None = Field(None, ge=1, description="input tokens in the queue per model (F22)")
     empty_error_file_id: bool = Field(False, description='error_file_id is "" on a clean batch (F54)')

@@ -143,10 +143,12 @@ def _files(app: FastAPI, state: _State) -> None:
         path = state.book.path_of(file_id)
         if state.use("content_502"):
             raise ApiError(502, "Bad gateway.")
-        if state.use("content_404"):
+        if state.faults.results_gone or state.use("content_404"):
             raise ApiError(404, f"No such File object: {file_id}", param="id")
         if state.use("content_cut"):
             return _broken(path.read_bytes(), path.stat().st_size)
+        if state.use("content_short"):
+            return StreamingResponse(iter([path.read_bytes()[: path.stat().st_size // 2]]), media_type="application/octet-stream")
         return FileResponse(path, media_type="application/octet-stream")
 
     @app.delete("/v1/files/{file_id}")
@@ -202,6 +204,8 @@ def _batches(app: FastAPI, state: _State) -> None:
     @app.post("/v1/batches/{batch_id}/cancel")
     def cancel_batch(request: Request, batch_id: str) -> Response:
         state.admit(request)
+        if state.use("cancel_500"):
+            raise ApiError(500, "The server had an error while processing your request.")
         before = state.batch(batch_id)
         if before.status in ("completed", "failed", "expired"):
             raise ApiError(409, f"Cannot cancel a batch with status '{before.status}'.")
@@ -339,6 +343,8 @@ def _batch_object(state: _State, batch: StoredBatch) -> dict[str, Any]:
     failed = 0 if running else batch.failed
     moments = ("in_progress_at", "expires_at", "finalizing_at", "completed_at", "failed_at", "expired_at", "cancelling_at", "cancelled_at")
     times = {name: None if getattr(batch, name) is None else int(getattr(batch, name)) for name in moments}
+    ended_at = max(getattr(batch, name) or 0.0 for name in ("completed_at", "failed_at", "expired_at", "cancelled_at"))
+    named = state.visible(ended_at, state.faults.results_lag_seconds)
     unheard_of = state.faults.unknown_status and batch.status == "in_progress"
     return {
         "id": batch.id,
@@ -349,8 +355,8 @@ def _batch_object(state: _State, batch: StoredBatch) -> dict[str, Any]:
         "input_file_id": batch.input_file_id,
         "completion_window": "24h",
         "status": "contemplating" if unheard_of else batch.status,
-        "output_file_id": batch.output_file_id,
-        "error_file_id": batch.error_file_id,
+        "output_file_id": batch.output_file_id if named else None,
+        "error_file_id": batch.error_file_id if named else None,
         "created_at": int(batch.created_at),
         **times,
         "request_counts": {"total": batch.total + 7 * state.faults.odd_counts, "completed": done, "failed": failed},

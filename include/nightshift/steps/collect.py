@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nightshift.columns import answers_schema, fit, needs_fitting
-from nightshift.errors import BatchLost, BatchRejected, BatchUnknown, CountsDisagree, ProviderUnavailable
+from nightshift.errors import BatchLost, BatchRejected, BatchUnknown, CountsDisagree, NightshiftError, ProviderUnavailable, ResultsGone
 from nightshift.job import Job
 from nightshift.money.estimate import actual_cost, estimate_requests
 from nightshift.providers.protocol import Garbage, Provider, Reply, Snapshot
@@ -84,7 +84,13 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
     left = asked(site.store, shard, attempt.claim, facts.model)
     target = answers_key(shard, attempt.number)
     with site.scratch() as folder:
-        found, alarms = match_replies(list(left), provider.replies(snapshot, Path(folder)))
+        try:
+            found, alarms = match_replies(list(left), provider.replies(snapshot, Path(folder)))
+        except ResultsGone as error:
+            if snapshot.ended_at is None or site.now() - snapshot.ended_at < FILES_GRACE:
+                raise  # they can lag behind the status; 30 days later they are gone (F61)
+            _give_up(site, run, shard, attempt, attempts, provider, error)
+            return
         purse = purse_of(site, run, facts, attempts, found.values(), attempt.claim.model)
         again = _again_for(site, run, shard, attempt, left, purse)
         judge = judge_for(run.job)
@@ -114,22 +120,28 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
 
 
 def _look(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[Attempt], provider: Provider) -> Snapshot | None:
-    """One look at an attempt's batch. None: it is given up, because nobody has known it for a while and the job says so (F46)."""
-    batch_id = _batch_of(attempt)
+    """One look at an attempt's batch. None: nobody knows it any more, and it is given up (F46)."""
     try:
-        snapshot = provider.poll(batch_id)
+        snapshot = provider.poll(_batch_of(attempt))
     except BatchUnknown as error:
         since = site.ledger.record_unknown(shard, attempt.number, site.now()).since
         if site.now() - since < LOST_AFTER:
             raise
-        if sum(1 for each in attempts if each.ended and each.ended.how == "lost") >= run.job.spec.policy.retry.lost:
-            raise BatchLost(provider.where, batch_id) from error
-        lost = Ended(how="lost", status="unknown", ended_at=site.now(), remaining=attempt.claim.asked)
-        site.ledger.record_end(shard, attempt.number, lost)
+        _give_up(site, run, shard, attempt, attempts, provider, error)
         return None
     if attempt.unknown:
         site.ledger.forget_unknown(shard, attempt.number)
     return snapshot
+
+
+def _give_up(
+    site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[Attempt], provider: Provider, error: NightshiftError
+) -> None:
+    """End an attempt whose answers cannot be had any more, where the job says so. Raises BatchLost where it does not."""
+    if sum(1 for each in attempts if each.ended and each.ended.how == "lost") >= run.job.spec.policy.retry.lost:
+        raise BatchLost(provider.where, _batch_of(attempt)) from error
+    lost = Ended(how="lost", status="lost", ended_at=site.now(), remaining=attempt.claim.asked, reasons=(str(error)[:500],))
+    site.ledger.record_end(shard, attempt.number, lost)
 
 
 def _batch_of(attempt: Attempt) -> str:

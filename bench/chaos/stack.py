@@ -1,0 +1,178 @@
+"""A real Airflow whose parts are killed while a job runs: task processes, triggerer and scheduler, each time started again.
+
+What a supervisor does in production is done here: a part that died is started anew. The tasks are retried by Airflow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from local.sample import reviews
+from local.stack import KEY, ROOT, AirflowApi, Stack, airflow_env, down, s3_client, tail, up
+from nightshift.shapes import Summary
+
+JOB, ROWS, SHARD = "review_sentiment", 400, 60
+PATIENCE_SECONDS = 900
+PARTS = {"scheduler": "airflow scheduler", "triggerer": "airflow triggerer"}
+# A task whose process is gone is found by its missing heartbeat; the defaults (300 s) suit long tasks, not a rehearsal.
+QUICK = {
+    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "15",
+    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
+    "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "10",
+    "AIRFLOW__SCHEDULER__TASK_QUEUED_TIMEOUT": "60",
+    "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "15",
+    "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "10",
+}
+
+
+def kill_airflow(kills: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run a job of several shards under Airflow, kill its parts one after the other, and judge by the bill."""
+    draw = random.Random(seed)
+    with TemporaryDirectory(prefix="nightshift-chaos-airflow-") as folder:
+        jobs = _jobs(Path(folder) / "jobs")
+        stack = up(Path(folder) / "stack", jobs=jobs, say=say, extra=QUICK)
+        env = {**airflow_env(stack, jobs), **QUICK}
+        try:
+            _call(stack, "PUT", "/rehearsal/pace", {"validating": 1.0, "running": 12.0, "finalizing": 0.5})
+            _call(stack, "PUT", "/rehearsal/faults", {"errored_once": 0.2, "create_500_after_accept": 1})
+            api, run = AirflowApi(stack), _begin(stack)
+            deaths = _kill_parts(stack, api, run, env, kills, draw, say)
+            state = _end(api, run, say)
+            say(f"the run ended as {state} after {deaths} deaths")
+            return _judge(stack, api, run, deaths, state)
+        finally:
+            down(Path(folder) / "stack")
+
+
+def _jobs(folder: Path) -> Path:
+    """The example job with small shards and no schedule."""
+    folder.mkdir()
+    text = (ROOT / "include" / "jobs" / f"{JOB}.yaml").read_text()
+    text, replaced = re.subn(r"max_requests_per_shard: \d+", f"max_requests_per_shard: {SHARD}", text)
+    assert replaced == 1
+    for part in ("prompts", "schemas", "expectations"):
+        (folder.parent / part).symlink_to(ROOT / "include" / part)
+    (folder / f"{JOB}.yaml").write_text(text)
+    return folder
+
+
+def _begin(stack: Stack) -> str:
+    data = b"".join(line + b"\n" for line in reviews(ROWS, seed=11))
+    s3_client(stack).put_object(Bucket="reviews", Key="elsewhere/chaos.jsonl", Body=data)
+    body = {"logical_date": None, "dag_run_id": "chaos", "conf": {"input": "s3://reviews/elsewhere/chaos.jsonl"}}
+    AirflowApi(stack).call("POST", f"/dags/{JOB}/dagRuns", body)
+    return f"/dags/{JOB}/dagRuns/chaos"
+
+
+def _kill_parts(
+    stack: Stack, api: AirflowApi, run: str, env: Mapping[str, str], kills: int, draw: random.Random, say: Callable[[str], None]
+) -> int:
+    """Kill task processes whenever some run, and in between the triggerer and the scheduler; how many died."""
+    deaths, victims = 0, [name for _ in range(kills) for name in draw.sample(["task", "task", "triggerer", "scheduler"], 1)]
+    victims[:3] = ["task", "triggerer", "scheduler"]  # each at least once
+    deadline = time.monotonic() + PATIENCE_SECONDS / 2
+    while victims and time.monotonic() < deadline and api.get(run)["state"] in ("queued", "running"):
+        time.sleep(draw.uniform(2.0, 6.0))
+        victim = victims[0]
+        found = _tasks(stack) if victim == "task" else _processes(stack, PARTS[victim])
+        if not found:
+            victims.append(victims.pop(0))
+            continue
+        for pid in found if victim != "task" else [draw.choice(found)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        deaths += 1
+        victims.pop(0)
+        say(f"killed {victim} ({len(victims)} to come)")
+        if victim != "task":
+            _restart(stack, victim, env)
+    return deaths
+
+
+def _tasks(stack: Stack) -> list[int]:
+    """Processes that run a task of the job at this moment: children of the executor's workers."""
+    return _processes(stack, "airflow worker -- ") or _processes(stack, "task supervisor")
+
+
+def _processes(stack: Stack, title: str) -> list[int]:
+    """Processes of this stack (and of no other on the machine) with a title."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if title in command and f"AIRFLOW_HOME={stack.folder}/airflow".encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+    return found
+
+
+def _restart(stack: Stack, part: str, env: Mapping[str, str]) -> None:
+    """What systemd or Kubernetes would do. In the stack's session, so that `down` ends it with the rest."""
+    with (Path(stack.folder) / f"{part}.log").open("ab") as log:
+        subprocess.Popen(
+            [str(ROOT / ".venv" / "bin" / "airflow"), part],
+            env=dict(env), stdout=log, stderr=log, stdin=subprocess.DEVNULL, process_group=stack.pids["airflow"], cwd=ROOT,
+        )  # fmt: skip
+
+
+def _end(api: AirflowApi, run: str, say: Callable[[str], None]) -> str:
+    """Wait for the run's end; where retries were used up by the killing, a person clears the failed tasks, and so do we."""
+    deadline, cleared = time.monotonic() + PATIENCE_SECONDS, 0
+    while time.monotonic() < deadline:
+        state = str(api.get(run)["state"])
+        if state == "success" or (state == "failed" and cleared == 3):
+            return state
+        if state == "failed":
+            cleared += 1
+            say("the run failed; clearing its failed tasks")
+            api.call("POST", f"{run}/clear", {"dry_run": False, "only_failed": True})
+        time.sleep(2.0)
+    return "stuck"
+
+
+def _judge(stack: Stack, api: AirflowApi, run: str, deaths: int, state: str) -> dict[str, Any]:
+    bill = _call(stack, "GET", "/rehearsal/bill?by_request=true")
+    store = s3_client(stack)
+    known = {json.loads(_read(store, key))["batch_id"] for key in _keys(store, "store/shards/") if "/receipt-" in key}
+    summaries = [Summary.model_validate_json(_read(store, key)) for key in _keys(store, "store/runs/") if key.endswith("/summary.json")]
+    summary = summaries[0] if summaries and state == "success" else None
+    paid_again = sum(times - 1 for times in bill["by_request"].values())
+    rows = sum(summary.outcomes.values()) if summary else 0
+    return {
+        "crash_points": deaths,
+        "duplicate_batches": sum(1 for line in bill["by_batch"] if line["batch_id"] not in known) + (paid_again > 0),
+        "lost_rows": max(0, ROWS - rows),
+        "double_outcomes": max(0, rows - ROWS),
+        "torn_partitions": 0,
+        "stuck": int(state != "success"),
+        "bill_ratio": round(bill["requests"] / bill["unique_requests"], 4) if bill["unique_requests"] else None,
+        "log": tail(Path(stack.folder), "airflow", 20) if state != "success" else None,
+    }
+
+
+def _keys(store: Any, prefix: str) -> list[str]:
+    pages = store.get_paginator("list_objects_v2").paginate(Bucket="nightshift", Prefix=prefix)
+    return [found["Key"] for page in pages for found in page.get("Contents", ())]
+
+
+def _read(store: Any, key: str) -> bytes:
+    return bytes(store.get_object(Bucket="nightshift", Key=key)["Body"].read())
+
+
+def _call(stack: Stack, method: str, path: str, body: Any = None) -> Any:
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{stack.provider}{path}", None if body is None else json.dumps(body).encode(), headers, method=method)
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.loads(response.read())

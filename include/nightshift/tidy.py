@@ -1,0 +1,215 @@
+"""tidy and forget: what becomes of answers in time.
+
+Answers are kept for ever unless somebody says otherwise. Every settled shard leaves a file, so `tidy` merges small ones
+where there are many, and drops what is older than the store is to keep; `forget` takes single rows out of everything that
+is kept for reuse. Both may run beside anything else: what a run has planned to reuse is found where it was merged into.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from nightshift.errors import InputMissing, ShardHeld
+from nightshift.runs import Site
+from nightshift.shapes import Plan
+from nightshift.stores.answers import MERGED, is_merged
+from nightshift.stores.database import open_database
+from nightshift.stores.objects import Found
+from nightshift.stores.shards import answers_key, key_of_line, keys_key, request_keys, requests_key
+
+MERGE_AT = 8  # files of one fingerprint
+MERGE_BELOW = 128 << 20  # bytes: a larger file stays as it is
+GRACE = timedelta(days=1)  # between a merge and the removal of what was merged: runs under way still read it
+BULK = re.compile(r"/(requests\.(jsonl|keys)|answers-\d+\.parquet|(slices|staged|quarantine)/[^/]+)$")  # what is large in a folder
+SOURCES = b"nightshift.sources"  # the merged files' names, in the metadata of the file that they were merged into
+
+Keeps = Callable[[pa.Table], Any]  # the lines of a table that stay, as a mask
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tidied:
+    """What a tidy did."""
+
+    merged: int  # answers files that were merged
+    removed: int  # answers files that were merged earlier, and are gone now
+    dropped: int  # answers older than what is kept
+    emptied: int  # shards and runs whose bulk is older than what is kept; their small facts stay
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forgotten:
+    """What a forget did."""
+
+    requests: int
+    answers: int  # in the answer store
+    published: tuple[str, ...]  # partitions that still show the rows
+
+
+def tidy(site: Site, *, keep: timedelta | None) -> Tidied:
+    """Merge small answers files; with `keep`, drop answers and bulk that are older. Facts, plans and reports always stay."""
+    cutoff = None if keep is None else site.now() - keep
+    merged = removed = dropped = 0
+    for folder in site.store.folders("answers"):
+        files = [found for found in site.store.scan(folder) if found.key.endswith(".parquet")]
+        sources = _sources(site, files)
+        old = [key for key, since in sources.items() if site.now().timestamp() - since > GRACE.total_seconds()]
+        site.store.delete(old)
+        current = [found for found in files if found.key not in sources]
+        small = [found.key for found in current if found.size < MERGE_BELOW]
+        if len(small) >= MERGE_AT:
+            _merge(site, folder, small)
+            merged += len(small)
+        if cutoff is not None:
+            dropped += sum(_drop_older(site, found.key, cutoff) for found in files if found.key not in old)
+        removed += len(old)
+    emptied = 0 if cutoff is None else _empty_older(site, cutoff)
+    return Tidied(merged=merged, removed=removed, dropped=dropped, emptied=emptied)
+
+
+def forget(site: Site, job: str, ids: Collection[str]) -> Forgotten:
+    """Take the requests and answers of some rows out of everything that is kept for reuse; asked again, they are bought again.
+
+    Published partitions are the users' data and stay as they are: they are named. Raises InputMissing where no run of the
+    job has read such a row, and ShardHeld where one of them is being asked at this moment.
+    """
+    plans = [plan for folder in site.store.folders(f"runs/{job}") if (plan := _plan(site, folder))]
+    keys, published = _requests_of(site, job, plans, ids)
+    if not keys:
+        raise InputMissing(site.store.uri_of(f"runs/{job}"), f"no run has asked anything about {', '.join(sorted(ids))}")
+    shards = [shard for shard in dict.fromkeys(shard for plan in plans for shard in plan.shards) if _holds(site, shard, keys)]
+    for shard in shards:
+        if site.ledger.settled(shard) is None and site.ledger.attempts(shard):
+            raise ShardHeld(shard, "its batch, and the rows are being asked in it", 0)
+    answers, mask = 0, pa.array(sorted(keys), pa.binary(32))
+    for fingerprint in dict.fromkeys(plan.fingerprint for plan in plans):
+        for file in site.answers(fingerprint).files():
+            answers += _rewrite(site, file, lambda table: pc.invert(pc.is_in(table.column("request_key"), mask)))
+    for shard in shards:
+        _strike(site, shard, keys)
+    return Forgotten(requests=len(keys), answers=answers, published=published)
+
+
+def _sources(site: Site, files: Iterable[Found]) -> dict[str, float]:
+    """The files that were merged into another one, and since when."""
+    sources: dict[str, float] = {}
+    for found in files:
+        if is_merged(found.key):
+            with site.store.open(found.key) as file:
+                metadata = pq.read_metadata(file).metadata or {}
+            sources.update(dict.fromkeys(json.loads(metadata.get(SOURCES, b"[]")), found.modified))
+    present = {found.key for found in files}
+    return {key: since for key, since in sources.items() if key in present}
+
+
+def _merge(site: Site, folder: str, files: Sequence[str]) -> None:
+    """Write some answers files as one: per request a success, else a paid answer, else the latest word."""
+    name = hashlib.sha256("\n".join(files).encode()).hexdigest()[:32]
+    with site.scratch() as scratch, open_database(Path(scratch)) as database:
+        paths = [str(site.store.download(key, Path(scratch) / f"{number}.parquet")) for number, key in enumerate(files)]
+        schema = pq.read_schema(paths[0]).with_metadata({SOURCES: json.dumps(files).encode()})
+        reader = database.sql(
+            f"""SELECT * FROM read_parquet({paths!r}) QUALIFY
+                row_number() OVER (PARTITION BY request_key ORDER BY outcome = 'succeeded' DESC, paid DESC, answered_at DESC) = 1"""
+        ).to_arrow_reader(16_384)
+        merged = Path(scratch) / "merged.parquet"
+        with pq.ParquetWriter(merged, schema, compression="zstd") as writer:
+            for batch in reader:
+                writer.write_table(pa.Table.from_batches([batch]).cast(schema))
+        site.store.put(f"{folder}/{MERGED}{name}.parquet", merged)
+
+
+def _drop_older(site: Site, file: str, cutoff: datetime) -> int:
+    return _rewrite(site, file, lambda table: pc.greater_equal(table.column("answered_at"), pa.scalar(cutoff, pa.timestamp("ms", "UTC"))))
+
+
+def _rewrite(site: Site, file: str, keeps: Keeps) -> int:
+    """Replace a Parquet file by the lines that a filter keeps, or remove it where it keeps none; how many lines went."""
+    with site.scratch() as scratch:
+        path, kept = site.store.download(file, Path(scratch) / "before.parquet"), Path(scratch) / "after.parquet"
+        parquet = pq.ParquetFile(path)
+        left = 0
+        with pq.ParquetWriter(kept, parquet.schema_arrow, compression="zstd") as writer:
+            for batch in parquet.iter_batches(16_384):
+                table = pa.Table.from_batches([batch])
+                table = table.filter(keeps(table))
+                left += table.num_rows
+                writer.write_table(table)
+        gone = parquet.metadata.num_rows - left
+        if not left:
+            site.store.delete([file])
+        elif gone:
+            site.store.put(file, kept)
+        return int(gone)
+
+
+def _empty_older(site: Site, cutoff: datetime) -> int:
+    """Remove the bulk of shards and runs that ended before the cutoff; how many were emptied."""
+    emptied = 0
+    for last_word, root in (("settled.json", "shards"), ("summary.json", "runs")):
+        ended = {found.key.rpartition("/")[0] for found in site.store.scan(root) if _is_older(found, last_word, cutoff)}
+        bulk: dict[str, list[str]] = {}
+        for found in site.store.scan(root):
+            if match := BULK.search(found.key):
+                bulk.setdefault(found.key[: match.start()], []).append(found.key)
+        for folder in sorted(ended & bulk.keys()):
+            site.store.delete(bulk[folder])
+            emptied += 1
+    return emptied
+
+
+def _is_older(found: Found, name: str, cutoff: datetime) -> bool:
+    return found.key.endswith(f"/{name}") and found.modified < cutoff.timestamp()
+
+
+def _plan(site: Site, folder: str) -> Plan | None:
+    return site.store.get_shape(f"{folder}/approved.json", Plan)
+
+
+def _requests_of(site: Site, job: str, plans: Sequence[Plan], ids: Collection[str]) -> tuple[set[bytes], tuple[str, ...]]:
+    """The requests that some rows of a job have asked, and the partitions that show these rows."""
+    keys: set[bytes] = set()
+    wanted = pa.array(sorted(ids), pa.string())
+    for file in dict.fromkeys(key for plan in plans for key in plan.slices):
+        if site.store.head(file) is not None:
+            table = pq.read_table(site.store.open(file), columns=["id", "request_key"])
+            found = table.filter(pc.is_in(table.column("id"), wanted)).column("request_key").to_pylist()
+            keys |= {key for key in found if key is not None}
+    hexed = pa.array([key.hex() for key in keys], pa.string())
+    shown = []
+    for root in ("results", "quarantine"):
+        for found in site.store.scan(f"{root}/{job}"):
+            if found.key.endswith(".parquet"):
+                column = pq.read_table(site.store.open(found.key), columns=["_request_key"]).column("_request_key")
+                if pc.any(pc.is_in(column, hexed)).as_py():
+                    shown.append(site.store.uri_of(found.key.rpartition("/")[0]))
+    return keys, tuple(dict.fromkeys(shown))
+
+
+def _holds(site: Site, shard: str, keys: set[bytes]) -> bool:
+    return site.store.head(keys_key(shard)) is not None and not keys.isdisjoint(request_keys(site.store, shard))
+
+
+def _strike(site: Site, shard: str, keys: set[bytes]) -> None:
+    """Take requests out of a shard's folder: their lines, and what every attempt answered."""
+    with site.scratch() as scratch:
+        lines, kept = site.store.download(requests_key(shard), Path(scratch) / "before.jsonl"), Path(scratch) / "after.jsonl"
+        with lines.open("rb") as source, kept.open("wb") as target:
+            target.writelines(line for line in source if key_of_line(line) not in keys)
+        left = [key for key in request_keys(site.store, shard) if key not in keys]
+        site.store.put(requests_key(shard), kept)
+        site.store.put(keys_key(shard), b"".join(left))
+    mask = pa.array(sorted(keys), pa.binary(32))
+    for number in range(len(site.ledger.attempts(shard)) + 1):
+        if site.store.head(answers_key(shard, number)) is not None:
+            _rewrite(site, answers_key(shard, number), lambda table: pc.invert(pc.is_in(table.column("request_key"), mask)))

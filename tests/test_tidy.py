@@ -1,0 +1,122 @@
+"""tidy and forget: what is kept is still reused and never bought twice; what is dropped is bought again, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pyarrow.parquet as pq
+import pytest
+
+from nightshift.drive import begin, drive
+from nightshift.errors import InputMissing, ShardHeld
+from nightshift.shapes import Summary
+from nightshift.steps.approve import approve
+from nightshift.steps.discover import discover
+from nightshift.steps.plan import plan
+from nightshift.steps.submit import submit
+from nightshift.tidy import GRACE, MERGE_AT, forget, tidy
+from tests.conftest import World, reviews
+
+
+def go(world: World, job, uri: str) -> Summary:
+    return drive(world.site, begin(world.site, job, pattern=uri, dates={}, scheduled=False), ask=lambda run, planned: True)
+
+
+def later(world: World, **delta: float):
+    return replace(world.site, now=lambda: datetime.now(UTC) + timedelta(**delta))
+
+
+def answers_files(world: World) -> list[str]:
+    return [found.key for found in world.site.store.scan("answers") if found.key.endswith(".parquet")]
+
+
+@pytest.fixture
+def many(world):
+    """Twelve runs of five rows each, so twelve answers files: (job, uri of all rows)."""
+    job = world.job()
+    for i in range(12):
+        go(world, job, world.write(f"{i}.jsonl", reviews(60)[5 * i : 5 * i + 5]))
+    return job, world.write("all.jsonl", reviews(60))
+
+
+def test_merged_answers_are_reused_as_before(world, many):
+    job, uri = many
+    assert len(answers_files(world)) == 12
+    assert tidy(world.site, keep=None).merged == 12
+    after_grace = later(world, seconds=GRACE.total_seconds() + 10)
+    assert tidy(after_grace, keep=None).removed == 12
+    assert len(answers_files(world)) == 1
+    summary = go(world, job, uri)
+    assert (summary.requests.reused, summary.requests.submitted, summary.outcomes["succeeded"]) == (60, 0, 60)
+    assert world.rehearsal.bill()["requests"] == 60
+
+
+def test_a_run_that_was_planned_before_a_merge_comes_to_its_end_after_it(world, many):
+    job, uri = many
+    run = discover(world.site, job, pattern=uri, label="x", run="early", dates={})
+    planned = plan(world.site, run)
+    assert len(planned.answers) == 12
+    tidy(world.site, keep=None)
+    tidy(later(world, seconds=GRACE.total_seconds() + 10), keep=None)
+    assert drive(world.site, run, ask=lambda run, planned: True).outcomes["succeeded"] == 60
+    assert world.rehearsal.bill()["requests"] == 60
+
+
+def test_few_files_are_left_alone(world):
+    job = world.job()
+    for i in range(MERGE_AT - 1):
+        go(world, job, world.write(f"{i}.jsonl", reviews(40)[5 * i : 5 * i + 5]))
+    before = answers_files(world)
+    assert tidy(world.site, keep=None).merged == 0
+    assert answers_files(world) == before
+
+
+def test_what_is_older_than_the_store_keeps_is_dropped_and_the_rest_is_not(world):
+    job = world.job()
+    old = go(world, job, world.write("old.jsonl", reviews(5)))
+    done = tidy(later(world, days=31), keep=timedelta(days=30))
+    assert (done.dropped, done.emptied) == (5, 2)
+    assert answers_files(world) == []
+    kept = [found.key for found in world.site.store.scan("")]
+    assert not [key for key in kept if key.endswith(("requests.jsonl", "answers-1.parquet")) or "/staged/" in key]
+    assert f"runs/reviews/{old.run}/summary.json" in kept
+    assert any(key.endswith("/receipt-1.json") for key in kept)
+    assert any(key.startswith("results/") for key in kept), "what is published is the users'"
+    new = go(world, job, world.write("again.jsonl", reviews(5)))
+    assert (new.requests.submitted, new.outcomes["succeeded"]) == (5, 5)
+    assert tidy(world.site, keep=timedelta(days=30)).dropped == 0
+
+
+def test_a_forgotten_row_is_gone_from_everything_that_is_kept_for_reuse_and_is_bought_again(world):
+    job, uri = world.job(), world.write("a.jsonl", reviews(10))
+    first = go(world, job, uri)
+    done = forget(world.site, "reviews", ["r3", "r7"])
+    assert (done.requests, done.answers) == (2, 2)
+    assert done.published == (first.results,)
+    kept = b"".join(world.site.store.get(found.key) for found in world.site.store.scan("shards") if found.key.endswith("requests.jsonl"))
+    assert b"room number 3 " not in kept
+    assert b"room number 4 " in kept
+    for file in (found.key for found in world.site.store.scan("shards") if found.key.endswith(".parquet")):
+        assert pq.read_table(world.site.store.open(file)).num_rows == 8
+    again = go(world, job, uri)
+    assert (again.requests.submitted, again.requests.reused, again.outcomes["succeeded"]) == (2, 8, 10)
+    assert world.rehearsal.bill()["requests"] == 12
+
+
+def test_every_row_of_a_shard_can_be_forgotten(world):
+    job, uri = world.job(), world.write("a.jsonl", reviews(3))
+    go(world, job, uri)
+    forget(world.site, "reviews", ["r0", "r1", "r2"])
+    assert answers_files(world) == []
+    assert go(world, job, uri).requests.submitted == 3
+
+
+def test_a_row_that_is_being_asked_cannot_be_forgotten_and_an_unknown_one_is_told(world):
+    run = discover(world.site, world.job(), pattern=world.write("a.jsonl", reviews(3)), label="x", run="r", dates={})
+    [shard] = approve(world.site, run, plan(world.site, run), ask=lambda: True).shards
+    submit(world.site, run, shard)
+    with pytest.raises(ShardHeld):
+        forget(world.site, "reviews", ["r1"])
+    with pytest.raises(InputMissing, match="no run has asked anything about nobody"):
+        forget(world.site, "reviews", ["nobody"])
