@@ -212,3 +212,33 @@ def test_a_stopped_run_goes_on_with_the_same_command_and_pays_nothing_twice(worl
     assert (ended["outcomes"]["succeeded"], ended["batches"]) == (40, 4)
     bill = world.rehearsal.bill()
     assert (bill["batches"], bill["requests"]) == (4, 40)
+
+
+def test_redrive_tidy_and_forget_from_the_command_line(world):
+    store = ("--store", f"file://{world.folder}/store")
+    file = file_of(world, policy={"retry": {"refused": 0}})
+    world.rehearsal.faults(refused=0.5)
+    uri = world.write("in.jsonl", reviews(30))
+    first = json.loads(nightshift("run", file, "--input", uri, *store, "--json", rehearsal=world.rehearsal).stdout)
+    assert first["outcomes"]["refused"] > 0
+    world.rehearsal.faults()
+
+    wrong = nightshift("redrive", first["run"], "--outcome", "refusd", *store, rehearsal=world.rehearsal)
+    assert (wrong.returncode, "did you mean 'refused'" in wrong.stderr) == (2, True)
+    nobody = nightshift("redrive", "0123456789abcdef", *store, rehearsal=world.rehearsal)
+    assert (nobody.returncode, "no run is called" in nobody.stderr) == (2, True)
+    done = nightshift("redrive", first["run"], "--outcome", "refused", *store, "--json", rehearsal=world.rehearsal)
+    assert done.returncode == 0, done.stderr
+    second = json.loads(done.stdout)
+    assert (second["outcomes"]["succeeded"], second["requests"]["submitted"]) == (30, first["outcomes"]["refused"])
+
+    forgotten = nightshift("forget", file, "--id", "r3", "--id", "r4", *store)
+    assert (forgotten.returncode, "2 requests forgotten" in forgotten.stderr) == (0, True), forgotten.stderr
+    assert "still published, as your data" in forgotten.stderr
+    tidied = nightshift("tidy", "--keep-days", "1", *store)
+    assert (tidied.returncode, "0 answers dropped" in tidied.stderr) == (0, True), tidied.stderr
+
+    third = json.loads(nightshift("run", file, "--input", uri, *store, "--json", rehearsal=world.rehearsal).stdout)
+    assert (third["requests"]["submitted"], third["requests"]["reused"]) == (2, 28)
+    fresh = json.loads(nightshift("run", file, "--input", uri, *store, "--json", "--fresh", rehearsal=world.rehearsal).stdout)
+    assert (fresh["requests"]["submitted"], fresh["requests"]["reused"], fresh["paid"]) == (30, 0, 30)

@@ -6,15 +6,18 @@ What a supervisor does in production is done here: a part that died is started a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
 import re
 import signal
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,13 +28,19 @@ from nightshift.shapes import Summary
 
 JOB, ROWS, SHARD = "review_sentiment", 400, 60
 PATIENCE_SECONDS = 900
-PARTS = {"scheduler": "airflow scheduler", "triggerer": "airflow triggerer"}
+PARTS = {
+    "scheduler": re.compile("airflow scheduler"),
+    "triggerer": re.compile("airflow triggerer"),
+    "task": re.compile("airflow worker -- LocalExecutor: [0-9a-f]"),  # and what it has forked: the task itself, its title unchanged
+}
+ORDER = ("task", "triggerer", "task", "scheduler")
 # A task whose process is gone is found by its missing heartbeat; the defaults (300 s) suit long tasks, not a rehearsal.
 QUICK = {
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "15",
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
     "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "10",
-    "AIRFLOW__SCHEDULER__TASK_QUEUED_TIMEOUT": "60",
+    "AIRFLOW__SCHEDULER__TASK_QUEUED_TIMEOUT": "20",
+    "AIRFLOW__SCHEDULER__TASK_QUEUED_TIMEOUT_CHECK_INTERVAL": "10",
     "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "15",
     "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "10",
 }
@@ -48,10 +57,11 @@ def kill_airflow(kills: int, seed: int, say: Callable[[str], None]) -> dict[str,
             _call(stack, "PUT", "/rehearsal/pace", {"validating": 1.0, "running": 12.0, "finalizing": 0.5})
             _call(stack, "PUT", "/rehearsal/faults", {"errored_once": 0.2, "create_500_after_accept": 1})
             api, run = AirflowApi(stack), _begin(stack)
-            deaths = _kill_parts(stack, api, run, env, kills, draw, say)
-            state = _end(api, run, say)
+            with ExitStack() as restarted:
+                deaths = _kill_parts(stack, api, run, env, kills, draw, say, restarted)
+                state = _end(api, run, say)
             say(f"the run ended as {state} after {deaths} deaths")
-            return _judge(stack, api, run, deaths, state)
+            return _judge(stack, deaths, state)
         finally:
             down(Path(folder) / "stack")
 
@@ -77,54 +87,60 @@ def _begin(stack: Stack) -> str:
 
 
 def _kill_parts(
-    stack: Stack, api: AirflowApi, run: str, env: Mapping[str, str], kills: int, draw: random.Random, say: Callable[[str], None]
+    stack: Stack,
+    api: AirflowApi,
+    run: str,
+    env: Mapping[str, str],
+    kills: int,
+    draw: random.Random,
+    say: Callable[[str], None],
+    restarted: ExitStack,
 ) -> int:
     """Kill task processes whenever some run, and in between the triggerer and the scheduler; how many died."""
-    deaths, victims = 0, [name for _ in range(kills) for name in draw.sample(["task", "task", "triggerer", "scheduler"], 1)]
-    victims[:3] = ["task", "triggerer", "scheduler"]  # each at least once
+    deaths, victims, sessions = 0, [part for part, _ in zip(itertools.cycle(ORDER), range(kills), strict=False)], [stack.pids["airflow"]]
     deadline = time.monotonic() + PATIENCE_SECONDS / 2
     while victims and time.monotonic() < deadline and api.get(run)["state"] in ("queued", "running"):
-        time.sleep(draw.uniform(2.0, 6.0))
         victim = victims[0]
-        found = _tasks(stack) if victim == "task" else _processes(stack, PARTS[victim])
-        if not found:
-            victims.append(victims.pop(0))
+        if not (found := _processes(sessions, PARTS[victim])):
+            time.sleep(0.2)
             continue
-        for pid in found if victim != "task" else [draw.choice(found)]:
+        for pid in [draw.choice(found)] if victim == "task" else found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         deaths += 1
         victims.pop(0)
         say(f"killed {victim} ({len(victims)} to come)")
         if victim != "task":
-            _restart(stack, victim, env)
+            process = _restart(stack, victim, env)
+            sessions.append(process.pid)
+            restarted.callback(_end_part, process)
+        time.sleep(draw.uniform(3.0, 12.0))
     return deaths
 
 
-def _tasks(stack: Stack) -> list[int]:
-    """Processes that run a task of the job at this moment: children of the executor's workers."""
-    return _processes(stack, "airflow worker -- ") or _processes(stack, "task supervisor")
-
-
-def _processes(stack: Stack, title: str) -> list[int]:
-    """Processes of this stack (and of no other on the machine) with a title."""
+def _processes(sessions: list[int], title: re.Pattern[str]) -> list[int]:
+    """Processes of this stack (and of no other on the machine) whose title matches."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if title in command and f"AIRFLOW_HOME={stack.folder}/airflow".encode() in (entry / "environ").read_bytes():
+                if title.search(command) and os.getsid(int(entry.name)) in sessions:
                     found.append(int(entry.name))
     return found
 
 
-def _restart(stack: Stack, part: str, env: Mapping[str, str]) -> None:
-    """What systemd or Kubernetes would do. In the stack's session, so that `down` ends it with the rest."""
+def _restart(stack: Stack, part: str, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """What systemd or Kubernetes would do."""
     with (Path(stack.folder) / f"{part}.log").open("ab") as log:
-        subprocess.Popen(
-            [str(ROOT / ".venv" / "bin" / "airflow"), part],
-            env=dict(env), stdout=log, stderr=log, stdin=subprocess.DEVNULL, process_group=stack.pids["airflow"], cwd=ROOT,
-        )  # fmt: skip
+        command = [str(Path(sys.executable).parent / "airflow"), part]
+        return subprocess.Popen(command, env=dict(env), stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, cwd=ROOT)
+
+
+def _end_part(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
 
 
 def _end(api: AirflowApi, run: str, say: Callable[[str], None]) -> str:
@@ -142,7 +158,7 @@ def _end(api: AirflowApi, run: str, say: Callable[[str], None]) -> str:
     return "stuck"
 
 
-def _judge(stack: Stack, api: AirflowApi, run: str, deaths: int, state: str) -> dict[str, Any]:
+def _judge(stack: Stack, deaths: int, state: str) -> dict[str, Any]:
     bill = _call(stack, "GET", "/rehearsal/bill?by_request=true")
     store = s3_client(stack)
     known = {json.loads(_read(store, key))["batch_id"] for key in _keys(store, "store/shards/") if "/receipt-" in key}
