@@ -8,44 +8,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
-from decimal import Decimal
-from functools import cache
 from pathlib import Path
-from typing import Any
 
-import orjson
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nightshift.columns import answers_schema, fit, needs_fitting
-from nightshift.errors import BatchLost, BatchRejected, BatchUnknown, CountsDisagree, NightshiftError, ProviderUnavailable, ResultsGone
-from nightshift.job import Job
-from nightshift.money.estimate import actual_cost, estimate_requests
+from nightshift.errors import BatchLost, BatchRejected, BatchUnknown, NightshiftError, ProviderUnavailable, ResultsGone
+from nightshift.judge import AS_IT_WAS, Answer, judge_for, write_answers
+from nightshift.money.purse import Purse, purse_of
 from nightshift.providers.protocol import Garbage, Provider, Reply, Snapshot
 from nightshift.runs import Run, Site
-from nightshift.shapes import Outcome, Paid, Plan, Settled, Shard, Usage, Variant
+from nightshift.settle import RANK, settle
+from nightshift.shapes import Outcome, Settled
 from nightshift.steps.submit import open_where
 from nightshift.stores.ledger import QUEUE_PATIENCE, Attach, Attempt, Done, Ended, full_queues, next_move
-from nightshift.stores.shards import Left, answers_key, asked, pending, request_keys
+from nightshift.stores.shards import Left, answers_key, asked, pending
 
 NEVER_RAN: dict[str, Outcome] = {"expired": "expired", "cancelled": "cancelled"}  # batch status → outcome of what has no line
-RANK: dict[str, int] = {"succeeded": 3, "invalid": 2, "truncated": 2, "refused": 2, "filtered": 2}  # of two lines the better stays
-WRITE_ROWS = 8192
-AS_IT_WAS = Variant()
 LOST_AFTER = timedelta(minutes=2)  # from the first "not known" here; the wait before has looked for longer
 FILES_GRACE = timedelta(minutes=10)  # after its end, for a completed batch to show its result files
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """One request's line of an answers file: classified, validated, parsed."""
-
-    reply: Reply
-    output: dict[str, Any] | None = None
-    asked_as: Variant = AS_IT_WAS
-    again: Variant | None = None  # how it is asked again; None: this is the last word
 
 
 def collect(site: Site, run: Run, shard: str) -> Settled | None:
@@ -60,11 +42,11 @@ def collect(site: Site, run: Run, shard: str) -> Settled | None:
         case Attach(attempt=attempt):
             _harvest(site, run, shard, attempt, attempts)
         case Done():
-            return ledger.settled(shard) or _settle(site, shard, attempts)
+            return ledger.settled(shard) or settle(site, shard, attempts)
         case _:
             return None
     attempts = ledger.attempts(shard)
-    return _settle(site, shard, attempts) if isinstance(next_move(attempts, now=site.now()), Done) else None
+    return settle(site, shard, attempts) if isinstance(next_move(attempts, now=site.now()), Done) else None
 
 
 def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[Attempt]) -> None:
@@ -194,87 +176,6 @@ def match_replies(keys: list[bytes], replies: Iterable[Reply | Garbage]) -> tupl
     return found, dict(alarms)
 
 
-def judge_for(job: Job) -> Callable[[Reply], Answer]:
-    """The function that validates a reply under the job's schema; parsing and validating happen once, here."""
-    schema = job.answer_schema
-    if schema is None:
-        return lambda reply: Answer(
-            reply=replace(reply, text=None) if reply.outcome == "succeeded" else reply,
-            output={"answer": reply.text} if reply.outcome == "succeeded" else None,
-        )
-    import jsonschema_rs
-
-    validator = jsonschema_rs.validator_for(schema)
-    fitted = needs_fitting(schema)
-
-    def judge(reply: Reply) -> Answer:
-        if reply.outcome != "succeeded":
-            return Answer(reply=reply)
-        try:
-            value = orjson.loads(reply.text or "")
-        except orjson.JSONDecodeError as error:
-            return Answer(reply=replace(reply, outcome="invalid", reason=f"not valid JSON: {error.msg}"))
-        if not validator.is_valid(value):
-            why = next(iter(validator.iter_errors(value))).message[:300]
-            return Answer(reply=replace(reply, outcome="invalid", reason=f"breaks the schema: {why}"))
-        try:
-            output = fit(value, schema) if fitted else value
-        except (TypeError, RecursionError) as error:
-            return Answer(reply=replace(reply, outcome="invalid", reason=f"fits no column: {error}"))
-        return Answer(reply=replace(reply, text=None), output=output)
-
-    return judge
-
-
-def write_answers(path: Path, job: Job, answers: Iterable[tuple[bytes, Answer]], origin: Mapping[str, Any]) -> None:
-    """Write an answers file, one line per request; `origin`: the columns that are the same in every line."""
-    schema = answers_schema(job.answer_schema)
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        batch: list[dict[str, Any]] = []
-        for key, answer in answers:
-            batch.append({**_line(key, answer), **origin})
-            if len(batch) == WRITE_ROWS:
-                writer.write_batch(_as_batch(batch, schema))
-                batch = []
-        if batch:
-            writer.write_batch(_as_batch(batch, schema))
-
-
-def _as_batch(lines: list[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
-    """Lines as columns. An answer that is valid but fits no column (an integer of twenty digits) becomes invalid, alone."""
-    try:
-        return pa.RecordBatch.from_pylist(lines, schema=schema)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        return pa.RecordBatch.from_pylist([_fitting(line, schema.field("output").type) for line in lines], schema=schema)
-
-
-def _fitting(line: dict[str, Any], kind: pa.DataType) -> dict[str, Any]:
-    try:
-        pa.scalar(line["output"], kind)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-        text = orjson.dumps(line["output"], option=orjson.OPT_NON_STR_KEYS, default=str).decode()
-        return {**line, "outcome": "invalid", "reason": f"fits no column: {error}"[:300], "text": text, "output": None}
-    return line
-
-
-def _line(key: bytes, answer: Answer) -> dict[str, Any]:
-    reply = answer.reply
-    return {
-        "request_key": key,
-        "outcome": reply.outcome,
-        "reason": reply.reason,
-        "text": reply.text,
-        "output": answer.output,
-        "paid": reply.paid,
-        "token_limit": answer.asked_as.max_output_tokens,
-        "again": answer.again.model_dump_json(exclude_defaults=True) if answer.again else None,
-        "model": reply.model,
-        "input_tokens": reply.input_tokens,
-        "cached_tokens": reply.cached_tokens,
-        "output_tokens": reply.output_tokens,
-    }
-
-
 def _absent(key: bytes, snapshot: Snapshot, position: int) -> Reply:
     custom_id = key.hex()
     if position in snapshot.bad_lines:  # one bad line fails the whole batch (F32): this one is to blame, the others are not
@@ -318,54 +219,6 @@ def _outcomes_so_far(site: Site, shard: str, attempt: Attempt) -> dict[bytes, Co
     return history
 
 
-class Purse:
-    """The dollars that are left for asking a shard's requests again; without a budget there is no bound."""
-
-    def __init__(self, dollars: Decimal | None, price: Callable[[str], Decimal | None]) -> None:
-        self._dollars, self._price = dollars, price
-
-    def pays(self, model: str) -> bool:
-        """Whether one more request can be asked of a model; its estimated price is then taken out."""
-        if self._dollars is None:
-            return True
-        price = self._price(model)
-        if price is None or price > self._dollars:
-            return False
-        self._dollars -= price
-        return True
-
-
-def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], replies: Iterable[Reply], model: str) -> Purse:
-    """What the job's budget leaves for a shard once all its answers so far are paid: its share by requests, less what it cost."""
-    budget = run.job.spec.policy.budget_usd
-    if budget is None:
-        return Purse(None, lambda model: None)
-    approved = site.store.get_shape(run.key("approved.json"), Plan)
-    share = budget * facts.request_count / max(facts.request_count, approved.submitted if approved else 0)
-    usage: dict[str, Usage] = {model: sum((_usage_of(reply) for reply in replies if reply.paid), Usage())}
-    for attempt in attempts:
-        if attempt.is_harvested:
-            before = usage.get(attempt.claim.model, Usage())
-            usage[attempt.claim.model] = before + _usage(pq.read_table(site.store.open(answers_key(facts.key, attempt.number))))
-    spent = sum((_cost(run.job, model, each) for model, each in usage.items()), Decimal(0))
-
-    @cache
-    def price(model: str) -> Decimal | None:
-        usd = estimate_requests(run.job, facts.request_count, facts.request_bytes, model=model).usd
-        return None if usd is None else usd / facts.request_count
-
-    return Purse(max(Decimal(0), share - spent), price)
-
-
-def _cost(job: Job, model: str, usage: Usage) -> Decimal:
-    """Dollars as far as they are known: answers without usage are left out here, and flagged in the report."""
-    return actual_cost(job.spec.request.provider, model, usage.model_copy(update={"unknown": 0})) or Decimal(0)
-
-
-def _usage_of(reply: Reply) -> Usage:
-    return Usage(input_tokens=reply.input_tokens or 0, cached_tokens=reply.cached_tokens, output_tokens=reply.output_tokens or 0)
-
-
 def _better(first: Reply, second: Reply) -> Reply:
     best = second if RANK.get(second.outcome, 0) > RANK.get(first.outcome, 0) else first
     other = first if best is second else second
@@ -387,94 +240,3 @@ def _key_of(custom_id: str) -> bytes | None:
     except ValueError:
         return None
     return key if len(key) == 32 else None
-
-
-def _settle(site: Site, shard: str, attempts: list[Attempt]) -> Settled:
-    """Merge the attempts into one line per request, keep it under the fingerprint, and write the shard's last word."""
-    facts = site.ledger.shard(shard)
-    answers = site.answers(facts.fingerprint)
-    tables = {each.number: pq.read_table(site.store.open(answers_key(shard, each.number))) for each in attempts if each.is_harvested}
-    merged = _merge(pa.concat_tables(tables.values()))
-    check_shard(facts, attempts, tables, request_keys(site.store, shard), merged)
-    with site.scratch() as folder:
-        path = Path(folder) / "answers.parquet"
-        pq.write_table(merged, path, compression="zstd")
-        site.store.put(answers.file_of(shard), path)
-    return site.ledger.settle(
-        Settled(
-            shard=shard,
-            answers=answers.file_of(shard),
-            requests=facts.request_count,
-            paid=paid_by(attempts, tables),
-            alarms=_alarms(attempts),
-        )
-    )
-
-
-def check_shard(facts: Shard, attempts: list[Attempt], tables: Mapping[int, pa.Table], keys: list[bytes], merged: pa.Table) -> None:
-    """Prove from the files that every request of a shard was asked and has one last word. Raises CountsDisagree, naming ids."""
-    for attempt in attempts:
-        if attempt.number in tables and tables[attempt.number].num_rows != attempt.claim.asked:
-            raise CountsDisagree(
-                f"Attempt {attempt.number} of shard {facts.key[:12]} asked {attempt.claim.asked} requests, "
-                f"but {tables[attempt.number].num_rows} answers were harvested."
-            )
-    found = merged.column("request_key").to_pylist()
-    odd = set(keys).symmetric_difference(found)
-    if odd or len(found) != facts.request_count:
-        named = ", ".join(key.hex()[:16] for key in sorted(odd)[:5])
-        raise CountsDisagree(
-            f"Shard {facts.key[:12]} holds {facts.request_count} requests, but {len(found)} answers were harvested; "
-            f"in only one of them: {named}."
-        )
-
-
-def paid_by(attempts: Iterable[Attempt], tables: Mapping[int, pa.Table]) -> tuple[Paid, ...]:
-    """What each run bought of a shard: whoever claimed an attempt pays for it."""
-    bought: dict[tuple[str, str], list[Attempt]] = {}
-    for attempt in attempts:
-        if attempt.receipt:
-            bought.setdefault((attempt.claim.run, attempt.claim.model), []).append(attempt)
-    paid = []
-    for (run, model), own in bought.items():
-        found = [tables[attempt.number].filter(tables[attempt.number].column("paid")) for attempt in own if attempt.number in tables]
-        usage = sum((_usage(table) for table in found), Usage())
-        paid.append(Paid(run=run, model=model, batches=len(own), answers=sum(table.num_rows for table in found), usage=usage))
-    return tuple(paid)
-
-
-def _merge(everything: pa.Table) -> pa.Table:
-    """Per request its best line: a success, else what was paid, else the latest word; in the order of the first attempt."""
-    keys = everything.column("request_key").to_pylist()
-    outcomes = everything.column("outcome").to_pylist()
-    best: dict[bytes, int] = {}
-    for position, (key, outcome) in enumerate(zip(keys, outcomes, strict=True)):
-        if key not in best or RANK.get(outcome, 0) >= RANK.get(outcomes[best[key]], 0):
-            best[key] = position
-    return everything.take(pa.array(list(best.values()), pa.int64()))
-
-
-def _usage(everything: pa.Table) -> Usage:
-    """Tokens over all attempts: what was paid, not only what was kept."""
-    import pyarrow.compute as pc
-
-    paid = everything.filter(everything.column("paid"))
-
-    def total(name: str) -> int:
-        return int(pc.sum(paid.column(name)).as_py() or 0)
-
-    return Usage(
-        input_tokens=total("input_tokens"),
-        cached_tokens=total("cached_tokens"),
-        output_tokens=total("output_tokens"),
-        unknown=paid.column("input_tokens").null_count,
-    )
-
-
-def _alarms(attempts: Iterable[Attempt]) -> dict[str, int]:
-    alarms: Counter[str] = Counter()
-    for attempt in attempts:
-        for reason in attempt.ended.reasons if attempt.ended and attempt.is_harvested else ():
-            name, _, count = reason.rpartition(": ")
-            alarms[name] += int(count)
-    return dict(alarms)

@@ -1,0 +1,66 @@
+"""The money that is left for asking again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from decimal import Decimal
+from functools import cache
+
+import pyarrow.parquet as pq
+
+from nightshift.job import Job
+from nightshift.money.estimate import actual_cost, estimate_requests
+from nightshift.providers.protocol import Reply
+from nightshift.runs import Run, Site
+from nightshift.settle import usage_of
+from nightshift.shapes import Plan, Shard, Usage
+from nightshift.stores.ledger import Attempt
+from nightshift.stores.shards import answers_key
+
+
+class Purse:
+    """The dollars that are left for asking a shard's requests again; without a budget there is no bound."""
+
+    def __init__(self, dollars: Decimal | None, price: Callable[[str], Decimal | None]) -> None:
+        self._dollars, self._price = dollars, price
+
+    def pays(self, model: str) -> bool:
+        """Whether one more request can be asked of a model; its estimated price is then taken out."""
+        if self._dollars is None:
+            return True
+        price = self._price(model)
+        if price is None or price > self._dollars:
+            return False
+        self._dollars -= price
+        return True
+
+
+def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], replies: Iterable[Reply], model: str) -> Purse:
+    """What the job's budget leaves for a shard once all its answers so far are paid: its share by requests, less what it cost."""
+    budget = run.job.spec.policy.budget_usd
+    if budget is None:
+        return Purse(None, lambda model: None)
+    approved = site.store.get_shape(run.key("approved.json"), Plan)
+    share = budget * facts.request_count / max(facts.request_count, approved.submitted if approved else 0)
+    usage: dict[str, Usage] = {model: sum((_tokens_of(reply) for reply in replies if reply.paid), Usage())}
+    for attempt in attempts:
+        if attempt.is_harvested:
+            before = usage.get(attempt.claim.model, Usage())
+            usage[attempt.claim.model] = before + usage_of(pq.read_table(site.store.open(answers_key(facts.key, attempt.number))))
+    spent = sum((_cost(run.job, model, each) for model, each in usage.items()), Decimal(0))
+
+    @cache
+    def price(model: str) -> Decimal | None:
+        usd = estimate_requests(run.job, facts.request_count, facts.request_bytes, model=model).usd
+        return None if usd is None else usd / facts.request_count
+
+    return Purse(max(Decimal(0), share - spent), price)
+
+
+def _cost(job: Job, model: str, usage: Usage) -> Decimal:
+    """Dollars as far as they are known: answers without usage are left out here, and flagged in the report."""
+    return actual_cost(job.spec.request.provider, model, usage.model_copy(update={"unknown": 0})) or Decimal(0)
+
+
+def _tokens_of(reply: Reply) -> Usage:
+    return Usage(input_tokens=reply.input_tokens or 0, cached_tokens=reply.cached_tokens, output_tokens=reply.output_tokens or 0)

@@ -1,0 +1,108 @@
+"""The last word on a shard: its attempts merged into one line per request, proven against what they asked, and kept for reuse."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from nightshift.errors import CountsDisagree
+from nightshift.runs import Site
+from nightshift.shapes import Paid, Settled, Shard, Usage
+from nightshift.stores.ledger import Attempt
+from nightshift.stores.shards import answers_key, request_keys
+
+RANK: dict[str, int] = {"succeeded": 3, "invalid": 2, "truncated": 2, "refused": 2, "filtered": 2}  # of two lines the better stays
+
+
+def settle(site: Site, shard: str, attempts: list[Attempt]) -> Settled:
+    """Merge the attempts into one line per request, keep it under the fingerprint, and write the shard's last word."""
+    facts = site.ledger.shard(shard)
+    answers = site.answers(facts.fingerprint)
+    tables = {each.number: pq.read_table(site.store.open(answers_key(shard, each.number))) for each in attempts if each.is_harvested}
+    merged = _merge(pa.concat_tables(tables.values()))
+    check_shard(facts, attempts, tables, request_keys(site.store, shard), merged)
+    with site.scratch() as folder:
+        path = Path(folder) / "answers.parquet"
+        pq.write_table(merged, path, compression="zstd")
+        site.store.put(answers.file_of(shard), path)
+    return site.ledger.settle(
+        Settled(
+            shard=shard,
+            answers=answers.file_of(shard),
+            requests=facts.request_count,
+            paid=paid_by(attempts, tables),
+            alarms=_alarms(attempts),
+        )
+    )
+
+
+def check_shard(facts: Shard, attempts: list[Attempt], tables: Mapping[int, pa.Table], keys: list[bytes], merged: pa.Table) -> None:
+    """Prove from the files that every request of a shard was asked and has one last word. Raises CountsDisagree, naming ids."""
+    for attempt in attempts:
+        if attempt.number in tables and tables[attempt.number].num_rows != attempt.claim.asked:
+            raise CountsDisagree(
+                f"Attempt {attempt.number} of shard {facts.key[:12]} asked {attempt.claim.asked} requests, "
+                f"but {tables[attempt.number].num_rows} answers were harvested."
+            )
+    found = merged.column("request_key").to_pylist()
+    odd = set(keys).symmetric_difference(found)
+    if odd or len(found) != facts.request_count:
+        named = ", ".join(key.hex()[:16] for key in sorted(odd)[:5])
+        raise CountsDisagree(
+            f"Shard {facts.key[:12]} holds {facts.request_count} requests, but {len(found)} answers were harvested; "
+            f"in only one of them: {named}."
+        )
+
+
+def paid_by(attempts: Iterable[Attempt], tables: Mapping[int, pa.Table]) -> tuple[Paid, ...]:
+    """What each run bought of a shard: whoever claimed an attempt pays for it."""
+    bought: dict[tuple[str, str], list[Attempt]] = {}
+    for attempt in attempts:
+        if attempt.receipt:
+            bought.setdefault((attempt.claim.run, attempt.claim.model), []).append(attempt)
+    paid = []
+    for (run, model), own in bought.items():
+        found = [tables[attempt.number].filter(tables[attempt.number].column("paid")) for attempt in own if attempt.number in tables]
+        usage = sum((usage_of(table) for table in found), Usage())
+        paid.append(Paid(run=run, model=model, batches=len(own), answers=sum(table.num_rows for table in found), usage=usage))
+    return tuple(paid)
+
+
+def _merge(everything: pa.Table) -> pa.Table:
+    """Per request its best line: a success, else what was paid, else the latest word; in the order of the first attempt."""
+    keys = everything.column("request_key").to_pylist()
+    outcomes = everything.column("outcome").to_pylist()
+    best: dict[bytes, int] = {}
+    for position, (key, outcome) in enumerate(zip(keys, outcomes, strict=True)):
+        if key not in best or RANK.get(outcome, 0) >= RANK.get(outcomes[best[key]], 0):
+            best[key] = position
+    return everything.take(pa.array(list(best.values()), pa.int64()))
+
+
+def usage_of(everything: pa.Table) -> Usage:
+    """Tokens over all attempts: what was paid, not only what was kept."""
+    paid = everything.filter(everything.column("paid"))
+
+    def total(name: str) -> int:
+        return int(pc.sum(paid.column(name)).as_py() or 0)
+
+    return Usage(
+        input_tokens=total("input_tokens"),
+        cached_tokens=total("cached_tokens"),
+        output_tokens=total("output_tokens"),
+        unknown=paid.column("input_tokens").null_count,
+    )
+
+
+def _alarms(attempts: Iterable[Attempt]) -> dict[str, int]:
+    alarms: Counter[str] = Counter()
+    for attempt in attempts:
+        for reason in attempt.ended.reasons if attempt.ended and attempt.is_harvested else ():
+            name, _, count = reason.rpartition(": ")
+            alarms[name] += int(count)
+    return dict(alarms)
