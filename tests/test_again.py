@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from threading import Barrier
 
 import orjson
+import pyarrow.parquet as pq
 import pytest
 
 from nightshift.drive import begin, begin_again, drive
-from nightshift.errors import BatchLost, BatchUnknown, BudgetExceeded, InputMissing, JobInvalid
+from nightshift.errors import BatchLost, BatchUnknown, BudgetExceeded, InputMissing, JobInvalid, ShardHeld
 from nightshift.job import RETRYABLE, redriven
+from nightshift.runs import load_run
 from nightshift.shapes import Summary
 from nightshift.steps.approve import approve, approved_plan, reserve
 from nightshift.steps.collect import LOST_AFTER, collect
 from nightshift.steps.discover import discover
 from nightshift.steps.plan import plan
 from nightshift.steps.submit import submit
+from nightshift.steps.wait import pauses
+from nightshift.stores.answers import Reservation
+from nightshift.stores.shards import pending
+from nightshift.tidy import forget
 from tests.conftest import World, make_world, reviews
 
 
@@ -35,6 +42,18 @@ def again(world: World, of: Summary, *outcomes: str, policy=None) -> Summary:
 def planned(world: World, job, uri: str, name: str):
     run = discover(world.site, job, pattern=uri, label=name, run=name, dates={})
     return run, plan(world.site, run)
+
+
+def answers_of(world: World, summary: Summary) -> list[dict]:
+    """The published rows, with the model that answered."""
+    folder = world.site.store.key_of(summary.results)
+    keys = [found.key for found in world.site.store.scan(folder) if found.key.endswith(".parquet")]
+    rows = [row for key in keys for row in pq.read_table(world.site.store.open(key)).to_pylist()]
+    return [{"outcome": "succeeded", "model": row["_model"], "id": row["id"]} for row in rows]
+
+
+def later(world: World, **delta: float):
+    return replace(world.site, now=lambda: datetime.now(UTC) + timedelta(**delta))
 
 
 def sent_bodies(world: World) -> list[dict]:
@@ -97,17 +116,19 @@ def test_a_run_that_was_approved_late_buys_nothing_that_was_answered_meanwhile(w
 def test_an_approval_that_died_after_its_reservation_finds_it_again(world):
     run, draft = planned(world, world.job(), world.write("a.jsonl", reviews(5)), "r")
     reserved = reserve(world.site, run, draft)
-    assert approve(world.site, run, draft, ask=lambda: True) == reserved == approved_plan(world.site, run)
-    assert len(world.site.answers(draft.fingerprint).reservations()) == 1
+    approved = approve(world.site, run, draft, ask=lambda: True)
+    assert approved == approved_plan(world.site, run) == reserved.model_copy(update={"approved_at": approved.approved_at})
+    assert len(world.site.answers(draft.fingerprint).reservations()[0]) == 1
 
 
-def test_reservations_are_cleared_away_once_their_shards_are_settled(world):
+def test_reservations_are_done_once_their_shards_are_settled(world):
     job = world.job()
     for i in range(4):
         go(world, job, world.write(f"{i}.jsonl", reviews(3 * i + 3)))
     store = world.site.answers(planned(world, job, world.write("x.jsonl", reviews(1)), "x")[1].fingerprint)
-    assert list(store.reservations()) == [4]
-    assert store.in_flight(store.reservations()) == []
+    reserved, number = store.reservations()
+    assert (store.in_flight(reserved), number) == ([], 5)
+    assert store.reservations() == ({}, 5)
 
 
 def test_a_run_that_nobody_approves_reserves_nothing(world):
@@ -115,7 +136,7 @@ def test_a_run_that_nobody_approves_reserves_nothing(world):
     run, draft = planned(world, job, world.write("a.jsonl", reviews(5)), "r")
     with pytest.raises(BudgetExceeded):
         approve(world.site, run, draft, ask=lambda: True)
-    assert world.site.answers(draft.fingerprint).reservations() == {}
+    assert world.site.answers(draft.fingerprint).reservations() == ({}, 1)
 
 
 # ---- buying anew
@@ -192,8 +213,10 @@ def test_another_model_can_be_asked_and_is_told_apart_in_batches_and_costs(world
     assert summary.outcomes["succeeded"] > 36
     assert summary.cost_usd.actual == pytest.approx(bill["usd"], rel=1e-5)
     world.rehearsal.faults()
-    plain = go(world, world.job(), world.write("a.jsonl", reviews(60)))
-    assert plain.requests.submitted > 0, "an answer of another model is not the answer of this one"
+    plain = go(world, world.job(policy={"publish_at_least": 0}), world.write("a.jsonl", reviews(60)))
+    assert plain.requests.submitted == 0
+    assert plain.outcomes["refused"] > 10, "an answer of another model is not the answer of this one"
+    assert {row["model"] for row in answers_of(world, plain) if row["outcome"] == "succeeded"} == {"gpt-5.4-nano-rehearsal"}
 
 
 def test_F110_asking_again_ends_where_the_budget_does(world):
@@ -335,3 +358,164 @@ def test_two_redrives_of_one_run_at_once_pay_once_for_the_common_rows(tmp_path, 
     done = [drive(world.site, run, ask=lambda run, planned: True) for run in reversed(runs)]
     assert done[0].outcomes["succeeded"] == 30
     assert rehearsal.bill()["requests"] - before == first.outcomes["invalid"] + first.outcomes["refused"]
+
+
+def test_a_redrive_that_is_ordered_again_drives_only_what_still_fails(world):
+    """And never takes back what succeeded meanwhile."""
+    world.rehearsal.faults(invalid=0.5)
+    first = go(world, world.job(policy={"retry": {"invalid": 0}, "publish_at_least": 0}), world.write("a.jsonl", reviews(30)))
+    world.rehearsal.faults()
+    assert again(world, first, "invalid").outcomes["succeeded"] == 30
+    world.rehearsal.faults(invalid=1.0)
+    before = world.rehearsal.bill()["requests"]
+    third = again(world, first, "invalid")
+    assert (third.outcomes["succeeded"], third.requests.submitted, world.rehearsal.bill()["requests"]) == (30, 0, before)
+
+
+def test_a_redrive_that_was_approved_late_buys_nothing_that_was_mended_meanwhile(world):
+    world.rehearsal.faults(invalid=1.0)
+    first = go(world, world.job(policy={"retry": {"invalid": 0}, "publish_at_least": 0}), world.write("a.jsonl", reviews(10)))
+    world.rehearsal.faults()
+    one, two = (begin_again(world.site, first.run, each, policy=lambda job: None) for each in (("invalid",), ("invalid", "refused")))
+    plan(world.site, two)
+    drive(world.site, one, ask=lambda run, planned: True)
+    before = world.rehearsal.bill()["requests"]
+    assert drive(world.site, two, ask=lambda run, planned: True).outcomes["succeeded"] == 10
+    assert world.rehearsal.bill()["requests"] == before
+
+
+def test_a_redrive_stopped_by_its_budget_goes_on_with_a_larger_one(world):
+    world.rehearsal.faults(invalid=1.0)
+    first = go(world, world.job(policy={"retry": {"invalid": 0}, "publish_at_least": 0}), world.write("a.jsonl", reviews(10)))
+    world.rehearsal.faults()
+    with pytest.raises(BudgetExceeded):
+        again(world, first, "invalid", policy=world.job(policy={"budget_usd": 0.0000001}).spec.policy)
+    assert again(world, first, "invalid", policy=world.job(policy={"budget_usd": 10}).spec.policy).outcomes["succeeded"] == 10
+
+
+def test_a_redrive_is_estimated_as_it_is_asked(world):
+    world.rehearsal.faults(refused=1.0)
+    first = go(world, world.job(policy={"publish_at_least": 0}), world.write("a.jsonl", reviews(20)))
+    world.rehearsal.faults()
+    dearer = {"retry": {"refused": {"times": 1, "model": "gpt-5.4"}}, "budget_usd": float(first.cost_usd.estimated) * 1.1}
+    with pytest.raises(BudgetExceeded):
+        again(world, first, "refused", policy=world.job(policy=dearer).spec.policy)
+    assert world.rehearsal.bill()["requests"] == 20
+
+
+def test_a_redrive_whose_answers_are_not_all_kept_is_told_before_it_pays(world):
+    world.rehearsal.faults(invalid=0.5)
+    first = go(world, world.job(policy={"retry": {"invalid": 0}, "publish_at_least": 0}), world.write("a.jsonl", reviews(20)))
+    world.rehearsal.faults()
+    forget(world.site, "reviews", ["r1"])
+    with pytest.raises(InputMissing, match="not all of its answers are kept"):
+        again(world, first, "invalid")
+    assert world.rehearsal.bill()["requests"] == 20
+
+
+# ---- adopted shards
+
+
+def test_an_adopter_does_not_pay_for_what_its_own_budget_does_not_allow(world):
+    """A run reserves 200 requests and never sends them; another one shares a single row, and may spend next to nothing."""
+    abandoned, draft = planned(world, world.job(), world.write("a.jsonl", reviews(200)), "abandoned")
+    approve(world.site, abandoned, draft, ask=lambda: True)
+    run, small = planned(world, world.job(policy={"budget_usd": 0.0001}), world.write("b.jsonl", reviews(1)), "small")
+    [shard] = approve(world.site, run, small, ask=lambda: True).shards
+    with pytest.raises(ShardHeld, match="the run that has reserved it"):
+        submit(world.site, run, shard)
+    assert list(pauses(world.site, run, shard)) == [60.0]
+    with pytest.raises(BudgetExceeded):
+        submit(later(world, hours=7), run, shard)
+    assert world.rehearsal.bill()["batches"] == 0
+    submit(world.site, abandoned, shard)
+    assert drive(world.site, run, ask=lambda run, planned: False).outcomes["succeeded"] == 1
+
+
+def test_an_adopter_with_room_in_its_budget_sends_what_nobody_has_sent(world):
+    abandoned, draft = planned(world, world.job(), world.write("a.jsonl", reviews(20)), "abandoned")
+    approve(world.site, abandoned, draft, ask=lambda: True)
+    summary = go(world, world.job(policy={"budget_usd": 10}), world.write("b.jsonl", reviews(3)))
+    assert (summary.requests.adopted, summary.paid, summary.outcomes["succeeded"]) == (3, 20, 3)
+
+
+def test_an_adopters_deadline_and_retries_are_not_those_of_the_run_that_pays(world):
+    world.rehearsal.pace(validating=0.0, running=3600.0, finalizing=0.0, cancelling=0.05)
+    uri = world.write("a.jsonl", reviews(10))
+    payer, draft = planned(world, world.job(policy={"deadline_hours": 26}), uri, "payer")
+    [shard] = approve(world.site, payer, draft, ask=lambda: True).shards
+    submit(world.site, payer, shard)
+    adopter, other = planned(world, world.job(policy={"deadline_hours": 1, "retry": {"cancelled": 0}}), uri, "adopter")
+    assert approve(world.site, adopter, other, ask=lambda: True).adopted == 10
+    two_hours_on = later(world, hours=2)
+    looks = pauses(two_hours_on, adopter, shard)
+    next(looks)
+    [attempt] = world.site.ledger.attempts(shard)
+    assert world.rehearsal.provider().poll(attempt.receipt.batch_id).status == "in_progress"
+    world.rehearsal.provider().cancel(attempt.receipt.batch_id)  # by a person
+    for pause in looks:
+        time.sleep(min(pause, 0.05))
+    assert collect(two_hours_on, adopter, shard) is None, "the payer asks cancelled requests again"
+
+
+def test_who_harvests_first_has_decided_and_the_second_one_changes_nothing(world, monkeypatch):
+    """Owner and adopter see the end together, with different retries."""
+    world.rehearsal.faults(errored=0.5)
+    uri = world.write("a.jsonl", reviews(20))
+    run, draft = planned(world, world.job(policy={"retry": {"errored": 2}}), uri, "a")
+    [shard] = approve(world.site, run, draft, ask=lambda: True).shards
+    submit(world.site, run, shard)
+    for pause in pauses(world.site, run, shard):
+        time.sleep(pause)
+    store = type(world.site.store)
+    create, met = store.create, []
+
+    def slower(self, key, data):
+        if key.endswith("answers-1.parquet") and not met:
+            met.append(key)
+            collect(world.site, run, shard)
+        return create(self, key, data)
+
+    monkeypatch.setattr(store, "create", slower)
+    collect(world.site, run, shard)
+    [attempt] = world.site.ledger.attempts(shard)
+    assert attempt.ended.remaining == len(pending(world.site.store, shard, (1,))) > 0
+    world.rehearsal.faults()
+    assert drive(world.site, run, ask=lambda run, planned: True).outcomes["succeeded"] == 20
+
+
+def test_what_another_run_settled_with_failures_meanwhile_is_asked_anew(world):
+    job, uri = world.job(policy={"retry": {"errored": 0}, "publish_at_least": 0}), world.write("a.jsonl", reviews(8))
+    run, _ = planned(world, job, uri, "slow")
+    world.rehearsal.faults(errored=1.0)
+    go(world, job, uri)
+    world.rehearsal.faults()
+    summary = drive(world.site, run, ask=lambda run, planned: True)
+    assert (summary.paid, summary.outcomes["succeeded"]) == (8, 8)
+
+
+def test_a_reservation_number_is_never_taken_by_who_has_not_read_its_successor(world, monkeypatch):
+    """While a slow run reads the log, another one reserves the same rows, and a third one clears up."""
+    job = world.job(policy={"max_requests_per_shard": 10})
+    for name in ("c", "d"):
+        go(world, job, world.write(f"{name}.jsonl", reviews(60)[50:] if name == "c" else reviews(80)[70:]))
+    slow, draft = planned(world, job, world.write("a.jsonl", reviews(20)), "slow")
+    store = type(world.site.store)
+    get_shape, met = store.get_shape, []
+
+    def slower(self, key, shape):
+        if shape is Reservation and not met:
+            met.append(key)
+            other, drafted = planned(world, job, world.write("o.jsonl", reviews(25)[5:]), "other")
+            approve(world.site, other, drafted, ask=lambda: True)
+            planned(world, job, world.write("e.jsonl", reviews(70)[69:]), "third")
+        return get_shape(self, key, shape)
+
+    world.site.store.create_shape(f"answers/{draft.fingerprint}/reserved/00000003.json", Reservation(run="memory://gone", plan=draft))
+    monkeypatch.setattr(store, "get_shape", slower)
+    approved = approve(world.site, slow, draft, ask=lambda: True)
+    monkeypatch.setattr(store, "get_shape", get_shape)
+    assert met
+    other = approved_plan(world.site, load_run(world.site.store, world.site.store.uri_of("runs/reviews/other")))
+    assert not set(approved.own_shards) & set(other.own_shards)
+    assert approved.submitted + approved.adopted == 20

@@ -9,12 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from nightshift.drive import begin, drive
-from nightshift.errors import InputMissing, ShardHeld
+from nightshift.errors import InputMissing, QuotaExhausted, RowInUse
 from nightshift.shapes import Summary
 from nightshift.steps.approve import approve
 from nightshift.steps.discover import discover
 from nightshift.steps.plan import plan
 from nightshift.steps.submit import submit
+from nightshift.stores.answers import AnswerStore
 from nightshift.tidy import GRACE, MERGE_AT, forget, tidy
 from tests.conftest import World, reviews
 
@@ -116,7 +117,67 @@ def test_a_row_that_is_being_asked_cannot_be_forgotten_and_an_unknown_one_is_tol
     run = discover(world.site, world.job(), pattern=world.write("a.jsonl", reviews(3)), label="x", run="r", dates={})
     [shard] = approve(world.site, run, plan(world.site, run), ask=lambda: True).shards
     submit(world.site, run, shard)
-    with pytest.raises(ShardHeld):
+    with pytest.raises(RowInUse):
         forget(world.site, "reviews", ["r1"])
     with pytest.raises(InputMissing, match="no run has asked anything about nobody"):
         forget(world.site, "reviews", ["nobody"])
+
+
+def test_a_row_that_an_approved_run_counts_on_cannot_be_forgotten(world):
+    job = world.job()
+    go(world, job, world.write("a.jsonl", reviews(10)))
+    run = discover(world.site, job, pattern=world.write("b.jsonl", reviews(12)), label="x", run="r", dates={})
+    approve(world.site, run, plan(world.site, run), ask=lambda: True)
+    with pytest.raises(RowInUse):
+        forget(world.site, "reviews", ["r1"])
+    assert drive(world.site, run, ask=lambda run, planned: True).outcomes["succeeded"] == 12
+    assert forget(world.site, "reviews", ["r1"]).requests == 1
+
+
+def test_answers_that_an_approved_run_counts_on_are_not_dropped(world):
+    job = world.job()
+    go(world, job, world.write("a.jsonl", reviews(10)))
+    run = discover(world.site, job, pattern=world.write("b.jsonl", reviews(12)), label="x", run="r", dates={})
+    approve(world.site, run, plan(world.site, run), ask=lambda: True)
+    assert tidy(later(world, days=31), keep=timedelta(days=30)).dropped == 0
+    assert drive(world.site, run, ask=lambda run, planned: True).outcomes["succeeded"] == 12
+    assert tidy(later(world, days=31), keep=timedelta(days=30)).dropped == 12
+
+
+def test_a_run_that_failed_before_it_paid_can_be_gone_on_with_after_a_tidy(world):
+    job, uri = world.job(), world.write("a.jsonl", reviews(5))
+    world.rehearsal.faults(create_quota=1)
+    with pytest.raises(QuotaExhausted):
+        go(world, job, uri)
+    tidy(later(world, days=31), keep=timedelta(days=30))
+    assert go(world, job, uri).outcomes["succeeded"] == 5
+
+
+def test_a_plan_made_while_answers_are_merged_away_reuses_all_of_them(world, many, monkeypatch):
+    job, uri = many
+    tidy(world.site, keep=None)
+    files, met = AnswerStore.files, []
+
+    def slower(self):
+        found = files(self)
+        if not met:
+            met.append(1)
+            tidy(later(world, seconds=GRACE.total_seconds() + 10), keep=None)
+        return found
+
+    monkeypatch.setattr(AnswerStore, "files", slower)
+    run = discover(world.site, job, pattern=uri, label="x", run="r", dates={})
+    assert plan(world.site, run).reused == 60
+
+
+def test_merging_keeps_what_each_model_has_answered(world):
+    """A job that accepts another model's answers and one that does not share a store."""
+    other = world.job(policy={"retry": {"refused": {"times": 1, "model": "gpt-5.4-mini"}}, "publish_at_least": 0})
+    world.rehearsal.faults(refused=0.7)
+    for i in range(MERGE_AT):
+        go(world, other, world.write(f"{i}.jsonl", reviews(40)[5 * i : 5 * i + 5]))
+    plain, uri = world.job(policy={"publish_at_least": 0}), world.write("all.jsonl", reviews(40))
+    tidy(world.site, keep=None)
+    tidy(later(world, seconds=GRACE.total_seconds() + 10), keep=None)
+    assert len(answers_files(world)) == 1
+    assert go(world, plain, uri).requests.reused == go(world, other, uri).requests.reused == 40

@@ -148,8 +148,12 @@ def redrive(
     site = local_site(settings, _store(store, settings))
 
     def policy(job: str) -> Policy | None:
-        path = settings.jobs / f"{job}.yaml"
-        return load_job(path).spec.policy if path.is_file() else None
+        try:
+            path = find_job(job, settings.jobs)
+        except JobInvalid:
+            people.print(f"There is no job file of {job} in {settings.jobs}: the run's own policy counts.", markup=False, soft_wrap=True)
+            return None
+        return load_job(path).spec.policy
 
     _drive(site, lambda: begin_again(site, run, redriven(outcome or ()), policy=policy), json=json, yes=yes)
 

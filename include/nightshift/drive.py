@@ -49,14 +49,15 @@ def begin(site: Site, job: Job, *, pattern: str, dates: Mapping[str, str], sched
 
 
 def begin_again(site: Site, name: str, outcomes: Sequence[Outcome], *, policy: Callable[[str], Policy | None]) -> Run:
-    """Begin to drive a run's failures again, or go on with it: the same run and outcomes are the same redrive until it is reported.
+    """Begin to drive a run's failures again, or go on with it: same run, outcomes and policy are the same redrive until it is reported.
 
     `policy`: by the job's name, the policy in place of that of the first run.
     """
     original = find_run(site.store, name)
-    identity = run_id("redrive", name, *outcomes)
+    wanted = policy(original.job.name) or original.job.spec.policy
+    identity = run_id("redrive", name, wanted.model_dump_json(), *outcomes)
     number, run = _next_run(site, original.job.name, identity)
-    return begin_redrive(site, original, outcomes, label=f"redrive of {name[:6]}-{number}", run=run, policy=policy(original.job.name))
+    return begin_redrive(site, original, outcomes, label=f"redrive of {name[:6]}-{number}", run=run, policy=wanted)
 
 
 def _next_run(site: Site, job: str, identity: str) -> tuple[int, str]:

@@ -26,6 +26,7 @@ NightshiftError
     │   └── ResultsGone           it knows the batch, and not the result files that the batch names
     ├── StoreUnavailable          the object store did not answer
     ├── DownloadIncomplete        fewer bytes came than the provider announced
+    ├── RowInUse                  a run under way counts on the answer that is to be forgotten
     ├── ShardHeld                 another attempt is at this shard right now
     ├── SubmissionInDoubt         a create call was sent and its answer never came
     └── Interrupted               stopped in the middle; the same call goes on from there
@@ -266,6 +267,14 @@ class DownloadIncomplete(Transient):
     def __init__(self, file_id: str, received: int, expected: int) -> None:
         self.file_id, self.received, self.expected = file_id, received, expected
         super().__init__(f"Result file {file_id} broke off after {received:,} of {expected:,} bytes; it will be fetched again.")
+
+
+class RowInUse(Transient):
+    """A run that has read the row is approved and has not come to its outcomes."""
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+        super().__init__(f"{run} is under way and counts on a row that is to be forgotten. Let it come to its end, then forget the row.")
 
 
 class ShardHeld(Transient):

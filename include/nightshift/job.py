@@ -351,6 +351,9 @@ def _contradictions(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
     spec, fields = job.spec, answer_fields(job.answer_schema)
     if not spec.schedule and not spec.on_upload and "{{" in spec.input.uri:
         yield ("input", "uri"), "uses run dates, but the job has no schedule; name the objects or set a schedule"
+    cut = spec.policy.retry.truncated
+    if cut.times and not cut.model and job.token_limit is None:
+        yield ("policy", "retry", "truncated"), "would ask the same again: set request.parameters.max_output_tokens, or another model"
     kept = dict.fromkeys([spec.input.id, *spec.output.keep])
     for column in sorted(set(kept) & set(fields)):
         yield ("output", "keep"), f"{column!r} is an input column and an answer field too; rename one of them"

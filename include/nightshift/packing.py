@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from nightshift.job import RequestSpec
 from nightshift.runs import Site
-from nightshift.shapes import Shard
+from nightshift.shapes import PAID_OUTCOMES, Outcome, Shard
 from nightshift.stores.answers import AnswerStore
 from nightshift.stores.shards import keep_shard, request_keys, shard_key
 
@@ -38,12 +38,18 @@ class Wanted:
     ordinal: int
 
 
-def mark_answered(database: duckdb.DuckDBPyConnection, answers: AnswerStore, files: Iterable[str], models: Collection[str]) -> list[str]:
-    """Mark the requests that somebody has paid for; the answer files that hold them."""
+def mark_answered(
+    database: duckdb.DuckDBPyConnection,
+    answers: AnswerStore,
+    files: Iterable[str],
+    models: Collection[str],
+    outcomes: Collection[Outcome] = PAID_OUTCOMES,
+) -> list[str]:
+    """Mark the requests that somebody has paid for, with one of these outcomes; the answer files that hold them."""
     used = []
     for file in files:
         database.execute("CREATE OR REPLACE TEMP TABLE paid (key BLOB)")
-        for batch in answers.paid_keys(file, models):
+        for batch in answers.paid_keys(file, models, outcomes):
             found = pa.Table.from_batches([batch])  # DuckDB finds it by its name in this scope
             database.execute("INSERT INTO paid SELECT * FROM found")
             del found

@@ -6,20 +6,22 @@ submit, wait, collect, assemble, audit, publish, report.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from nightshift.errors import InputMissing
+from nightshift.errors import CountsDisagree, InputMissing, ProviderUnavailable
 from nightshift.job import Job, Policy
-from nightshift.money.estimate import estimate_requests
-from nightshift.packing import IN_FLIGHT, REQUESTS, cut, freeze, mark_in_flight, wanted
+from nightshift.money.estimate import estimate_variants, sum_estimates
+from nightshift.packing import IN_FLIGHT, REQUESTS, cut, freeze, mark_answered, mark_in_flight, wanted
 from nightshift.runs import Redrive, Run, RunInput, Site, load_run, run_folder, salt_of
-from nightshift.shapes import Assembled, Outcome, Plan, Variant
+from nightshift.shapes import Assembled, Estimate, Outcome, Plan, Shard, Variant
 from nightshift.steps.approve import approved_plan
-from nightshift.steps.assemble import load
+from nightshift.steps.assemble import load, reconcile
 from nightshift.stores.answers import seen
 from nightshift.stores.database import open_database
 from nightshift.stores.objects import Objects
@@ -27,6 +29,8 @@ from nightshift.stores.shards import key_of_line, requests_key
 
 if TYPE_CHECKING:
     import duckdb
+
+MENDED: tuple[Outcome, ...] = ("succeeded",)  # what another run, or another redrive, may have made of a failure
 
 
 def find_run(store: Objects, name: str) -> Run:
@@ -45,13 +49,16 @@ def begin_redrive(site: Site, original: Run, outcomes: Sequence[Outcome], *, lab
     if site.store.get_shape(original.key("assembled.json"), Assembled) is None:
         raise InputMissing(original.uri, "its outcomes are not known yet: let it come to its end first")
     job = original.job
-    if policy is not None:
+    if policy is not None and policy != job.spec.policy:
         job = Job(
             spec=job.spec.model_copy(update={"policy": policy}),
             prompt_source=job.prompt_source,
             answer_schema=job.answer_schema,
             expectations=job.expectations,
         )
+    with suppress(ProviderUnavailable):  # submit will meet it again, where waiting can help
+        for model in job.spec.stand_ins:
+            site.open_provider(job.spec.request).check(model)
     begun = RunInput(
         run=run,
         label=label,
@@ -75,28 +82,25 @@ def draft_redrive(site: Site, run: Run) -> Plan:
     before = approved_plan(site, original)
     provider = site.open_provider(job.spec.request)
     answers = site.answers(before.fingerprint)
-    in_flight = answers.in_flight(answers.reservations())
+    in_flight = answers.in_flight(answers.reservations()[0])
     with site.scratch() as folder, open_database(Path(folder)) as database:
         load(site, job, Path(folder), database, before)
+        _check_kept(database, before, original)
         _choose(database, redrive.outcomes)
         spool = _gather_lines(site, Path(folder), database)
+        files = answers.files()
+        mended = mark_answered(database, answers, files, job.spec.stand_ins, MENDED)
         adopted_shards = mark_in_flight(site, database, in_flight)
         most = min(provider.limits.requests, job.spec.policy.max_requests_per_shard or provider.limits.requests)
-        shards = [
-            freeze(
-                site,
-                job.spec.request,
-                before.fingerprint,
-                spool,
-                group,
-                salt=salt_of(run),
-                before=_seed(database, job, [item.key for item in group]),
-            )
-            for group in cut(wanted(database), most, provider.limits.request_bytes)
-        ]
+        shards: list[Shard] = []
+        estimates: list[Estimate] = []
+        for group in cut(wanted(database), most, provider.limits.request_bytes):
+            seed = _seed(database, job, [item.key for item in group])
+            shards.append(freeze(site, job.spec.request, before.fingerprint, spool, group, salt=salt_of(run), before=seed))
+            estimates += estimate_variants(job, Counter(map(Variant.model_validate_json, seed.column("again").to_pylist())), shards[-1])
         counts = dict(database.execute("SELECT coalesce(known, ''), count(*) FROM requests GROUP BY 1").fetchall())
     submitted, adopted = counts.get("", 0), counts.get(IN_FLIGHT, 0)
-    if not submitted + adopted:
+    if not counts:
         raise InputMissing(original.uri, f"none of its rows ended as {' or '.join(redrive.outcomes)}, so there is nothing to drive again")
     own = [each for each in before.shards if (settled := site.ledger.settled(each)) for each in [settled.answers]]
     return before.model_copy(
@@ -106,19 +110,29 @@ def draft_redrive(site: Site, run: Run) -> Plan:
             "submitted": submitted,
             "shards": (*(shard.key for shard in shards), *adopted_shards),
             "adopted_shards": tuple(adopted_shards),
-            "answers": tuple(dict.fromkeys([*before.answers, *own])),
-            "estimate": estimate_requests(job, submitted, sum(shard.request_bytes for shard in shards)),
+            "answers": tuple(dict.fromkeys([*before.answers, *own, *mended])),
+            "estimate": sum_estimates(job, estimates),
             "saved_usd": None,
-            "seen": seen(answers.files(), in_flight),
+            "approved_at": None,
+            "seen": seen(files, in_flight),
         }
     )
+
+
+def _check_kept(database: duckdb.DuckDBPyConnection, plan: Plan, original: Run) -> None:
+    """Find out before anything is bought whether the other run's answers are all still there. Raises InputMissing."""
+    try:
+        reconcile(database, plan)
+    except CountsDisagree as error:
+        why = f"not all of its answers are kept any more ({error}) Run the job again in place of a redrive"
+        raise InputMissing(original.uri, why) from error
 
 
 def _choose(database: duckdb.DuckDBPyConnection, outcomes: Sequence[Outcome]) -> None:
     """The last word on every request that is driven again, as the table `failed`."""
     database.execute(
         """CREATE TABLE failed AS
-           SELECT answers.* EXCLUDE (filename), (SELECT min(ordinal) FROM rows WHERE rows.request_key = answers.request_key) AS ordinal
+           SELECT answers.*, (SELECT min(ordinal) FROM rows WHERE rows.request_key = answers.request_key) AS ordinal
            FROM answers WHERE list_contains(?, answers.outcome)""",
         [list(outcomes)],
     )

@@ -49,13 +49,11 @@ def check_shard(facts: Shard, attempts: list[Attempt], tables: Mapping[int, pa.T
                 f"Attempt {attempt.number} of shard {facts.key[:12]} asked {attempt.claim.asked} requests, "
                 f"but {tables[attempt.number].num_rows} answers were harvested."
             )
-    found = merged.column("request_key").to_pylist()
-    odd = set(keys).symmetric_difference(found)
-    if odd or len(found) != facts.request_count:
+    found = set(merged.column("request_key").to_pylist())
+    if odd := found.symmetric_difference(keys):
         named = ", ".join(key.hex()[:16] for key in sorted(odd)[:5])
         raise CountsDisagree(
-            f"Shard {facts.key[:12]} holds {facts.request_count} requests, but {len(found)} answers were harvested; "
-            f"in only one of them: {named}."
+            f"Shard {facts.key[:12]} holds {facts.request_count} requests, but {len(found)} were answered; in only one of them: {named}."
         )
 
 
@@ -74,14 +72,17 @@ def paid_by(attempts: Iterable[Attempt], tables: Mapping[int, pa.Table]) -> tupl
 
 
 def _merge(everything: pa.Table) -> pa.Table:
-    """Per request its best line: a success, else what was paid, else the latest word; in the order of the first attempt."""
-    keys = everything.column("request_key").to_pylist()
-    outcomes = everything.column("outcome").to_pylist()
-    best: dict[bytes, int] = {}
-    for position, (key, outcome) in enumerate(zip(keys, outcomes, strict=True)):
-        if key not in best or RANK.get(outcome, 0) >= RANK.get(outcomes[best[key]], 0):
-            best[key] = position
-    return everything.take(pa.array(list(best.values()), pa.int64()))
+    """Per request and model asked its best line: a success, else what was paid, else the latest word; in the order of the attempts.
+
+    What a stand-in answered stands beside the word of the job's own model, which may be all that another job accepts.
+    """
+    lines = zip(*(everything.column(name).to_pylist() for name in ("request_key", "stand_in", "outcome")), strict=True)
+    best: dict[tuple[bytes, str | None], tuple[int, int]] = {}
+    for position, (key, stand_in, outcome) in enumerate(lines):
+        rank = RANK.get(outcome, 0)
+        if rank >= best.get((key, stand_in), (0, 0))[0]:
+            best[key, stand_in] = (rank, position)
+    return everything.take(pa.array([position for _, position in best.values()], pa.int64()))
 
 
 def usage_of(everything: pa.Table) -> Usage:

@@ -133,6 +133,7 @@ class Plan(Wire):
     slices: tuple[str, ...]  # row indexes, in order of the rows
     estimate: Estimate
     saved_usd: Decimal | None  # what the duplicates and the reused requests would have cost
+    approved_at: datetime | None = None
     seen: str  # digest of what was known then of others' answers and shards: looked at again only where it has changed
 
     @property

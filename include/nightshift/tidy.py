@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nightshift.errors import InputMissing, ShardHeld
+from nightshift.errors import InputMissing, RowInUse
 from nightshift.runs import Site
 from nightshift.shapes import Plan
 from nightshift.stores.answers import MERGED, is_merged
@@ -60,6 +60,7 @@ def tidy(site: Site, *, keep: timedelta | None) -> Tidied:
     """Merge small answers files; with `keep`, drop answers and bulk that are older. Facts, plans and reports always stay."""
     cutoff = None if keep is None else site.now() - keep
     merged = removed = dropped = 0
+    needed = _needed(site) if keep is not None else frozenset[str]()
     for folder in site.store.folders("answers"):
         files = [found for found in site.store.scan(folder) if found.key.endswith(".parquet")]
         sources = _sources(site, files)
@@ -71,7 +72,7 @@ def tidy(site: Site, *, keep: timedelta | None) -> Tidied:
             _merge(site, folder, small)
             merged += len(small)
         if cutoff is not None:
-            dropped += sum(_drop_older(site, found.key, cutoff) for found in files if found.key not in old)
+            dropped += sum(_drop_older(site, found.key, cutoff) for found in files if found.key not in {*old, *needed})
         removed += len(old)
     emptied = 0 if cutoff is None else _empty_older(site, cutoff)
     return Tidied(merged=merged, removed=removed, dropped=dropped, emptied=emptied)
@@ -81,23 +82,42 @@ def forget(site: Site, job: str, ids: Collection[str]) -> Forgotten:
     """Take the requests and answers of some rows out of everything that is kept for reuse; asked again, they are bought again.
 
     Published partitions are the users' data and stay as they are: they are named. Raises InputMissing where no run of the
-    job has read such a row, and ShardHeld where one of them is being asked at this moment.
+    job has read such a row, and RowInUse where a run that has read one is under way.
     """
-    plans = [plan for folder in site.store.folders(f"runs/{job}") if (plan := _plan(site, folder))]
-    keys, published = _requests_of(site, job, plans, ids)
+    plans = {folder: plan for folder in site.store.folders(f"runs/{job}") if (plan := _plan(site, folder))}
+    keys, published = _requests_of(site, job, list(plans.values()), ids)
     if not keys:
         raise InputMissing(site.store.uri_of(f"runs/{job}"), f"no run has asked anything about {', '.join(sorted(ids))}")
-    shards = [shard for shard in dict.fromkeys(shard for plan in plans for shard in plan.shards) if _holds(site, shard, keys)]
-    for shard in shards:
-        if site.ledger.settled(shard) is None and site.ledger.attempts(shard):
-            raise ShardHeld(shard, "its batch, and the rows are being asked in it", 0)
+    for folder in _under_way(site, f"runs/{job}"):
+        if folder in plans and _requests_of(site, job, [plans[folder]], ids)[0]:
+            raise RowInUse(site.store.uri_of(folder))
+    shards = [shard for shard in dict.fromkeys(shard for plan in plans.values() for shard in plan.shards) if _holds(site, shard, keys)]
     answers, mask = 0, pa.array(sorted(keys), pa.binary(32))
-    for fingerprint in dict.fromkeys(plan.fingerprint for plan in plans):
+    for fingerprint in dict.fromkeys(plan.fingerprint for plan in plans.values()):
         for file in site.answers(fingerprint).files():
             answers += _rewrite(site, file, lambda table: pc.invert(pc.is_in(table.column("request_key"), mask)))
     for shard in shards:
         _strike(site, shard, keys)
     return Forgotten(requests=len(keys), answers=answers, published=published)
+
+
+def _needed(site: Site) -> frozenset[str]:
+    """The answers files that runs under way count on: they are approved, and not assembled yet."""
+    needed: set[str] = set()
+    for plan in (_plan(site, folder) for job in site.store.folders("runs") for folder in _under_way(site, job)):
+        if plan:
+            answers = site.answers(plan.fingerprint)
+            needed.update(answers.kept([*plan.answers, *map(answers.file_of, plan.shards)]))
+    return frozenset(needed)
+
+
+def _under_way(site: Site, job_folder: str) -> list[str]:
+    """The runs of a job that are approved and have not come as far as their outcomes."""
+    names: dict[str, set[str]] = {}
+    for found in site.store.scan(job_folder):
+        folder, _, name = found.key.rpartition("/")
+        names.setdefault(folder, set()).add(name)
+    return [folder for folder, inside in names.items() if "approved.json" in inside and "assembled.json" not in inside]
 
 
 def _sources(site: Site, files: Iterable[Found]) -> dict[str, float]:
@@ -113,14 +133,14 @@ def _sources(site: Site, files: Iterable[Found]) -> dict[str, float]:
 
 
 def _merge(site: Site, folder: str, files: Sequence[str]) -> None:
-    """Write some answers files as one: per request a success, else a paid answer, else the latest word."""
+    """Write some answers files as one: per request and model asked a success, else a paid answer, else the latest word."""
     name = hashlib.sha256("\n".join(files).encode()).hexdigest()[:32]
     with site.scratch() as scratch, open_database(Path(scratch)) as database:
         paths = [str(site.store.download(key, Path(scratch) / f"{number}.parquet")) for number, key in enumerate(files)]
         schema = pq.read_schema(paths[0]).with_metadata({SOURCES: json.dumps(files).encode()})
         reader = database.sql(
-            f"""SELECT * FROM read_parquet({paths!r}) QUALIFY
-                row_number() OVER (PARTITION BY request_key ORDER BY outcome = 'succeeded' DESC, paid DESC, answered_at DESC) = 1"""
+            f"""SELECT * FROM read_parquet({paths!r}) QUALIFY row_number() OVER (
+                  PARTITION BY request_key, stand_in ORDER BY outcome = 'succeeded' DESC, paid DESC, answered_at DESC) = 1"""
         ).to_arrow_reader(16_384)
         merged = Path(scratch) / "merged.parquet"
         with pq.ParquetWriter(merged, schema, compression="zstd") as writer:
@@ -156,7 +176,7 @@ def _rewrite(site: Site, file: str, keeps: Keeps) -> int:
 def _empty_older(site: Site, cutoff: datetime) -> int:
     """Remove the bulk of shards and runs that ended before the cutoff; how many were emptied."""
     emptied = 0
-    for last_word, root in (("settled.json", "shards"), ("summary.json", "runs")):
+    for last_word, root in (("settled.json", "shards"), ("assembled.json", "runs")):
         ended = {found.key.rpartition("/")[0] for found in site.store.scan(root) if _is_older(found, last_word, cutoff)}
         bulk: dict[str, list[str]] = {}
         for found in site.store.scan(root):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from decimal import Decimal
 from typing import Any
 
+from airflow.providers.standard.exceptions import HITLRejectException, HITLTimeoutError
 from airflow.providers.standard.operators.hitl import ApprovalOperator
 
+from nightshift.errors import ApprovalNeeded
 from nightshift.steps.approve import approve, must_ask, question
 from nightshift.steps.plan import plan
 from nightshift_airflow.site import owner_of, run_at
@@ -34,7 +37,12 @@ class ApproveRun(ApprovalOperator):
         return list(approve(site, run, planned, ask=lambda: False).shards)
 
     def execute_complete(self, context: Any, event: dict[str, Any]) -> list[str]:
-        """Go on with a person's yes; a no has failed the task by then."""
-        super().execute_complete(context, event)
+        """Go on with a person's yes. A no, and no answer, end the task for good: asking again is a person's to decide."""
         site, run = run_at(self.run_uri, owner_of(context))
-        return list(approve(site, run, plan(site, run), ask=lambda: True).shards)
+        planned = plan(site, run)
+        try:
+            super().execute_complete(context, event)
+        except (HITLRejectException, HITLTimeoutError) as error:
+            limit = run.job.spec.policy.approve_above_usd or run.job.spec.policy.budget_usd or Decimal(0)
+            raise ApprovalNeeded(planned.estimate.usd, limit) from error
+        return list(approve(site, run, planned, ask=lambda: True).shards)

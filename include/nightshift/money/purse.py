@@ -13,7 +13,7 @@ from nightshift.money.estimate import actual_cost, estimate_requests
 from nightshift.providers.protocol import Reply
 from nightshift.runs import Run, Site
 from nightshift.settle import usage_of
-from nightshift.shapes import Plan, Shard, Usage
+from nightshift.shapes import Plan, Shard, Usage, Variant
 from nightshift.stores.ledger import Attempt
 from nightshift.stores.shards import answers_key
 
@@ -21,14 +21,14 @@ from nightshift.stores.shards import answers_key
 class Purse:
     """The dollars that are left for asking a shard's requests again; without a budget there is no bound."""
 
-    def __init__(self, dollars: Decimal | None, price: Callable[[str], Decimal | None]) -> None:
+    def __init__(self, dollars: Decimal | None, price: Callable[[Variant], Decimal | None]) -> None:
         self._dollars, self._price = dollars, price
 
-    def pays(self, model: str) -> bool:
-        """Whether one more request can be asked of a model; its estimated price is then taken out."""
+    def pays(self, asked_as: Variant) -> bool:
+        """Whether one more request can be asked so; its estimated price is then taken out."""
         if self._dollars is None:
             return True
-        price = self._price(model)
+        price = self._price(asked_as)
         if price is None or price > self._dollars:
             return False
         self._dollars -= price
@@ -39,7 +39,7 @@ def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], re
     """What the job's budget leaves for a shard once all its answers so far are paid: its share by requests, less what it cost."""
     budget = run.job.spec.policy.budget_usd
     if budget is None:
-        return Purse(None, lambda model: None)
+        return Purse(None, lambda asked_as: None)
     approved = site.store.get_shape(run.key("approved.json"), Plan)
     share = budget * facts.request_count / max(facts.request_count, approved.submitted if approved else 0)
     usage: dict[str, Usage] = {model: sum((_tokens_of(reply) for reply in replies if reply.paid), Usage())}
@@ -50,8 +50,8 @@ def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], re
     spent = sum((_cost(run.job, model, each) for model, each in usage.items()), Decimal(0))
 
     @cache
-    def price(model: str) -> Decimal | None:
-        usd = estimate_requests(run.job, facts.request_count, facts.request_bytes, model=model).usd
+    def price(asked_as: Variant) -> Decimal | None:
+        usd = estimate_requests(run.job, facts.request_count, facts.request_bytes, asked_as=asked_as).usd
         return None if usd is None else usd / facts.request_count
 
     return Purse(max(Decimal(0), share - spent), price)

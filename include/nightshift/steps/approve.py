@@ -19,7 +19,7 @@ from nightshift.job import Policy
 from nightshift.money.estimate import estimate_requests
 from nightshift.packing import ANSWERED, IN_FLIGHT, REQUESTS, Wanted, freeze, mark_answered, mark_in_flight
 from nightshift.runs import Run, Site, salt_of
-from nightshift.shapes import Plan, Shard
+from nightshift.shapes import PAID_OUTCOMES, Outcome, Plan, Shard
 from nightshift.stores.answers import Reservation, seen
 from nightshift.stores.database import open_database
 from nightshift.stores.shards import key_of_line, request_keys, requests_key, seed_of
@@ -76,7 +76,8 @@ def approve(site: Site, run: Run, plan: Plan, *, ask: Callable[[], bool]) -> Pla
             raise BudgetExceeded(plan.estimate.usd or Decimal(0), budget)
         case Ask(limit) if not ask():
             raise ApprovalNeeded(plan.estimate.usd, limit)
-    return site.store.settle(run.key("approved.json"), reserve(site, run, plan))
+    reserved = reserve(site, run, plan)
+    return site.store.settle(run.key("approved.json"), reserved.model_copy(update={"approved_at": site.now()}))
 
 
 def must_ask(site: Site, run: Run, plan: Plan) -> bool:
@@ -100,15 +101,12 @@ def reserve(site: Site, run: Run, plan: Plan) -> Plan:
     """
     answers = site.answers(plan.fingerprint)
     while True:
-        reservations = answers.reservations()
+        reservations, number = answers.reservations()
         for reservation in reservations.values():
             if reservation.run == run.uri:
                 return reservation.plan
         revised = _revised(site, run, plan, answers.in_flight(reservations))
-        if not revised.own_shards:
-            return revised
-        number = max(reservations, default=0) + 1
-        if answers.reserve(number, Reservation(run=run.uri, plan=revised)):
+        if not revised.own_shards or answers.reserve(number, Reservation(run=run.uri, plan=revised)):
             return revised
 
 
@@ -121,7 +119,8 @@ def _revised(site: Site, run: Run, plan: Plan, in_flight: list[str]) -> Plan:
     planned = [site.ledger.shard(key) for key in plan.own_shards]
     with site.scratch() as folder, open_database(Path(folder)) as database:
         _load_keys(site, database, planned)
-        reused = [] if run.input.redrive else mark_answered(database, answers, files, run.job.spec.stand_ins)
+        outcomes: tuple[Outcome, ...] = ("succeeded",) if run.input.redrive else PAID_OUTCOMES  # a redrive buys failures anew
+        reused = mark_answered(database, answers, files, run.job.spec.stand_ins, outcomes)
         adopted = mark_in_flight(site, database, in_flight)
         own = [_without_known(site, run, Path(folder), database, shard, number) for number, shard in enumerate(planned)]
         counts = dict(database.execute("SELECT coalesce(known, ''), count(*) FROM requests GROUP BY 1").fetchall())
@@ -150,11 +149,14 @@ def _load_keys(site: Site, database: duckdb.DuckDBPyConnection, shards: list[Sha
 
 
 def _without_known(site: Site, run: Run, folder: Path, database: duckdb.DuckDBPyConnection, shard: Shard, number: int) -> Shard | None:
-    """A shard less the requests that others have: the same one where there are none, and None where nothing is left."""
+    """A shard less the requests that others have: the same one where there are none, and None where nothing is left.
+
+    One that somebody has settled meanwhile, with failures only, is frozen again under another name.
+    """
     known = {
         bytes(key) for (key,) in database.execute(f"SELECT key FROM requests WHERE ordinal = {number} AND known IS NOT NULL").fetchall()
     }
-    if not known:
+    if not known and site.ledger.settled(shard.key) is None:
         return shard
     group, start = [], 0
     spool = site.store.download(requests_key(shard.key), folder / "spool.jsonl")

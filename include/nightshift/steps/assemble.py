@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,7 @@ def assemble(site: Site, run: Run, plan: Plan) -> Assembled:
     settled = [_settled(site, shard) for shard in plan.shards]
     with site.scratch() as folder, open_database(Path(folder)) as database:
         load(site, run.job, Path(folder), database, plan)
-        _reconcile(database, plan)
+        reconcile(database, plan)
         outcomes = _outcomes(database)
         parts = _stage(site, run, Path(folder), database, "staged", _succeeded_query(run.job))
         quarantine = _stage(site, run, Path(folder), database, "quarantine", _quarantine_query(run.job))
@@ -78,26 +78,36 @@ def load(site: Site, job: Job, folder: Path, database: duckdb.DuckDBPyConnection
     """
     rows = [site.store.download(key, folder / f"rows-{i:05d}.parquet") for i, key in enumerate(plan.slices)]
     own = [_settled(site, shard).answers for shard in plan.shards]
-    keys = site.answers(plan.fingerprint).kept([*plan.answers, *own])
-    files = [site.store.download(key, folder / f"answers-{i:05d}.parquet") for i, key in enumerate(keys)]
+    files = site.answers(plan.fingerprint).download([*plan.answers, *own], folder)
     if not files:  # every row was rejected; the columns are still those of an answer
         files = [folder / "answers-none.parquet"]
         pq.write_table(answers_schema(job.answer_schema).empty_table(), files[0])
     database.execute(f"CREATE VIEW rows AS SELECT * FROM read_parquet({_paths(rows)}, union_by_name = true)")
-    database.execute(f"CREATE VIEW everything AS SELECT * FROM read_parquet({_paths(files)}, filename = true)")
     database.execute(
-        """CREATE TABLE chosen AS SELECT request_key, arg_max(filename, (outcome = 'succeeded', paid, answered_at, filename)) AS filename
+        f"""CREATE VIEW everything AS SELECT * FROM read_parquet({_paths(files)}, filename = true, file_row_number = true)
+            WHERE stand_in IS NULL OR stand_in IN ({_strings([job.spec.request.model, *job.spec.stand_ins])})"""
+    )
+    database.execute(
+        """CREATE TABLE chosen AS SELECT request_key,
+             arg_max({'file': filename, 'row': file_row_number}, (outcome = 'succeeded', paid, answered_at, filename)) AS line
            FROM everything SEMI JOIN rows USING (request_key) GROUP BY request_key"""
     )
-    database.execute("CREATE VIEW answers AS SELECT everything.* FROM everything JOIN chosen USING (request_key, filename)")
+    database.execute(
+        """CREATE VIEW answers AS SELECT everything.* EXCLUDE (filename, file_row_number) FROM everything JOIN chosen
+           ON everything.request_key = chosen.request_key AND filename = line.file AND file_row_number = line.row"""
+    )
 
 
 def _paths(paths: list[Path]) -> str:
-    return "[" + ", ".join("'" + str(path).replace("'", "''") + "'" for path in paths) + "]"
+    return f"[{_strings(map(str, paths))}]"
 
 
-def _reconcile(database: duckdb.DuckDBPyConnection, plan: Plan) -> None:
-    """Prove from the files that every row has one outcome, before anything is staged."""
+def _strings(values: Iterable[str]) -> str:
+    return ", ".join("'" + value.replace("'", "''") + "'" for value in values)
+
+
+def reconcile(database: duckdb.DuckDBPyConnection, plan: Plan) -> None:
+    """Prove from the files that every row has one outcome, before anything is staged. Raises CountsDisagree, naming rows."""
     rows, distinct, rejected = database.execute("SELECT count(*), count(DISTINCT ordinal), count(reason) FROM rows").fetchall()[0]
     if (rows, distinct, rejected) != (plan.rows, plan.rows, plan.rejected):
         raise CountsDisagree(

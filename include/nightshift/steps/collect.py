@@ -21,7 +21,7 @@ from nightshift.providers.protocol import Garbage, Provider, Reply, Snapshot
 from nightshift.runs import Run, Site
 from nightshift.settle import RANK, settle
 from nightshift.shapes import Outcome, Settled
-from nightshift.steps.submit import open_where
+from nightshift.steps.submit import open_where, payer_of
 from nightshift.stores.ledger import QUEUE_PATIENCE, Attach, Attempt, Done, Ended, full_queues, next_move
 from nightshift.stores.shards import Left, answers_key, asked, pending
 
@@ -73,8 +73,9 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
                 raise  # they can lag behind the status; 30 days later they are gone (F61)
             _give_up(site, run, shard, attempt, attempts, provider, error)
             return
-        purse = purse_of(site, run, facts, attempts, found.values(), attempt.claim.model)
-        again = _again_for(site, run, shard, attempt, left, purse)
+        payer = payer_of(site, run, attempt)
+        purse = purse_of(site, payer, facts, attempts, found.values(), attempt.claim.model)
+        again = _again_for(site, payer, shard, attempt, left, purse)
         judge = judge_for(run.job)
         answers = (
             (key, again(key, judge(found.pop(key) if key in found else _absent(key, snapshot, position))))
@@ -89,8 +90,7 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
             "stand_in": attempt.claim.model if attempt.claim.model != facts.model else None,
         }
         write_answers(path, run.job, answers, origin)
-        if site.store.head(target) is None:  # who harvested first has decided what is asked again
-            site.store.put(target, path)
+        site.store.create(target, path)  # who harvested first has decided what is asked again
     ended = Ended(
         how="harvested",
         status=snapshot.status,
@@ -203,7 +203,7 @@ def _again_for(
         if hopeless or not retry.allows(reply.outcome, history.get(key, Counter())[reply.outcome] + 1):
             return answer
         variant = retry.variant(reply.outcome, asked_as, job.token_limit)
-        return replace(answer, again=variant) if purse.pays(variant.model or job.spec.request.model) else answer
+        return replace(answer, again=variant) if purse.pays(variant) else answer
 
     return again
 

@@ -61,7 +61,7 @@ def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows:
             spool.mark_doubled()
         _collapse(database)
         answers = site.answers(encoder.fingerprint)
-        in_flight = answers.in_flight(answers.reservations())  # before the files: a shard that settles meanwhile is then found among those
+        in_flight = answers.in_flight(answers.reservations()[0])  # before the files: what settles meanwhile is then found among those
         files = answers.files()
         reused_files = [] if run.input.fresh else mark_answered(database, answers, files, job.spec.stand_ins)
         adopted_shards = [] if run.input.fresh else mark_in_flight(site, database, in_flight)

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 
-from nightshift.errors import Permanent, ShardHeld, SubmissionInDoubt, Transient, WrongPlace
+from nightshift.errors import BudgetExceeded, LedgerCorrupt, Permanent, ShardHeld, SubmissionInDoubt, Transient, WrongPlace
+from nightshift.money.estimate import estimate_requests, sum_estimates
 from nightshift.providers.protocol import Provider
-from nightshift.runs import Run, Site
-from nightshift.shapes import Receipt
+from nightshift.runs import Run, Site, load_run
+from nightshift.shapes import Estimate, Plan, Receipt
 from nightshift.stores.ledger import (
     CREATE_TIMEOUT,
     LEASE,
@@ -32,6 +35,9 @@ from nightshift.stores.ledger import (
     token_for,
 )
 from nightshift.stores.shards import Left, asked, harvested, key_of_line, model_of, pending, requests_key
+
+OWNER_PAUSE = timedelta(seconds=60)  # between two looks at a shard that another run has reserved and has not sent
+OWNER_PATIENCE = timedelta(hours=6)
 
 
 def submit(site: Site, run: Run, shard: str) -> Receipt | None:
@@ -51,6 +57,8 @@ def submit(site: Site, run: Run, shard: str) -> Receipt | None:
         case Search(attempt=number) as search:
             return _find(site, run, shard, search) or _send(site, run, shard, number, attempts)
         case Send(attempt=number):
+            if not attempts and not may_pay(site, run, shard):
+                raise ShardHeld(shard, "the run that has reserved it", OWNER_PAUSE.total_seconds())
             return _send(site, run, shard, number, attempts)
 
 
@@ -60,6 +68,41 @@ def open_where(site: Site, run: Run, shard: str, attempt: Attempt) -> Provider:
     if provider.where != attempt.claim.where:
         raise WrongPlace(shard, attempt.claim.where, provider.where)
     return provider
+
+
+def may_pay(site: Site, run: Run, shard: str) -> bool:
+    """Whether a run may send a shard that nobody has claimed: its own always, an adopted one if its bounds allow for it.
+
+    A run that adopts has been approved for its own requests only. Where what it has adopted does not fit into its budget
+    beside them, the run that has reserved it is waited for. Raises BudgetExceeded once that has been for long.
+    """
+    approved = site.store.get_shape(run.key("approved.json"), Plan)
+    if approved is None or shard not in approved.adopted_shards:
+        return True
+    policy = run.job.spec.policy
+    bounds = [bound for bound in (policy.budget_usd, policy.approve_above_usd) if bound is not None]
+    if not bounds:
+        return True
+    total = sum_estimates(run.job, [approved.estimate, *_liabilities(site, run, approved)]).usd
+    if total is not None and total <= min(bounds):
+        return True
+    if approved.approved_at is not None and site.now() - approved.approved_at > OWNER_PATIENCE:
+        raise BudgetExceeded(total or Decimal(0), min(bounds))
+    return False
+
+
+def _liabilities(site: Site, run: Run, approved: Plan) -> Iterator[Estimate]:
+    """What the adopted shards cost that this run has sent, or would send because nobody else has."""
+    for shard in approved.adopted_shards:
+        attempts = site.ledger.attempts(shard)
+        if not attempts or attempts[0].claim.run == run.uri:
+            facts = site.ledger.shard(shard)
+            yield estimate_requests(run.job, facts.request_count, facts.request_bytes)
+
+
+def payer_of(site: Site, run: Run, attempt: Attempt) -> Run:
+    """The run that pays for an attempt: its deadline, retries and budget count, not those of a run that has adopted the shard."""
+    return run if attempt.claim.run == run.uri else load_run(site.store, attempt.claim.run)
 
 
 def _find(site: Site, run: Run, shard: str, search: Search) -> Receipt | None:
@@ -93,6 +136,8 @@ def _next_claim(site: Site, run: Run, shard: str, number: int, attempts: list[At
     facts = site.ledger.shard(shard)
     after = (*((0,) if facts.seeded else ()), *harvested(attempts))
     left = pending(site.store, shard, after)
+    if not left:
+        raise LedgerCorrupt(f"shards/{shard}", "its attempts leave nothing to ask, and none of them says so")
     model = model_of(next(iter(left.values())), facts.model)
     most = portion(attempts)
     claim = Claim(

@@ -12,8 +12,8 @@ from nightshift.job import Job
 from nightshift.providers.protocol import Provider, Snapshot
 from nightshift.runs import Run, Site
 from nightshift.shapes import Receipt
-from nightshift.steps.submit import open_where
-from nightshift.stores.ledger import Attach, Hold, next_move
+from nightshift.steps.submit import OWNER_PAUSE, may_pay, open_where, payer_of
+from nightshift.stores.ledger import Attach, Hold, Send, next_move
 
 UNKNOWN_PATIENCE = timedelta(minutes=10)  # how long a batch that we hold a receipt for may be unknown to the provider
 ERROR_PAUSE_MAX_SECONDS = 300.0
@@ -101,9 +101,11 @@ def pauses(site: Site, run: Run, shard: str, *, seen: Seen = lambda look: None) 
     match next_move(site.ledger.attempts(shard), now=site.now()):
         case Attach(attempt=attempt, receipt=receipt):
             provider = open_where(site, run, shard, attempt)
-            yield from watch(provider, receipt, run.job, poll_seconds=site.poll_seconds, now=site.now, seen=seen)
+            yield from watch(provider, receipt, payer_of(site, run, attempt).job, poll_seconds=site.poll_seconds, now=site.now, seen=seen)
         case Hold(until=until):
             yield max(0.0, (until - site.now()).total_seconds())
+        case Send(attempt=1) if not may_pay(site, run, shard):
+            yield OWNER_PAUSE.total_seconds()
 
 
 def _backoff(poll_seconds: float, failures: int) -> float:

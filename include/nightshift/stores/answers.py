@@ -9,23 +9,27 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nightshift.shapes import PAID_OUTCOMES, Plan, Wire
+from nightshift.errors import InputChanged, InputMissing, StoreUnavailable
+from nightshift.shapes import PAID_OUTCOMES, Outcome, Plan, Wire
 from nightshift.stores.ledger import Ledger
 from nightshift.stores.objects import Objects
 
 MERGED = "merged-"
-NUMBERED = re.compile(r"/(\d{8})\.json$")
+DONE = "done"
+NUMBERED = re.compile(rf"/(\d{{8}})\.(json|{DONE})$")
 
 
 class Reservation(Wire):
     """A run says what it is about to buy, before it buys anything.
 
-    Reservations of one fingerprint are numbered without gaps and written once. Whoever adds one has read all before it,
+    Reservations of one fingerprint are numbered and written once. Whoever adds one has read all before it,
     so of two runs that want the same request one comes second, sees the other, and adopts its shard.
     """
 
@@ -53,47 +57,64 @@ class AnswerStore:
         gone = set(files) - set(there)
         return [file for file in there if file in files or (gone and is_merged(file))]
 
-    def paid_keys(self, file: str, models: Collection[str]) -> Iterator[pa.RecordBatch]:
+    def download(self, files: Sequence[str], folder: Path) -> list[Path]:
+        """Local copies of the answers that some files hold, or held until they were merged."""
+        for _ in range(2):  # a file that is merged between the listing and the reading is found in the second listing
+            with suppress(InputMissing):
+                keys = self.kept(files)
+                return [self._objects.download(key, folder / f"answers-{number:05d}.parquet") for number, key in enumerate(keys)]
+        raise StoreUnavailable(self._objects.uri_of(self._folder), "its answers files are being replaced; this is tried again")
+
+    def paid_keys(self, file: str, models: Collection[str], outcomes: Collection[Outcome] = PAID_OUTCOMES) -> Iterator[pa.RecordBatch]:
         """Request keys in one answers file that hold a paid answer: batches of one column `request_key`.
 
-        An answer that another model gave in place of the one asked counts only where `models` names that model.
+        An answer that another model gave in place of the one asked counts only where `models` names that model. A file that
+        is rewritten meanwhile is read again; one that is gone was merged into another, which is listed as long as it is.
         """
-        parquet = pq.ParquetFile(self._objects.open(file), pre_buffer=False)
-        allowed = pa.array([None, *models], pa.string())
-        for batch in parquet.iter_batches(columns=["request_key", "outcome", "stand_in"], use_threads=False):
-            paid = pc.is_in(batch.column("outcome"), pa.array(PAID_OUTCOMES))
-            usable = pc.is_in(batch.column("stand_in"), allowed)
-            yield batch.filter(pc.and_(paid, usable)).select(["request_key"])
+        while (found := self._objects.head(file)) is not None:
+            try:
+                yield from self._paid_keys(file, found.etag, pa.array([None, *models], pa.string()), pa.array(list(outcomes)))
+            except InputChanged:
+                continue
+            return
 
-    def reservations(self) -> dict[int, Reservation]:
-        """The reservations that may still have shards under way, by number; the newest one always among them."""
-        found = {}
+    def _paid_keys(self, file: str, etag: str, models: pa.Array, outcomes: pa.Array) -> Iterator[pa.RecordBatch]:
+        parquet = pq.ParquetFile(self._objects.open(file, etag=etag), pre_buffer=False)
+        for batch in parquet.iter_batches(columns=["request_key", "outcome", "stand_in"], use_threads=False):
+            wanted = pc.and_(pc.is_in(batch.column("outcome"), outcomes), pc.is_in(batch.column("stand_in"), models))
+            yield batch.filter(wanted).select(["request_key"])
+
+    def reservations(self) -> tuple[dict[int, Reservation], int]:
+        """The reservations that may still have shards under way, by number, and the number that comes next."""
+        numbers: dict[int, set[str]] = {}
         for item in self._objects.scan(f"{self._folder}/reserved"):
-            match = NUMBERED.search(item.key)
-            reservation = self._objects.get_shape(item.key, Reservation) if match else None
-            if match and reservation:
-                found[int(match[1])] = reservation
-        return dict(sorted(found.items()))
+            if match := NUMBERED.search(item.key):
+                numbers.setdefault(int(match[1]), set()).add(match[2])
+        found = {number: self._reservation(number) for number, kinds in sorted(numbers.items()) if DONE not in kinds}
+        return {number: reservation for number, reservation in found.items() if reservation}, max(numbers, default=0) + 1
+
+    def _reservation(self, number: int) -> Reservation | None:
+        return self._objects.get_shape(self._reservation_key(number, "json"), Reservation)
 
     def reserve(self, number: int, reservation: Reservation) -> bool:
         """Add a reservation under the next number; False when another run has just taken it."""
-        return self._objects.create_shape(self._reservation_key(number), reservation)
+        return self._objects.create_shape(self._reservation_key(number, "json"), reservation)
 
     def in_flight(self, reservations: Mapping[int, Reservation]) -> list[str]:
-        """The reserved shards that are not settled yet. Reservations with nothing left in flight are cleared away.
+        """The reserved shards that are not settled yet. Reservations with nothing left in flight are marked as done.
 
-        The newest stays whatever became of it: its number says which one is next.
+        They are never removed here: a number that came free could be taken by who has not read its successor.
         """
-        open_by_number = {
-            number: [shard for shard in reservation.plan.own_shards if self._ledger.settled(shard) is None]
-            for number, reservation in reservations.items()
-        }
-        done = [number for number, shards in open_by_number.items() if not shards and number != max(open_by_number)]
-        self._objects.delete([self._reservation_key(number) for number in done])
-        return list(dict.fromkeys(shard for shards in open_by_number.values() for shard in shards))
+        shards: list[str] = []
+        for number, reservation in reservations.items():
+            unsettled = [shard for shard in reservation.plan.own_shards if self._ledger.settled(shard) is None]
+            if not unsettled:
+                self._objects.create(self._reservation_key(number, DONE), b"")
+            shards += unsettled
+        return list(dict.fromkeys(shards))
 
-    def _reservation_key(self, number: int) -> str:
-        return f"{self._folder}/reserved/{number:08d}.json"
+    def _reservation_key(self, number: int, kind: str) -> str:
+        return f"{self._folder}/reserved/{number:08d}.{kind}"
 
 
 def is_merged(file: str) -> bool:

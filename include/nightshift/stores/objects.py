@@ -71,7 +71,7 @@ class Objects:
         """The key of a full URI below this root."""
         return uri.removeprefix(f"{self.uri}/")
 
-    def create(self, key: str, data: bytes) -> bool:
+    def create(self, key: str, data: bytes | Path) -> bool:
         """Write an object that must not exist yet (`If-None-Match: *`). False: somebody else's is there."""
         with _translated(self.uri_of(key)):
             try:
