@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
-from nightshift.job import Job, load_job
+from nightshift.job import Job, RequestSpec, load_job
+from nightshift.providers.live import LiveServer
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
+from nightshift.providers.protocol import Provider
 from nightshift.rehearsal import served
 from nightshift.rehearsal.served import Served
 from nightshift.runs import Site
@@ -104,11 +106,17 @@ class World:
 
 def make_world(folder: Path, rehearsal: Rehearsal, owner: str = "test", **changes: Any) -> World:
     """A world over a folder; two worlds on one folder share their store."""
-    shared = rehearsal.provider()
+    shared, store = rehearsal.provider(), open_objects(f"file://{folder}/store")
+
+    def open_provider(request: RequestSpec) -> Provider:
+        if request.provider == "live":
+            return LiveServer(request.endpoint, store, rehearsal.access(), timeout_seconds=5.0)
+        return shared if request.endpoint == shared.endpoint else rehearsal.provider(request.endpoint)
+
     site = Site(
-        store=open_objects(f"file://{folder}/store"),
+        store=store,
         open_input=open_input,
-        open_provider=lambda request: shared if request.endpoint == shared.endpoint else rehearsal.provider(request.endpoint),
+        open_provider=open_provider,
         owner=owner,
         poll_seconds=0.05,
         scratch_folder=folder,

@@ -206,6 +206,7 @@ def test_a_stopped_run_goes_on_with_the_same_command_and_pays_nothing_twice(worl
     _, errors = process.communicate(timeout=30)
     assert process.returncode == (130 if sign is signal.SIGINT else -signal.SIGKILL)
     assert "Traceback" not in errors
+    assert ("goes on from here" in errors) is (sign is signal.SIGINT)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     ended = json.loads(done.stdout)

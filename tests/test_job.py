@@ -66,7 +66,7 @@ def test_the_example_jobs_are_valid(path):
     ("old", "new", "problem"),
     [
         pytest.param("  id: ", "  idd: ", "reviews.yaml:4: input.idd: unknown key; did you mean 'id'?", id="misspelt key"),
-        pytest.param("provider: openai", "provider: opnai", "reviews.yaml:8: request.provider: expected one of openai, found 'opnai'", id="unknown provider"),
+        pytest.param("provider: openai", "provider: opnai", "reviews.yaml:8: request.provider: expected one of openai, live, found 'opnai'; did you mean 'openai'?", id="unknown provider"),
         pytest.param("name: reviews\n", "", "reviews.yaml:1: name: missing, but required", id="missing key"),
         pytest.param("s3://bucket/in", "bucket/in", "reviews.yaml:3: input.uri: expected a URI", id="no scheme"),
         pytest.param("min_length: 1", "min_lenght: 1", "reviews.yaml:6: input.require.text.min_lenght: unknown key; did you mean 'min_length'?", id="in a free name"),

@@ -50,9 +50,6 @@ def main() -> None:
         people.print(f"[bold red]{type(error).__name__}[/]", end=" ")
         people.print(str(error), markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        people.print("\nStopped. Batches that were sent go on at the provider; the same command goes on from here and pays nothing twice.")
-        sys.exit(130)
 
 
 @app.callback(invoke_without_command=True)
@@ -196,8 +193,13 @@ def _drive(site: Site, begin: Callable[[], Run], *, json: bool, yes: bool) -> No
     """Take a run the whole way, with progress bars or in silence, and show what became of it."""
     from nightshift.drive import drive
 
-    with _shown(quiet=json) as watcher:
-        summary = drive(site, begin(), ask=_asker(yes), watcher=watcher)
+    try:
+        with _shown(quiet=json) as watcher:
+            summary = drive(site, begin(), ask=_asker(yes), watcher=watcher)
+    except KeyboardInterrupt as error:
+        told = "\nStopped. Batches that were sent go on at the provider; the same command goes on from here and pays nothing twice."
+        people.print(told, soft_wrap=True)
+        raise typer.Exit(130) from error
     if json:
         typer.echo(orjson.dumps(as_json(summary)).decode())
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event, Lock
 
 from nightshift.errors import Interrupted, NightshiftError, RunHeld, ShardHeld, Transient
@@ -105,6 +105,7 @@ def _drive(site: Site, run: Run, ask: Callable[[Run, Plan], bool], watcher: Watc
 def _settle_all(site: Site, run: Run, approved: Plan, watcher: Watcher) -> None:
     """Drive every shard until it is settled. The first permanent error stops new work; what is in flight stays in the ledger."""
     stop, harvesting = Event(), Lock()
+    site = replace(site, stopped=stop.is_set)
     with ThreadPoolExecutor(SHARDS_AT_ONCE, thread_name_prefix="shard") as pool:
         futures = [pool.submit(_settle, site, run, shard, watcher, stop, harvesting) for shard in approved.shards]
         try:

@@ -70,7 +70,7 @@ class InputSpec(Section):
 class RequestSpec(Section):
     """What to ask which model."""
 
-    provider: ProviderName
+    provider: ProviderName = Field(description="openai: its Batch API; live: any server that speaks its API, asked one request at a time")
     connection: str = Field("openai_default", description="Airflow connection with the endpoint and the key")
     endpoint: Endpoint = "/v1/chat/completions"
     model: str = Field(min_length=1)

@@ -42,6 +42,7 @@ class Site:
     poll_seconds: float
     scratch_folder: Path | None = None
     now: Callable[[], datetime] = utc_now
+    stopped: Callable[[], bool] = lambda: False  # whether a person has stopped this process: nothing more is sent
 
     def scratch(self) -> AbstractContextManager[str]:
         """A folder on local disk, gone afterwards."""

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-ProviderName = Literal["openai"]
+ProviderName = Literal["openai", "live"]
 Endpoint = Literal["/v1/chat/completions", "/v1/responses"]
 Outcome = Literal[
     "succeeded", "invalid", "truncated", "refused", "filtered", "errored", "expired", "cancelled", "missing", "rejected"

@@ -9,9 +9,9 @@ from airflow.sdk import BaseHook
 from airflow.sdk.exceptions import AirflowNotFoundException
 
 from nightshift.errors import AccessDenied, JobInvalid
-from nightshift.job import JobFile, RequestSpec
-from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
-from nightshift.providers.protocol import Provider
+from nightshift.job import JobFile
+from nightshift.providers.openai import OpenAIAccess
+from nightshift.providers.opening import open_provider
 from nightshift.runs import Run, Site, load_run
 from nightshift.settings import read_settings
 from nightshift.stores.objects import Objects, open_objects, split_input
@@ -23,10 +23,11 @@ def site_for(spec: JobFile | None, owner: str) -> Site:
     if not settings.store:
         raise JobInvalid(["NIGHTSHIFT_STORE is not set where Airflow runs: s3://bucket/prefix or file:///folder"])
     input_connection = spec.input.connection if spec else settings.store_connection
+    store = _open(settings.store, settings.store_connection)
     return Site(
-        store=_open(settings.store, settings.store_connection),
+        store=store,
         open_input=lambda pattern: _open_input(pattern, input_connection),
-        open_provider=open_provider,
+        open_provider=lambda request: open_provider(request, store, access_of(request.connection)),
         owner=owner,
         poll_seconds=settings.poll_seconds,
         scratch_folder=settings.scratch,
@@ -51,22 +52,19 @@ def owner_of(context: Any) -> str:
     return f"{ti.dag_id}/{ti.run_id}/{ti.task_id}{index} try {ti.try_number} pid {os.getpid()}"
 
 
-def open_provider(request: RequestSpec) -> Provider:
-    """The provider of a job, with its Airflow connection: host = base URL, password = key."""
+def access_of(connection_id: str) -> OpenAIAccess:
+    """The way to a provider, from its Airflow connection: host = base URL, password = key."""
     try:
-        connection = BaseHook.get_connection(request.connection)
+        connection = BaseHook.get_connection(connection_id)
     except AirflowNotFoundException as error:
-        why = f"there is no Airflow connection {request.connection!r}; "
+        why = f"there is no Airflow connection {connection_id!r}; "
         why += "add it under Admin → Connections (host = base URL, password = API key)."
         raise AccessDenied("Airflow", why) from error
     kwargs = connection.extra_dejson.get("openai_client_kwargs", {})
-    return OpenAIBatches(
-        request.endpoint,
-        OpenAIAccess(
-            base_url=connection.host or kwargs.get("base_url"),
-            api_key=connection.password or kwargs.get("api_key"),
-            headers=kwargs.get("default_headers"),
-        ),
+    return OpenAIAccess(
+        base_url=connection.host or kwargs.get("base_url"),
+        api_key=connection.password or kwargs.get("api_key"),
+        headers=tuple((kwargs.get("default_headers") or {}).items()),
     )
 
 

@@ -167,6 +167,17 @@ def test_failures_are_driven_again_under_airflow_by_a_parameter(airflow_home, re
     assert rehearsal.bill()["requests"] == 25 + first["outcomes"]["refused"]
 
 
+def test_a_live_server_is_asked_under_airflow_by_the_same_job(airflow_home, rehearsal, tmp_path):
+    world = make_world(tmp_path / "world", rehearsal)
+    world.job(request={"provider": "live"}, policy={"max_requests_per_shard": 10})
+    run = run_dag(
+        airflow_home, "reviews", {"input": world.write("in.jsonl", reviews(25))}, rehearsal, tmp_path / "world" / "job-1" / "jobs"
+    )
+    assert run["state"] == "success"
+    assert summary_of(airflow_home)["outcomes"]["succeeded"] == 25
+    assert (rehearsal.bill()["requests"], rehearsal.bill()["batches"]) == (25, 0)
+
+
 def test_a_held_run_is_red_and_its_report_is_written(airflow_home, rehearsal, job):
     world, jobs = job
     rehearsal.faults(bad_request=1.0)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 
 from nightshift.job import Job
-from nightshift.money.prices import basis, price_of
+from nightshift.money.prices import basis, price_at
 from nightshift.shapes import Estimate, Shard, Usage, Variant
 
 BYTES_PER_TOKEN = Decimal("4.4")  # mean of o200k over a corpus with Vietnamese, accents and emoji
@@ -31,14 +31,14 @@ def estimate_requests(job: Job, requests: int, request_bytes: int, *, asked_as: 
     input_tokens = int(text_bytes / BYTES_PER_TOKEN) + requests * MESSAGE_TOKENS
     expected = Usage(input_tokens=input_tokens, output_tokens=int(requests * limit * ANSWERED_SHARE))
     most = Usage(input_tokens=input_tokens, output_tokens=requests * limit)
-    price = price_of(request.provider, model, "batch")
+    price = price_at(request.provider, model)
     return Estimate(
         input_tokens=input_tokens,
         output_tokens=expected.output_tokens,
         output_tokens_max=most.output_tokens,
         usd=_usd(price.of(expected)) if price else None,
         usd_max=_usd(price.of(most)) if price else None,
-        basis=basis(request.provider, model, "batch"),
+        basis=basis(request.provider, model),
     )
 
 
@@ -58,7 +58,7 @@ def sum_estimates(job: Job, estimates: Sequence[Estimate]) -> Estimate:
         output_tokens_max=sum(each.output_tokens_max for each in estimates),
         usd=_sum(usd),
         usd_max=_sum(usd_max),
-        basis="; ".join(dict.fromkeys(each.basis for each in estimates)) or basis(request.provider, request.model, "batch"),
+        basis="; ".join(dict.fromkeys(each.basis for each in estimates)) or basis(request.provider, request.model),
     )
 
 
@@ -68,7 +68,7 @@ def _sum(values: Sequence[Decimal | None]) -> Decimal | None:
 
 def actual_cost(provider: str, model: str, usage: Usage) -> Decimal | None:
     """Dollars for tokens that were billed; None where the price is unknown or an answer came without usage."""
-    price = price_of(provider, model, "batch")
+    price = price_at(provider, model)
     if price is None or usage.unknown:
         return None
     return price.of(usage)

@@ -18,6 +18,7 @@ MILLION = Decimal(1_000_000)
 SNAPSHOT = re.compile(r"-\d{4}-\d{2}-\d{2}$")
 
 Tier = Literal["batch", "standard"]
+BOUGHT: dict[str, tuple[str, Tier]] = {"openai": ("openai", "batch"), "live": ("openai", "standard")}  # provider → table, tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,15 +36,22 @@ class Price:
         return (fresh * self.input + usage.cached_tokens * cached + usage.output_tokens * self.output) / MILLION
 
 
-def price_of(provider: str, model: str, tier: Tier) -> Price | None:
+def price_of(vendor: str, model: str, tier: Tier) -> Price | None:
     """The price of a model, by its name or by that of its dated snapshot; None where the table has none."""
     table = _table()
-    return table.get((provider, model, tier)) or table.get((provider, SNAPSHOT.sub("", model), tier))
+    return table.get((vendor, model, tier)) or table.get((vendor, SNAPSHOT.sub("", model), tier))
 
 
-def basis(provider: str, model: str, tier: Tier) -> str:
+def price_at(provider: str, model: str) -> Price | None:
+    """The price at which a provider asks a model; None where it is not known, as for a server of one's own."""
+    vendor, tier = BOUGHT[provider]
+    return price_of(vendor, model, tier)
+
+
+def basis(provider: str, model: str) -> str:
     """Where a price comes from, in words for a report."""
-    if price_of(provider, model, tier) is None:
+    tier = BOUGHT[provider][1]
+    if price_at(provider, model) is None:
         return f"no {tier} price known for {model}: cost unknown (table of {READ_ON})"
     return f"{tier} prices of {READ_ON} ({SOURCE})"
 

@@ -34,7 +34,7 @@ from nightshift.errors import (
 )
 from nightshift.providers.openai_forms import FORMS
 from nightshift.providers.protocol import BatchState, Garbage, Limits, Reply, Snapshot
-from nightshift.shapes import Endpoint, Receipt, Variant
+from nightshift.shapes import Endpoint, Outcome, Receipt, Variant
 from nightshift.stores.ledger import CREATE_TIMEOUT
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ STATES: dict[str, BatchState] = {
     "cancelled": "ended",
     "failed": "failed",
 }  # an unknown status is a running one (F45)
+ABSENT: dict[str, Outcome] = {"expired": "expired", "cancelled": "cancelled"}  # what has no line was never executed; else it went missing
 
 LIMITS = Limits(requests=50_000, request_bytes=200_000_000)
 QUEUE_FULL = "token_limit_exceeded"
@@ -69,7 +70,7 @@ class OpenAIAccess:
 
     base_url: str | None = None  # None: the SDK's own default
     api_key: str | None = None
-    headers: Mapping[str, str] | None = None
+    headers: tuple[tuple[str, str], ...] = ()
     http_client: httpx2.Client | None = None  # None: the SDK's own; another one for a proxy, or to see what goes over the wire
 
 
@@ -98,7 +99,7 @@ class OpenAIBatches:
                 self._sdk = openai.OpenAI(
                     api_key=self._access.api_key,
                     base_url=self._access.base_url,
-                    default_headers=self._access.headers,
+                    default_headers=dict(self._access.headers),
                     http_client=self._access.http_client,
                 )
             except openai.OpenAIError as error:
@@ -251,6 +252,7 @@ class OpenAIBatches:
             result_files=tuple(file for file in (batch.output_file_id, batch.error_file_id) if file),  # "" was seen (F54)
             reasons=tuple(reasons),
             bad_lines={error.line: reason for error, reason in zip(errors, reasons, strict=True) if error.line},
+            absent=ABSENT.get(status, "missing"),
             queue_full=status == "failed" and any(error.code == QUEUE_FULL for error in errors),
         )
 

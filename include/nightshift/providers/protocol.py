@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from nightshift.shapes import Outcome, Receipt, Variant
 
@@ -19,6 +19,7 @@ class Limits:
 
     requests: int
     request_bytes: int  # of the whole input file
+    least: int = 1  # requests: a smaller batch is refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,7 @@ class Snapshot:
     reasons: tuple[str, ...]  # why it failed as a whole
     bad_lines: Mapping[int, str]  # 1-based input line → why, where the provider names lines
     ended_at: datetime | None = None  # the provider's clock
+    absent: Outcome = "missing"  # of a request without a line, once it has ended
     queue_full: bool = False  # failed only because too much is enqueued: the same batch is welcome later
 
 
@@ -57,6 +59,21 @@ class Garbage:
     """A result line that cannot be read or matched; counted, and its request counts as missing."""
 
     reason: str
+
+
+class Form(Protocol):
+    """How one kind of model is asked and answers: bodies of requests, lines of result files."""
+
+    def body(
+        self, *, model: str, system: str | None, user: str, parameters: Mapping[str, Any], schema: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """The request body. `system` and `user` may hold placeholders, which have to stand in it once, as they are."""
+
+    def vary(self, body: dict[str, Any], variant: Variant, answer: str | None, reason: str | None) -> dict[str, Any]:
+        """A body as it is asked again: of another model, with another limit, or with what is wrong with the last answer."""
+
+    def read(self, line: bytes) -> Reply | Garbage:
+        """One line of a result file."""
 
 
 class Provider(Protocol):

@@ -16,6 +16,7 @@ import orjson
 from nightshift.money.prices import price_of
 from nightshift.shapes import Usage
 
+ON_DEMAND = "on demand"  # and a number: each request on demand is a line of its own
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (id TEXT PRIMARY KEY, filename TEXT, purpose TEXT, bytes INTEGER, created_at REAL, expires_at REAL);
 CREATE TABLE IF NOT EXISTS batches (seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, body TEXT);
@@ -137,8 +138,9 @@ class Book:
     def bill(self, *, by_request: bool = False) -> dict[str, Any]:
         """What a provider would have charged: in all, per batch, and (on request) how often each request was paid."""
         per_batch = self._rows(
-            """SELECT batch_id, model, tier, count(*) AS requests, sum(input_tokens) AS input_tokens, sum(output_tokens) AS output_tokens
-               FROM bill GROUP BY batch_id, model, tier"""
+            f"""SELECT CASE WHEN batch_id LIKE '{ON_DEMAND}%' THEN '{ON_DEMAND}' ELSE batch_id END AS batch_id, model, tier,
+                  count(*) AS requests, sum(input_tokens) AS input_tokens, sum(output_tokens) AS output_tokens
+               FROM bill GROUP BY 1, model, tier"""
         )
         total = Decimal(0)
         for line in per_batch:

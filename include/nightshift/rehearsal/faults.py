@@ -47,7 +47,15 @@ class Faults(BaseModel):
     cancel_500: int = Field(0, ge=0, description="a cancel fails (F49)")
     rate_limit: int = Field(0, ge=0, description="any call: 429 with retry-after (F26)")
 
+    # What happens to requests on demand: how many more times
+    live_429: int = Field(0, ge=0, description="429 with retry-after (F99)")
+    live_500: int = Field(0, ge=0, description="a 500")
+    live_cut: int = Field(0, ge=0, description="answered and billed, and the connection breaks (F100)")
+    live_html: int = Field(0, ge=0, description="a proxy's HTML page (F101)")
+
     # How it behaves
+    live_seconds: float = Field(0, ge=0, description="how long a request on demand takes")
+    live_capacity: int | None = Field(None, ge=1, description="requests on demand at once; the next one is a 503 (F99)")
     file_hidden_seconds: float = Field(0, ge=0, description="an uploaded file is unknown to create for a while (F30)")
     results_lag_seconds: float = Field(0, ge=0, description="a batch has ended and does not name its result files for a while (F60)")
     results_gone: bool = Field(False, description="result files are named and not there any more (F61)")

@@ -5,6 +5,7 @@ Fidelity is to the OpenAI API as read on 2026-11-21. What is under `/rehearsal` 
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import shutil
 import time
@@ -18,7 +19,7 @@ from fastapi import FastAPI, Request, UploadFile
 from fastapi.responses import FileResponse, HTMLResponse, Response, StreamingResponse
 
 from nightshift.rehearsal import engine, model
-from nightshift.rehearsal.book import Book, StoredBatch
+from nightshift.rehearsal.book import ON_DEMAND, Book, StoredBatch
 from nightshift.rehearsal.engine import Engine, Pace, new_file_id
 from nightshift.rehearsal.faults import Faults
 
@@ -70,6 +71,7 @@ class _State:
     def __init__(self, book: Book, key: str, pace: Pace, faults: Faults) -> None:
         self.book, self.key, self.faults = book, key, faults
         self.engine = Engine(book, pace, lambda: self.faults)
+        self.running, self.most_running = 0, 0  # requests on demand, now and at most
 
     def admit(self, request: Request) -> None:
         """Check the key, as every route does first."""
@@ -79,6 +81,18 @@ class _State:
             raise ApiError(401, f"Incorrect API key provided: {shown}.", "invalid_api_key")
         if self.use("rate_limit"):
             raise ApiError(429, "Rate limit reached for requests.", "rate_limit_exceeded", retry_after="1")
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """A place among the requests on demand that run at once, or the 503 of an overloaded server."""
+        if self.faults.live_capacity is not None and self.running >= self.faults.live_capacity:
+            raise ApiError(503, "The engine is currently overloaded, please try again later.")
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            yield
+        finally:
+            self.running -= 1
 
     def use(self, fault: str) -> bool:
         """Whether a counted fault strikes now; it is then used up by one."""
@@ -251,10 +265,21 @@ def _on_demand(app: FastAPI, state: _State) -> None:
         async def answer(request: Request) -> Response:
             state.admit(request)
             body = await _body(request)
-            status, shaped, tokens_in, tokens_out = engine.answer(endpoint, body)
-            if status == 200:
-                line = (secrets.token_hex(16), str(body.get("model")), tokens_in, tokens_out)
-                state.book.charge("on demand", [line], "standard")
+            if state.use("live_429"):
+                raise ApiError(429, "Rate limit reached for requests.", "rate_limit_exceeded", retry_after="0.2")
+            if state.use("live_500"):
+                raise ApiError(500, "The server had an error while processing your request.")
+            if state.use("live_html"):
+                return HTMLResponse("<html><body>Welcome to the proxy</body></html>")
+            async with state.slot():
+                await asyncio.sleep(state.faults.live_seconds)
+                status, shaped, tokens_in, tokens_out = engine.answer(endpoint, body)
+                if status == 200:
+                    asked = request.headers.get("x-client-request-id") or secrets.token_hex(16)
+                    line = (asked, str(body.get("model")), tokens_in, tokens_out)
+                    state.book.charge(f"{ON_DEMAND} {secrets.token_hex(8)}", [line], "standard")
+                if state.use("live_cut"):
+                    return _broken(orjson.dumps(shaped), 1 << 20)
             return _json(shaped, status)
 
         return answer
@@ -271,6 +296,10 @@ def _rehearsal(app: FastAPI, state: _State) -> None:
     @app.get("/rehearsal/bill")
     def bill(by_request: bool = False) -> Response:
         return _json(state.book.bill(by_request=by_request))
+
+    @app.get("/rehearsal/load")
+    def load() -> dict[str, int]:
+        return {"running": state.running, "most_running": state.most_running}
 
     @app.get("/rehearsal/faults")
     def faults() -> Faults:

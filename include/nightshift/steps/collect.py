@@ -20,12 +20,11 @@ from nightshift.money.purse import Purse, purse_of
 from nightshift.providers.protocol import Garbage, Provider, Reply, Snapshot
 from nightshift.runs import Run, Site
 from nightshift.settle import RANK, settle
-from nightshift.shapes import Outcome, Settled
+from nightshift.shapes import Settled
 from nightshift.steps.submit import open_where, payer_of
 from nightshift.stores.ledger import QUEUE_PATIENCE, Attach, Attempt, Done, Ended, full_queues, next_move
 from nightshift.stores.shards import Left, answers_key, asked, pending
 
-NEVER_RAN: dict[str, Outcome] = {"expired": "expired", "cancelled": "cancelled"}  # batch status → outcome of what has no line
 LOST_AFTER = timedelta(minutes=2)  # from the first "not known" here; the wait before has looked for longer
 FILES_GRACE = timedelta(minutes=10)  # after its end, for a completed batch to show its result files
 
@@ -132,7 +131,7 @@ def _batch_of(attempt: Attempt) -> str:
 
 def _is_waiting_for_files(snapshot: Snapshot, now: datetime) -> bool:
     """Result files can lag behind the status (F60). Without a grace everything would count as missing, and be paid again."""
-    if snapshot.status != "completed" or snapshot.result_files:
+    if snapshot.state != "ended" or snapshot.absent != "missing" or snapshot.result_files:
         return False
     return snapshot.ended_at is None or now - snapshot.ended_at < FILES_GRACE
 
@@ -182,7 +181,7 @@ def _absent(key: bytes, snapshot: Snapshot, position: int) -> Reply:
         return Reply(custom_id=custom_id, outcome="errored", reason=snapshot.bad_lines[position])
     if snapshot.state == "failed":
         return Reply(custom_id=custom_id, outcome="errored", reason="another line failed the batch", retryable=True)
-    outcome = NEVER_RAN.get(snapshot.status, "missing")
+    outcome = snapshot.absent
     reason = f"the batch was {outcome}" if outcome != "missing" else f"no line came back though the batch is {snapshot.status}"
     return Reply(custom_id=custom_id, outcome=outcome, reason=reason, retryable=True)
 

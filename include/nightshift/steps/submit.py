@@ -16,7 +16,7 @@ from pathlib import Path
 from nightshift.errors import BudgetExceeded, LedgerCorrupt, Permanent, ShardHeld, SubmissionInDoubt, Transient, WrongPlace
 from nightshift.money.estimate import estimate_requests, sum_estimates
 from nightshift.providers.protocol import Provider
-from nightshift.runs import Run, Site, load_run
+from nightshift.runs import Run, Site, load_run, run_id
 from nightshift.shapes import Estimate, Plan, Receipt
 from nightshift.stores.ledger import (
     CREATE_TIMEOUT,
@@ -122,13 +122,18 @@ def _send(site: Site, run: Run, shard: str, number: int, attempts: list[Attempt]
     with site.scratch() as folder:
         path = _write_requests(site, shard, claim, provider, Path(folder))
         uploaded = provider.upload(f"nightshift-{shard[:12]}-{number}", path)
-    claim = claim.model_copy(update={"claimed_at": site.now()})
-    if not site.ledger.claim(shard, number, claim):
-        raise ShardHeld(shard, "another worker", LEASE.total_seconds())
-    labels = {"shard": shard[:12], "job": run.job.name, "attempt": str(number)}
-    with _refusals_recorded(site, shard, number, claim.asked):
-        receipt = provider.create(uploaded, claim.token, labels, _Holding(site, shard, Attempt(number=number, claim=claim)))
+        claim = claim.model_copy(update={"claimed_at": site.now()})
+        if not site.ledger.claim(shard, number, claim):
+            raise ShardHeld(shard, "another worker", LEASE.total_seconds())
+        labels = {"shard": shard[:12], "job": run.job.name, "attempt": str(number), "work": work_of(shard, claim)}
+        with _refusals_recorded(site, shard, number, claim.asked):
+            receipt = provider.create(uploaded, claim.token, labels, _Holding(site, shard, Attempt(number=number, claim=claim)))
     return site.ledger.record_receipt(shard, number, receipt)
+
+
+def work_of(shard: str, claim: Claim) -> str:
+    """What an attempt asks, as a name: attempts that follow each other without an answer in between do the same work."""
+    return run_id(shard, claim.model, *map(str, claim.after))
 
 
 def _next_claim(site: Site, run: Run, shard: str, number: int, attempts: list[Attempt], where: str) -> Claim:
@@ -159,7 +164,7 @@ class _Holding:
 
     def __call__(self) -> bool:
         now = self._site.now()
-        if now >= self._attempt.lapses_at:
+        if now >= self._attempt.lapses_at or self._site.stopped():
             return False
         if now <= self._attempt.lapses_at - 2 * CREATE_TIMEOUT:
             return True

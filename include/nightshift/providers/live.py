@@ -1,0 +1,294 @@
+"""Servers that speak OpenAI's API and have no batches: vLLM, Ollama, gateways, OpenAI itself on demand.
+
+A shard is worked off by one process, many requests at once. Every answer is in the store before its place is given to
+another request, so a process that dies repeats at most the requests that were in flight. The claim's lease is renewed
+while it works; who takes over goes on from the answers that are there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import orjson
+
+from nightshift.errors import AccessDenied, ModelNotFound, ProviderUnavailable, QuotaExhausted
+from nightshift.providers.openai import OpenAIAccess
+from nightshift.providers.openai_forms import FORMS
+from nightshift.providers.protocol import Garbage, Limits, Reply, Snapshot
+from nightshift.providers.window import Window
+from nightshift.shapes import Endpoint, Receipt, Variant
+from nightshift.stores.objects import Objects
+
+LIMITS = Limits(requests=10_000, request_bytes=64_000_000)  # what one process holds in memory, and one worker works off
+MOST_AT_ONCE = 256
+TIMEOUT_SECONDS = 120.0
+TRIES = 4  # of one request, before it is an error of its own
+PAUSE_SECONDS = 1.0  # doubles with each try, and where a server says `retry-after` that counts
+PAUSE_MOST_SECONDS = 30.0
+HEARTBEAT_SECONDS = 2.0  # between two looks at the claim
+LAST_SECONDS = 5.0  # that requests in flight get when everybody is stopped
+BROKEN_AFTER = 20  # requests in a row without an answer of the API: the server is down, not the requests
+OVERLOADED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+DEFAULT_URL = "https://api.openai.com/v1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """What the server said to one request."""
+
+    status: int  # 0: nothing, or nothing of its API
+    body: dict[str, Any]
+    retry_after: float | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether asking again at once cannot help."""
+        return self.status != 0 and self.status not in OVERLOADED
+
+
+class LiveServer:
+    """The provider `live`."""
+
+    limits = LIMITS
+
+    def __init__(
+        self, endpoint: Endpoint, objects: Objects, access: OpenAIAccess | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS
+    ) -> None:
+        self.endpoint, self.objects, self._access = endpoint, objects, access or OpenAIAccess()
+        self._form = FORMS[endpoint]()
+        self.timeout = httpx2.Timeout(timeout_seconds, connect=10.0)
+
+    @property
+    def where(self) -> str:
+        """The server's base URL."""
+        return (self._access.base_url or DEFAULT_URL).rstrip("/")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What goes with every call."""
+        key = {"Authorization": f"Bearer {self._access.api_key}"} if self._access.api_key else {}
+        return {**key, **dict(self._access.headers)}
+
+    def check(self, model: str) -> None:
+        """See Provider. A server that does not list its models passes; one that lists others does not (F102)."""
+        try:
+            answer = httpx2.get(f"{self.where}/models", headers=self.headers, timeout=self.timeout)
+        except httpx2.HTTPError as error:
+            raise ProviderUnavailable(self.where, f"cannot connect ({error}).") from error
+        said = _said(answer)
+        if said.status in (401, 403):
+            raise AccessDenied(self.where, f"{_reason(said)} Check OPENAI_API_KEY (in Airflow, the connection's password).")
+        names = [each.get("id") for each in said.body.get("data") or [] if isinstance(each, dict)]
+        if said.status == 200 and names and model not in names:
+            raise ModelNotFound(model, f"{self.where}, which serves {', '.join(map(str, names[:5]))}")
+
+    def line(self, custom_id: str, body: bytes) -> bytes:
+        """See Provider."""
+        return b'{"custom_id":"%b","body":%b}' % (custom_id.encode(), body)
+
+    def vary(self, line: bytes, variant: Variant, answer: str | None, reason: str | None) -> bytes:
+        """See Provider."""
+        request = orjson.loads(line)
+        return self.line(request["custom_id"], orjson.dumps(self._form.vary(request["body"], variant, answer, reason)))
+
+    def upload(self, name: str, path: Path) -> str:
+        """See Provider. There is nothing to upload: the lines are read from disk."""
+        return str(path)
+
+    def create(self, uploaded: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool]) -> Receipt:
+        """See Provider. Asks every request that has no answer yet; returns when all have one.
+
+        Raises AccessDenied, QuotaExhausted or ProviderUnavailable when the server refuses everybody; what was answered is kept.
+        """
+        started = datetime.now(UTC)
+        work = labels["work"]
+        answered = {_id_of(line) for line in self._lines(work)}
+        with Path(uploaded).open("rb") as file:
+            lines = [line for line in file if _id_of(line) not in answered]
+        lines.sort(key=lambda line: line[line.index(b'"body":') :])  # neighbours share a prefix, and so the server's cache of it
+        asyncio.run(_Work(self, work, lines, may_send).run())
+        return Receipt(batch_id=work, token=token, created_at=started)
+
+    def find(self, tokens: Sequence[str], since: datetime) -> Receipt | None:
+        """See Provider. Nothing is left at a server; what an attempt left in the store is gone on with by the next one."""
+        return None
+
+    def is_busy(self) -> bool:
+        """See Provider."""
+        return False
+
+    def poll(self, batch_id: str) -> Snapshot:
+        """See Provider. There is a receipt only for work that is done."""
+        return Snapshot(state="ended", status="completed", done=0, total=0, result_files=(batch_id,), reasons=(), bad_lines={})
+
+    def replies(self, snapshot: Snapshot, scratch: Path) -> Iterator[Reply | Garbage]:
+        """See Provider."""
+        for work in snapshot.result_files:
+            for line in self._lines(work):
+                yield self._form.read(line)
+
+    def cancel(self, batch_id: str) -> None:
+        """See Provider. What is running ends with its process."""
+
+    def _lines(self, work: str) -> Iterator[bytes]:
+        for found in sorted(self.objects.scan(_folder(work)), key=lambda found: found.key):
+            yield from (self.objects.get(found.key) or b"").splitlines()
+
+
+class _Work:
+    """Requests of one shard, many at once, until each has an answer in the store."""
+
+    def __init__(self, server: LiveServer, work: str, lines: list[bytes], may_send: Callable[[], bool]) -> None:
+        self._server, self._work, self._may_send = server, work, may_send
+        self._todo = lines[::-1]
+        self._window = Window(most=MOST_AT_ONCE)
+        self._answers: asyncio.Queue[tuple[bytes, asyncio.Event]] = asyncio.Queue()
+        self._failures = 0  # in a row, over all requests
+
+    async def run(self) -> None:
+        """Ask them all. Raises what stops everybody; what is answered by then is kept."""
+        limits = httpx2.Limits(max_connections=MOST_AT_ONCE, max_keepalive_connections=MOST_AT_ONCE)
+        url = self._server.where + self._server.endpoint.removeprefix("/v1")
+        async with httpx2.AsyncClient(headers=self._server.headers, timeout=self._server.timeout, limits=limits) as client:
+            keeper = asyncio.create_task(self._keep())
+            running: set[asyncio.Task[None]] = set()
+            try:
+                await self._ask_all(client, url, running)
+            finally:
+                await _finish(running)
+                keeper.cancel()
+
+    async def _ask_all(self, client: httpx2.AsyncClient, url: str, running: set[asyncio.Task[None]]) -> None:
+        while self._todo or running:
+            self._check_claim()
+            while self._todo and len(running) < self._window.slots and time.monotonic() >= self._window.held_until:
+                running.add(asyncio.create_task(self._ask(client, url, self._todo.pop())))
+            pause = min(HEARTBEAT_SECONDS, max(0.01, self._window.held_until - time.monotonic())) if self._todo else HEARTBEAT_SECONDS
+            if not running:
+                await asyncio.sleep(pause)
+                continue
+            done, _ = await asyncio.wait(running, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+            running -= done
+            for task in done:
+                task.result()
+
+    def _check_claim(self) -> None:
+        """Renew the claim's lease in time, and stop where somebody else has taken it over."""
+        if not self._may_send():
+            raise ProviderUnavailable(self._server.where, "the claim on this shard is no longer ours; whoever has it goes on from here.")
+
+    async def _ask(self, client: httpx2.AsyncClient, url: str, line: bytes) -> None:
+        request = orjson.loads(line)
+        said = await self._answer(client, url, request["custom_id"], orjson.dumps(request["body"]))
+        kept = asyncio.Event()
+        response = {"status_code": said.status, "body": said.body}
+        await self._answers.put((orjson.dumps({"custom_id": request["custom_id"], "response": response, "error": None}), kept))
+        await kept.wait()  # only then is its place free: a process that dies repeats no more than what is in flight
+
+    async def _answer(self, client: httpx2.AsyncClient, url: str, custom_id: str, body: bytes) -> Said:
+        """What the server says in the end. Raises what concerns every request: a wrong key, no credit, a server that is down."""
+        said = Said(status=0, body={})
+        for attempt in range(TRIES):
+            if attempt:
+                await asyncio.sleep(max(self._window.held_until - time.monotonic(), _pause(attempt)))
+            started = time.monotonic()
+            said = await _post(client, url, custom_id, body)
+            self._judge(said, time.monotonic() - started)
+            if said.is_final:
+                return said
+        return said
+
+    def _judge(self, said: Said, seconds: float) -> None:
+        """Learn from what the server said. Raises what concerns every request."""
+        if said.status in (401, 403):
+            raise AccessDenied(self._server.where, f"{_reason(said)} Check OPENAI_API_KEY (in Airflow, the connection's password).")
+        if said.status == 429 and _code(said) == "insufficient_quota":
+            raise QuotaExhausted(_reason(said))
+        if said.is_final:
+            self._failures = 0
+            self._window = self._window.answered(seconds)
+            return
+        self._failures += 1
+        self._window = self._window.refused(time.monotonic(), said.retry_after or _pause(1))
+        if self._failures >= BROKEN_AFTER:
+            raise ProviderUnavailable(
+                self._server.where, f"{self._failures} requests in a row came back without an answer: {_reason(said)}"
+            )
+
+    async def _keep(self) -> None:
+        """Put answers into the store, all that have come since the last put as one object."""
+        while True:
+            batch = [await self._answers.get()]
+            while not self._answers.empty():
+                batch.append(self._answers.get_nowait())
+            data = b"".join(line + b"\n" for line, _ in batch)
+            key = f"{_folder(self._work)}/{time.time_ns():020d}-{random.getrandbits(32):08x}.jsonl"
+            await asyncio.to_thread(self._server.objects.put, key, data)
+            for _, kept in batch:
+                kept.set()
+
+
+async def _finish(running: set[asyncio.Task[None]]) -> None:
+    """Let what is in flight come to its end, for a moment: it is paid for."""
+    if running:
+        _, late = await asyncio.wait(running, timeout=LAST_SECONDS)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+async def _post(client: httpx2.AsyncClient, url: str, custom_id: str, body: bytes) -> Said:
+    headers = {"Content-Type": "application/json", "X-Client-Request-Id": custom_id}
+    try:
+        return _said(await client.post(url, content=body, headers=headers))
+    except httpx2.HTTPError as error:
+        return Said(status=0, body={"error": {"message": f"{type(error).__name__}: {error}", "code": "no_answer"}})
+
+
+def _said(answer: httpx2.Response) -> Said:
+    """An answer in whatever shape (F101). What is not JSON, or not an object, is none of the API."""
+    try:
+        body = orjson.loads(answer.content)
+    except orjson.JSONDecodeError:
+        body = None
+    wait = answer.headers.get("retry-after", "")
+    retry_after = min(float(wait), PAUSE_MOST_SECONDS) if wait.replace(".", "", 1).isdigit() else None
+    if not isinstance(body, dict):
+        shown = answer.text.strip().partition("\n")[0][:200]
+        status = 0 if answer.status_code < 400 else answer.status_code
+        return Said(status=status, body={"error": {"message": f"not the API's answer: {shown!r}"}}, retry_after=retry_after)
+    if answer.status_code >= 400 and not isinstance(body.get("error"), dict):
+        message = body.get("error") or body.get("message") or body.get("detail") or f"HTTP {answer.status_code}"
+        body = {"error": {"message": str(message)[:500]}}
+    return Said(status=answer.status_code, body=body, retry_after=retry_after)
+
+
+def _reason(said: Said) -> str:
+    text = str((said.body.get("error") or {}).get("message") or f"HTTP {said.status}").strip().partition("\n")[0][:300]
+    return text if text.endswith(".") else f"{text}."
+
+
+def _code(said: Said) -> str | None:
+    code = (said.body.get("error") or {}).get("code")
+    return code if isinstance(code, str) else None
+
+
+def _pause(attempt: int) -> float:
+    return float(min(PAUSE_SECONDS * 2 ** (attempt - 1), PAUSE_MOST_SECONDS)) * random.uniform(0.75, 1.25)
+
+
+def _folder(work: str) -> str:
+    return f"live/{work}"
+
+
+def _id_of(line: bytes) -> bytes:
+    start = line.index(b'":"') + 3
+    return line[start : start + 64]

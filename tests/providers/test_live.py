@@ -1,0 +1,149 @@
+"""The provider `live` against the rehearsal's endpoints on demand: real HTTP, real overload, a real kill."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import httpx2
+import pytest
+from pytest_httpserver import HTTPServer
+
+from nightshift.drive import begin, drive
+from nightshift.errors import AccessDenied, ModelNotFound, ProviderUnavailable
+from nightshift.providers.live import LiveServer
+from nightshift.providers.openai import OpenAIAccess
+from nightshift.shapes import Summary
+from nightshift.stores.ledger import LEASE
+from nightshift.stores.objects import open_objects
+from tests.conftest import World, reviews
+from tests.test_cli import environment
+
+LIVE = {"provider": "live"}
+
+
+def go(world: World, job, uri: str, **changes) -> Summary:
+    site = replace(world.site, **changes)
+    return drive(site, begin(site, job, pattern=uri, dates={}, scheduled=False), ask=lambda run, planned: True)
+
+
+@pytest.mark.parametrize("endpoint", ["/v1/chat/completions", "/v1/responses"])
+def test_an_unchanged_job_goes_the_whole_way_on_demand(world, endpoint):
+    job = world.job(request={**LIVE, "endpoint": endpoint})
+    summary = go(world, job, world.write("a.jsonl", [*reviews(50), {"id": "again", "text": reviews(1)[0]["text"]}]))
+    bill = world.rehearsal.bill()
+    assert (summary.state, summary.outcomes["succeeded"], summary.requests.duplicates) == ("published", 51, 1)
+    assert (bill["requests"], bill["unique_requests"], bill["batches"]) == (50, 50, 0)
+    assert summary.cost_usd.actual == pytest.approx(bill["usd"], abs=2e-6)
+    assert {line["tier"] for line in bill["by_batch"]} == {"standard"}
+    assert go(world, job, world.write("a.jsonl", reviews(50))).requests.submitted == 0
+
+
+def test_answers_of_a_batch_are_not_those_of_another_provider(world):
+    uri = world.write("a.jsonl", reviews(5))
+    go(world, world.job(), uri)
+    assert go(world, world.job(request=LIVE), uri).requests.submitted == 5
+
+
+def test_F99_an_overloaded_server_is_asked_as_much_as_it_takes(world):
+    world.rehearsal.faults(live_capacity=6, live_seconds=0.02)
+    summary = go(world, world.job(request=LIVE), world.write("a.jsonl", reviews(200)))
+    assert summary.outcomes["succeeded"] == 200
+    assert world.rehearsal.bill()["requests"] == 200
+
+
+def test_many_requests_are_under_way_at_once_where_the_server_keeps_up(world):
+    world.rehearsal.faults(live_seconds=0.1)
+    go(world, world.job(request=LIVE), world.write("a.jsonl", reviews(300)))
+    assert httpx2.get(f"{world.rehearsal.url}/rehearsal/load").json()["most_running"] > 12
+
+
+def test_F98_F101_a_server_that_stumbles_is_asked_again(world):
+    world.rehearsal.faults(live_429=2, live_500=2, live_html=2)
+    summary = go(world, world.job(request=LIVE), world.write("a.jsonl", reviews(30)))
+    assert (summary.outcomes["succeeded"], world.rehearsal.bill()["requests"]) == (30, 30)
+
+
+def test_F100_an_answer_that_was_lost_after_it_was_made_is_asked_for_once_more(world):
+    world.rehearsal.faults(live_cut=1)
+    summary = go(world, world.job(request=LIVE), world.write("a.jsonl", reviews(10)))
+    assert (summary.outcomes["succeeded"], world.rehearsal.bill()["requests"]) == (10, 11)
+
+
+def test_what_fails_on_demand_is_an_outcome_of_its_row_and_asked_again_by_policy(world, monkeypatch):
+    monkeypatch.setattr(
+        "nightshift.rehearsal.model.answer",
+        lambda text, schema: "no JSON" if "number 3 " in text else '{"sentiment":"neutral","confidence":0.5}',
+    )
+    summary = go(world, world.job(request=LIVE), world.write("a.jsonl", reviews(10)))
+    assert (summary.outcomes["succeeded"], summary.outcomes["invalid"], summary.paid) == (9, 1, 11)
+
+
+def test_F102_a_wrong_key_and_an_unknown_model_are_told_before_anything_is_read(world):
+    uri = world.write("a.jsonl", reviews(2))
+    wrong = LiveServer("/v1/chat/completions", world.site.store, world.rehearsal.access(key="sk-wrong-key"))
+    with pytest.raises(AccessDenied, match="OPENAI_API_KEY"):
+        go(world, world.job(request=LIVE), uri, open_provider=lambda request: wrong)
+    with pytest.raises(ModelNotFound, match=r"which serves gpt-5\.4-nano"):
+        go(world, world.job(request={**LIVE, "model": "llama-9"}), uri)
+
+
+def test_F101_a_server_that_answers_html_is_told(httpserver: HTTPServer, tmp_path):
+    httpserver.expect_request("/v1/models").respond_with_data("<html>proxy</html>", content_type="text/html")
+    httpserver.expect_request("/v1/chat/completions").respond_with_data("<html>proxy</html>", content_type="text/html")
+    access = OpenAIAccess(base_url=httpserver.url_for("/v1"), api_key="x")
+    server = LiveServer("/v1/chat/completions", open_objects(f"file://{tmp_path}"), access)
+    lines = tmp_path / "lines"
+    lines.write_bytes(b"".join(server.line(f"{i:064x}", b"{}") + b"\n" for i in range(40)))
+    with pytest.raises(ProviderUnavailable, match="not the API"):
+        server.create(str(lines), "t", {"work": "w"}, lambda: True)
+
+
+def test_F98_a_killed_process_repeats_no_more_than_what_was_in_flight(world):
+    """kill -9 in the middle; the next process goes on from the answers that are in the store."""
+    world.rehearsal.faults(live_seconds=0.2)
+    world.job(request=LIVE)
+    file = str(world.folder / f"job-{world.jobs}" / "jobs" / "reviews.yaml")
+    uri = world.write("a.jsonl", reviews(400))
+    command = [sys.executable, "-m", "nightshift.cli", "run", file, "--input", uri, "--store", f"file://{world.folder}/store", "--json"]
+    process = subprocess.Popen(command, env=environment(world.rehearsal), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while world.rehearsal.bill()["requests"] < 60 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    in_flight = httpx2.get(f"{world.rehearsal.url}/rehearsal/load").json()["most_running"]
+    time.sleep(0.5)
+    paid = world.rehearsal.bill()["requests"]
+    assert 60 <= paid < 400
+    later = replace(world.site, now=lambda: datetime.now(UTC) + LEASE + timedelta(seconds=1))
+    job = world.job(request=LIVE)
+    summary = drive(later, begin(later, job, pattern=uri, dates={}, scheduled=False), ask=lambda run, planned: True)
+    assert summary.outcomes["succeeded"] == 400
+    assert world.rehearsal.bill()["requests"] <= 400 + in_flight
+
+
+def test_ctrl_c_ends_a_long_shard_at_once_and_the_same_command_goes_on(world):
+    world.rehearsal.faults(live_seconds=0.2)
+    world.job(request=LIVE)
+    file = str(world.folder / f"job-{world.jobs}" / "jobs" / "reviews.yaml")
+    uri = world.write("a.jsonl", reviews(600))
+    command = [sys.executable, "-m", "nightshift.cli", "run", file, "--input", uri, "--store", f"file://{world.folder}/store", "--json"]
+    process = subprocess.Popen(command, env=environment(world.rehearsal), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while world.rehearsal.bill()["requests"] < 40 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert (process.returncode, "goes on from here" in told) == (130, True), told
+    before = world.rehearsal.bill()["requests"]
+    assert before < 600
+    world.rehearsal.faults()
+    done = subprocess.run(command, env=environment(world.rehearsal), capture_output=True, text=True, timeout=120)
+    assert json.loads(done.stdout)["outcomes"]["succeeded"] == 600, done.stderr
+    assert world.rehearsal.bill()["requests"] == 600
