@@ -31,7 +31,7 @@ PATIENCE_SECONDS = 900
 PARTS = {
     "scheduler": re.compile("airflow scheduler"),
     "triggerer": re.compile("airflow triggerer"),
-    "task": re.compile("airflow worker -- LocalExecutor: [0-9a-f]"),  # and what it has forked: the task itself, its title unchanged
+    "task": re.compile("airflow worker -- LocalExecutor: [0-9a-f]"),
 }
 ORDER = ("task", "triggerer", "task", "scheduler")
 # A task whose process is gone is found by its missing heartbeat; the defaults (300 s) suit long tasks, not a rehearsal.
@@ -101,7 +101,12 @@ def _kill_parts(
     deadline = time.monotonic() + PATIENCE_SECONDS / 2
     while victims and time.monotonic() < deadline and api.get(run)["state"] in ("queued", "running"):
         victim = victims[0]
-        if not (found := _processes(sessions, PARTS[victim])):
+        found = _processes(sessions, PARTS[victim])
+        if (
+            victim == "task"
+        ):  # what a worker has forked: the task itself. A worker of the LocalExecutor that dies holding one is never missed
+            found = [pid for pid in found if _parent(pid) in found]
+        if not found:
             time.sleep(0.2)
             continue
         for pid in [draw.choice(found)] if victim == "task" else found:
@@ -128,6 +133,12 @@ def _processes(sessions: list[int], title: re.Pattern[str]) -> list[int]:
                 if title.search(command) and os.getsid(int(entry.name)) in sessions:
                     found.append(int(entry.name))
     return found
+
+
+def _parent(pid: int) -> int | None:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return None
 
 
 def _restart(stack: Stack, part: str, env: Mapping[str, str]) -> subprocess.Popen[bytes]:

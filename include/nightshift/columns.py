@@ -80,6 +80,7 @@ def answers_schema(schema: Mapping[str, Any] | None) -> pa.Schema:
             ("attempt", pa.int32()),
             ("batch_id", pa.string()),
             ("answered_at", pa.timestamp("ms", "UTC")),
+            ("tier", pa.string()),  # batch or on_demand
             ("stand_in", pa.string()),  # the model that was asked in place of the job's
             ("token_limit", pa.int32()),  # where it was raised above the job's
             ("model", pa.string()),  # that answered, as it calls itself

@@ -175,6 +175,7 @@ class Policy(Section):
     approve_above_usd: Decimal | None = Field(None, ge=0, description="a run estimated above it asks a person first")
     publish_at_least: float = Field(0.95, ge=0, le=1, description="share of the rows that must succeed, else the run is held")
     deadline_hours: float = Field(26, gt=0, le=336, description="a batch still running then is cancelled and harvested")
+    on_demand: bool = Field(False, description="finish on demand what a batch has not run by its deadline or expiry, at the full price")
     max_requests_per_shard: int | None = Field(None, ge=1, description="smaller shards than the provider allows")
 
 
@@ -351,6 +352,8 @@ def _contradictions(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
     spec, fields = job.spec, answer_fields(job.answer_schema)
     if not spec.schedule and not spec.on_upload and "{{" in spec.input.uri:
         yield ("input", "uri"), "uses run dates, but the job has no schedule; name the objects or set a schedule"
+    if spec.policy.on_demand and spec.request.provider == "live":
+        yield ("policy", "on_demand"), "is for batches; the provider live is asked on demand already"
     cut = spec.policy.retry.truncated
     if cut.times and not cut.model and job.token_limit is None:
         yield ("policy", "retry", "truncated"), "would ask the same again: set request.parameters.max_output_tokens, or another model"
@@ -377,7 +380,7 @@ def _contradictions(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
             )
 
 
-OWN_COLUMNS = frozenset({"_model", "_prompt_version", "_request_key", "row", "outcome", "reason", "raw"})
+OWN_COLUMNS = frozenset({"_model", "_tier", "_prompt_version", "_request_key", "row", "outcome", "reason", "raw"})
 
 
 def _parse_yaml(path: Path, text: str) -> yaml.Node:

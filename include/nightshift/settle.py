@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nightshift.errors import CountsDisagree
+from nightshift.money.prices import tier_of
 from nightshift.runs import Site
-from nightshift.shapes import Paid, Settled, Shard, Usage
+from nightshift.shapes import Paid, ProviderName, Settled, Shard, Usage
 from nightshift.stores.ledger import Attempt
 from nightshift.stores.shards import answers_key, request_keys
 
@@ -59,15 +60,16 @@ def check_shard(facts: Shard, attempts: list[Attempt], tables: Mapping[int, pa.T
 
 def paid_by(attempts: Iterable[Attempt], tables: Mapping[int, pa.Table]) -> tuple[Paid, ...]:
     """What each run bought of a shard: whoever claimed an attempt pays for it."""
-    bought: dict[tuple[str, str], list[Attempt]] = {}
+    bought: dict[tuple[str, ProviderName, str], list[Attempt]] = {}
     for attempt in attempts:
         if attempt.receipt:
-            bought.setdefault((attempt.claim.run, attempt.claim.model), []).append(attempt)
+            bought.setdefault((attempt.claim.run, attempt.claim.provider, attempt.claim.model), []).append(attempt)
     paid = []
-    for (run, model), own in bought.items():
+    for (run, provider, model), own in bought.items():
         found = [tables[attempt.number].filter(tables[attempt.number].column("paid")) for attempt in own if attempt.number in tables]
         usage = sum((usage_of(table) for table in found), Usage())
-        paid.append(Paid(run=run, model=model, batches=len(own), answers=sum(table.num_rows for table in found), usage=usage))
+        answers, batches = sum(table.num_rows for table in found), len(own) if tier_of(provider) == "batch" else 0
+        paid.append(Paid(run=run, provider=provider, model=model, batches=batches, answers=answers, usage=usage))
     return tuple(paid)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict
 
 ProviderName = Literal["openai", "live"]
+Tier = Literal["batch", "on_demand"]
 Endpoint = Literal["/v1/chat/completions", "/v1/responses"]
 Outcome = Literal[
     "succeeded", "invalid", "truncated", "refused", "filtered", "errored", "expired", "cancelled", "missing", "rejected"
@@ -62,6 +63,7 @@ class Receipt(Wire):
 class Variant(Wire):
     """How a request is asked again. Its answer still counts as the answer to the request that the row asks."""
 
+    provider: ProviderName | None = None  # None: the provider that the job names
     model: str | None = None  # None: the model that the job names
     max_output_tokens: int | None = None  # None: the limit that the job sets
     repair: bool = False  # the model is shown its answer and what is wrong with it
@@ -85,9 +87,10 @@ class Usage(Wire):
 
 
 class Paid(Wire):
-    """What one run bought of a shard from one model."""
+    """What one run bought of a shard from one model of one provider."""
 
     run: str  # URI of the run that claimed the attempts
+    provider: ProviderName
     model: str
     batches: int
     answers: int  # that were paid for, over all attempts: not only those that were kept
@@ -203,6 +206,7 @@ class Cost(Wire):
     estimated: float | None
     actual: float | None
     saved: float | None
+    by_tier: dict[Tier, float | None]  # of what was paid
     basis: str
 
 

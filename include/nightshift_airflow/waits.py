@@ -16,7 +16,7 @@ from nightshift.errors import NightshiftError, Permanent, ShardHeld
 from nightshift.providers.protocol import Snapshot
 from nightshift.steps.approve import approved_plan
 from nightshift.steps.collect import collect
-from nightshift.steps.submit import submit
+from nightshift.steps.submit import open_where, submit
 from nightshift.steps.wait import pauses
 from nightshift.stores.ledger import Attach, next_move
 from nightshift_airflow.site import owner_of, run_at
@@ -105,7 +105,7 @@ class ShardTrigger(BaseTrigger):
         move = next_move(site.ledger.attempts(self.shard), now=site.now())
         if isinstance(move, Attach):
             log.info("Cancelling the batch of a stopped task", shard=self.shard[:12], batch=move.receipt.batch_id)
-            site.open_provider(run.job.spec.request).cancel(move.receipt.batch_id)
+            open_where(site, run, self.shard, move.attempt).cancel(move.receipt.batch_id)
 
     def _is_stopped(self) -> bool:
         ti: Any = self.task_instance

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import httpx2
+import pyarrow.parquet as pq
 import pytest
 from pytest_httpserver import HTTPServer
 
@@ -19,6 +21,10 @@ from nightshift.errors import AccessDenied, ModelNotFound, ProviderUnavailable
 from nightshift.providers.live import LiveServer
 from nightshift.providers.openai import OpenAIAccess
 from nightshift.shapes import Summary
+from nightshift.steps.approve import approve
+from nightshift.steps.discover import discover
+from nightshift.steps.plan import plan
+from nightshift.steps.submit import submit
 from nightshift.stores.ledger import LEASE
 from nightshift.stores.objects import open_objects
 from tests.conftest import World, reviews
@@ -147,3 +153,47 @@ def test_ctrl_c_ends_a_long_shard_at_once_and_the_same_command_goes_on(world):
     done = subprocess.run(command, env=environment(world.rehearsal), capture_output=True, text=True, timeout=120)
     assert json.loads(done.stdout)["outcomes"]["succeeded"] == 600, done.stderr
     assert world.rehearsal.bill()["requests"] == 600
+
+
+# ---- batches finished on demand
+
+
+@pytest.mark.parametrize("ended", ["by the deadline", "by the provider"])
+def test_what_a_batch_has_not_run_in_time_is_finished_on_demand(world, ended):
+    """With the same parameters, one outcome per row, the tier in a column, and the bill split by tier."""
+    job = world.job(policy={"on_demand": True, "deadline_hours": 1})
+    run = discover(world.site, job, pattern=world.write("a.jsonl", reviews(60)), label="x", run="r", dates={})
+    [shard] = approve(world.site, run, plan(world.site, run), ask=lambda: True).shards
+    if ended == "by the deadline":
+        world.rehearsal.pace(validating=0.0, running=3.0, finalizing=0.0, cancelling=0.05)
+    else:
+        world.rehearsal.faults(never_run=0.5)
+    submit(world.site, run, shard)
+    [attempt] = world.site.ledger.attempts(shard)
+    if ended == "by the deadline":
+        deadline = time.monotonic() + 20
+        while world.rehearsal.provider().poll(attempt.receipt.batch_id).done < 10 and time.monotonic() < deadline:
+            time.sleep(0.02)
+    late = replace(world.site, now=lambda: datetime.now(UTC) + timedelta(hours=1, minutes=1)) if ended == "by the deadline" else world.site
+    summary = drive(late, run, ask=lambda run, planned: True)
+    bill = world.rehearsal.bill()
+    assert (summary.outcomes["succeeded"], bill["requests"], bill["unique_requests"], bill["batches"]) == (60, 60, 60, 1)
+    [part] = [found.key for found in world.site.store.scan("results") if found.key.endswith(".parquet")]
+    tiers = Counter(pq.read_table(world.site.store.open(part)).column("_tier").to_pylist())
+    billed = {"batch" if line["tier"] == "batch" else "on_demand": line for line in bill["by_batch"]}
+    assert tiers == {tier: line["requests"] for tier, line in billed.items()}
+    assert set(tiers) == {"batch", "on_demand"}
+    assert summary.cost_usd.by_tier == pytest.approx({tier: line["usd"] for tier, line in billed.items()}, abs=1e-6)
+    assert summary.cost_usd.actual == pytest.approx(sum(summary.cost_usd.by_tier.values()), abs=2e-6)
+
+
+def test_on_demand_is_not_paid_for_where_the_budget_is_spent(world):
+    world.rehearsal.faults(never_run=1.0)
+    uri = world.write("a.jsonl", reviews(20))
+    free = world.job(policy={"on_demand": False, "retry": {"expired": 0}, "publish_at_least": 0})
+    estimate = go(world, free, uri).cost_usd.estimated
+    job = world.job(policy={"on_demand": True, "budget_usd": estimate * 1.01, "publish_at_least": 0})
+    summary = go(world, job, uri)
+    assert 0 < summary.outcomes["succeeded"] < 20, "on demand costs twice as much as in a batch"
+    assert summary.cost_usd.actual <= estimate * 1.01
+    assert summary.outcomes["expired"] == 20 - summary.outcomes["succeeded"]

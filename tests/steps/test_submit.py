@@ -37,7 +37,7 @@ def claim_and_die(world, run, shard: str, attempt: int) -> None:
     """A worker that claims an attempt and is never heard of again."""
     claim = Claim(
         token=token_for(shard, attempt), owner="the dead", claimed_at=datetime.now(UTC), where=f"{world.rehearsal.url}/v1",
-        run=run.uri, model="gpt-5.4-nano", asked=5,
+        run=run.uri, provider="openai", model="gpt-5.4-nano", asked=5,
     )  # fmt: skip
     assert world.site.ledger.claim(shard, attempt, claim)
 

@@ -34,7 +34,9 @@ LATER = NOON + LEASE + timedelta(seconds=1)
 
 
 def claim(number: int = 1) -> Claim:
-    return Claim(token=f"t{number}", owner="worker 1", claimed_at=NOON, where="https://here", run="memory://r", model="m", asked=9)
+    return Claim(
+        token=f"t{number}", owner="worker 1", claimed_at=NOON, where="https://here", run="memory://r", provider="openai", model="m", asked=9
+    )
 
 
 def receipt(number: int = 1) -> Receipt:

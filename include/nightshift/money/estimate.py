@@ -24,21 +24,21 @@ ANSWERED_SHARE = Decimal("0.3")  # of the limit that a short structured answer u
 def estimate_requests(job: Job, requests: int, request_bytes: int, *, asked_as: Variant | None = None) -> Estimate:
     """The estimate for some requests of a job; `request_bytes` counts their whole lines. `asked_as`: where they are asked again."""
     request, asked_as = job.spec.request, asked_as or Variant()
-    model = asked_as.model or request.model
+    provider, model = asked_as.provider or request.provider, asked_as.model or request.model
     limit = asked_as.max_output_tokens or job.token_limit or DEFAULT_OUTPUT_TOKENS
     repair_bytes = int(limit * ANSWERED_SHARE * BYTES_PER_TOKEN) + REPAIR_BYTES if asked_as.repair else 0
     text_bytes = max(0, request_bytes - requests * (ENVELOPE_BYTES - repair_bytes))
     input_tokens = int(text_bytes / BYTES_PER_TOKEN) + requests * MESSAGE_TOKENS
     expected = Usage(input_tokens=input_tokens, output_tokens=int(requests * limit * ANSWERED_SHARE))
     most = Usage(input_tokens=input_tokens, output_tokens=requests * limit)
-    price = price_at(request.provider, model)
+    price = price_at(provider, model)
     return Estimate(
         input_tokens=input_tokens,
         output_tokens=expected.output_tokens,
         output_tokens_max=most.output_tokens,
         usd=_usd(price.of(expected)) if price else None,
         usd_max=_usd(price.of(most)) if price else None,
-        basis=basis(request.provider, model),
+        basis=basis(provider, model),
     )
 
 

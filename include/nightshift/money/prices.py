@@ -10,15 +10,15 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal
 
-from nightshift.shapes import Usage
+from nightshift.shapes import Tier, Usage
 
 READ_ON = "2026-11-21"
 SOURCE = "litellm 1.109.1 price map; second-hand, not checked against the vendor's page"
 MILLION = Decimal(1_000_000)
 SNAPSHOT = re.compile(r"-\d{4}-\d{2}-\d{2}$")
 
-Tier = Literal["batch", "standard"]
-BOUGHT: dict[str, tuple[str, Tier]] = {"openai": ("openai", "batch"), "live": ("openai", "standard")}  # provider → table, tier
+PriceTier = Literal["batch", "standard"]
+BOUGHT: dict[str, tuple[str, PriceTier]] = {"openai": ("openai", "batch"), "live": ("openai", "standard")}  # provider → table, tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class Price:
         return (fresh * self.input + usage.cached_tokens * cached + usage.output_tokens * self.output) / MILLION
 
 
-def price_of(vendor: str, model: str, tier: Tier) -> Price | None:
+def price_of(vendor: str, model: str, tier: PriceTier) -> Price | None:
     """The price of a model, by its name or by that of its dated snapshot; None where the table has none."""
     table = _table()
     return table.get((vendor, model, tier)) or table.get((vendor, SNAPSHOT.sub("", model), tier))
@@ -46,6 +46,11 @@ def price_at(provider: str, model: str) -> Price | None:
     """The price at which a provider asks a model; None where it is not known, as for a server of one's own."""
     vendor, tier = BOUGHT[provider]
     return price_of(vendor, model, tier)
+
+
+def tier_of(provider: str) -> Tier:
+    """Whether a provider is asked in batches or on demand."""
+    return "batch" if BOUGHT[provider][1] == "batch" else "on_demand"
 
 
 def basis(provider: str, model: str) -> str:

@@ -8,13 +8,12 @@ from functools import cache
 
 import pyarrow.parquet as pq
 
-from nightshift.job import Job
 from nightshift.money.estimate import actual_cost, estimate_requests
 from nightshift.providers.protocol import Reply
 from nightshift.runs import Run, Site
 from nightshift.settle import usage_of
 from nightshift.shapes import Plan, Shard, Usage, Variant
-from nightshift.stores.ledger import Attempt
+from nightshift.stores.ledger import Attempt, Claim
 from nightshift.stores.shards import answers_key
 
 
@@ -35,19 +34,17 @@ class Purse:
         return True
 
 
-def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], replies: Iterable[Reply], model: str) -> Purse:
+def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], replies: Iterable[Reply], claim: Claim) -> Purse:
     """What the job's budget leaves for a shard once all its answers so far are paid: its share by requests, less what it cost."""
     budget = run.job.spec.policy.budget_usd
     if budget is None:
         return Purse(None, lambda asked_as: None)
     approved = site.store.get_shape(run.key("approved.json"), Plan)
     share = budget * facts.request_count / max(facts.request_count, approved.submitted if approved else 0)
-    usage: dict[str, Usage] = {model: sum((_tokens_of(reply) for reply in replies if reply.paid), Usage())}
+    spent = _cost(claim, sum((_tokens_of(reply) for reply in replies if reply.paid), Usage()))
     for attempt in attempts:
         if attempt.is_harvested:
-            before = usage.get(attempt.claim.model, Usage())
-            usage[attempt.claim.model] = before + usage_of(pq.read_table(site.store.open(answers_key(facts.key, attempt.number))))
-    spent = sum((_cost(run.job, model, each) for model, each in usage.items()), Decimal(0))
+            spent += _cost(attempt.claim, usage_of(pq.read_table(site.store.open(answers_key(facts.key, attempt.number)))))
 
     @cache
     def price(asked_as: Variant) -> Decimal | None:
@@ -57,9 +54,9 @@ def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], re
     return Purse(max(Decimal(0), share - spent), price)
 
 
-def _cost(job: Job, model: str, usage: Usage) -> Decimal:
+def _cost(claim: Claim, usage: Usage) -> Decimal:
     """Dollars as far as they are known: answers without usage are left out here, and flagged in the report."""
-    return actual_cost(job.spec.request.provider, model, usage.model_copy(update={"unknown": 0})) or Decimal(0)
+    return actual_cost(claim.provider, claim.model, usage.model_copy(update={"unknown": 0})) or Decimal(0)
 
 
 def _tokens_of(reply: Reply) -> Usage:

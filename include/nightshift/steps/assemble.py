@@ -161,7 +161,7 @@ def _kept(job: Job) -> str:
 
 def _succeeded_query(job: Job) -> str:
     fields = "".join(f", answers.output.{_quoted(name)} AS {_quoted(name)}" for name in answer_fields(job.answer_schema))
-    return f"""SELECT {_kept(job)}{fields}, answers.model AS _model, '{job.prompt.version}' AS _prompt_version,
+    return f"""SELECT {_kept(job)}{fields}, answers.model AS _model, answers.tier AS _tier, '{job.prompt.version}' AS _prompt_version,
                       lower(hex(rows.request_key)) AS _request_key
                FROM rows JOIN answers USING (request_key) WHERE answers.outcome = 'succeeded' ORDER BY rows.ordinal"""
 

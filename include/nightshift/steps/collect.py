@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from nightshift.errors import BatchLost, BatchRejected, BatchUnknown, NightshiftError, ProviderUnavailable, ResultsGone
 from nightshift.judge import AS_IT_WAS, Answer, judge_for, write_answers
+from nightshift.money.prices import tier_of
 from nightshift.money.purse import Purse, purse_of
 from nightshift.providers.protocol import Garbage, Provider, Reply, Snapshot
 from nightshift.runs import Run, Site
@@ -62,7 +63,7 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
         _end_without_answers(site, shard, attempt, attempts, snapshot, provider)
         return
     facts = site.ledger.shard(shard)
-    left = asked(site.store, shard, attempt.claim, facts.model)
+    left = asked(site.store, facts, attempt.claim)
     target = answers_key(shard, attempt.number)
     with site.scratch() as folder:
         try:
@@ -73,7 +74,7 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
             _give_up(site, run, shard, attempt, attempts, provider, error)
             return
         payer = payer_of(site, run, attempt)
-        purse = purse_of(site, payer, facts, attempts, found.values(), attempt.claim.model)
+        purse = purse_of(site, payer, facts, attempts, found.values(), attempt.claim)
         again = _again_for(site, payer, shard, attempt, left, purse)
         judge = judge_for(run.job)
         answers = (
@@ -86,6 +87,7 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
             "attempt": attempt.number,
             "batch_id": batch_id,
             "answered_at": snapshot.ended_at or site.now(),
+            "tier": tier_of(attempt.claim.provider),
             "stand_in": attempt.claim.model if attempt.claim.model != facts.model else None,
         }
         write_answers(path, run.job, answers, origin)
@@ -193,11 +195,15 @@ def _again_for(
     retry, job, history = run.job.spec.policy.retry, run.job, _outcomes_so_far(site, shard, attempt)
     created = attempt.receipt.created_at if attempt.receipt else attempt.claim.claimed_at
     overdue = site.now() - created > job.patience  # the deadline cancelled it: asking again is no use
+    rushed = job.spec.policy.on_demand and attempt.claim.provider != "live"
 
     def again(key: bytes, answer: Answer) -> Answer:
         reply, before = answer.reply, left[key]
         asked_as = before.variant if before else AS_IT_WAS
         answer = replace(answer, asked_as=asked_as)
+        if rushed and reply.outcome in ("cancelled", "expired"):  # the batch's time is over: the rest is finished on demand
+            variant = asked_as.model_copy(update={"provider": "live"})
+            return replace(answer, again=variant) if purse.pays(variant) else answer
         hopeless = (reply.outcome == "errored" and not reply.retryable) or (reply.outcome == "cancelled" and overdue)
         if hopeless or not retry.allows(reply.outcome, history.get(key, Counter())[reply.outcome] + 1):
             return answer

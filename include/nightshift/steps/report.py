@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 from nightshift.errors import CountsDisagree
 from nightshift.job import Job
 from nightshift.money.estimate import actual_cost
+from nightshift.money.prices import tier_of
 from nightshift.pages import render_report
 from nightshift.runs import Run, Site
-from nightshift.shapes import OUTCOMES, Assembled, Audit, Cost, Counts, Paid, Plan, Published, Summary, Usage, Wire
+from nightshift.shapes import OUTCOMES, Assembled, Audit, Cost, Counts, Paid, Plan, Published, Summary, Tier, Usage, Wire
 from nightshift.steps.publish import quarantine_folder
 from nightshift.stores.database import open_database
 from nightshift.stores.objects import dump_json
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import duckdb
 
 CHART_BARS = 12
+TIERS: tuple[Tier, ...] = ("batch", "on_demand")
 
 
 class LastPublished(Wire):
@@ -95,8 +97,9 @@ def summarise(
         alarms=assembled.alarms if assembled else {},
         cost_usd=Cost(
             estimated=_dollars(plan.estimate.usd) if plan else None,
-            actual=_dollars(cost_of(request.provider, paid)) if assembled else None,
+            actual=_dollars(cost_of(paid)) if assembled else None,
             saved=_dollars(plan.saved_usd) if plan else None,
+            by_tier={tier: _dollars(cost_of(own)) for tier in TIERS if (own := [each for each in paid if tier_of(each.provider) == tier])},
             basis=plan.estimate.basis if plan else "not planned",
         ),
         audit=audit,
@@ -110,9 +113,9 @@ def summarise(
     )
 
 
-def cost_of(provider: str, paid: Iterable[Paid]) -> Decimal | None:
-    """Dollars for everything that was bought, by model; None where any of it has no known price."""
-    costs = [actual_cost(provider, each.model, each.usage) for each in paid]
+def cost_of(paid: Iterable[Paid]) -> Decimal | None:
+    """Dollars for everything that was bought, each at its own price; None where any of it has no known price."""
+    costs = [actual_cost(each.provider, each.model, each.usage) for each in paid]
     return None if any(cost is None for cost in costs) else sum((cost for cost in costs if cost is not None), Decimal(0))
 
 

@@ -17,7 +17,7 @@ from nightshift.errors import BudgetExceeded, LedgerCorrupt, Permanent, ShardHel
 from nightshift.money.estimate import estimate_requests, sum_estimates
 from nightshift.providers.protocol import Provider
 from nightshift.runs import Run, Site, load_run, run_id
-from nightshift.shapes import Estimate, Plan, Receipt
+from nightshift.shapes import Estimate, Plan, ProviderName, Receipt
 from nightshift.stores.ledger import (
     CREATE_TIMEOUT,
     LEASE,
@@ -34,7 +34,7 @@ from nightshift.stores.ledger import (
     portion,
     token_for,
 )
-from nightshift.stores.shards import Left, asked, harvested, key_of_line, model_of, pending, requests_key
+from nightshift.stores.shards import Left, asked, asked_of, harvested, key_of_line, pending, requests_key
 
 OWNER_PAUSE = timedelta(seconds=60)  # between two looks at a shard that another run has reserved and has not sent
 OWNER_PATIENCE = timedelta(hours=6)
@@ -64,7 +64,7 @@ def submit(site: Site, run: Run, shard: str) -> Receipt | None:
 
 def open_where(site: Site, run: Run, shard: str, attempt: Attempt) -> Provider:
     """The run's provider, where it is the place at which an attempt was claimed. Raises WrongPlace where it is another."""
-    provider = site.open_provider(run.job.spec.request)
+    provider = _provider(site, run, attempt.claim.provider)
     if provider.where != attempt.claim.where:
         raise WrongPlace(shard, attempt.claim.where, provider.where)
     return provider
@@ -117,8 +117,8 @@ def _find(site: Site, run: Run, shard: str, search: Search) -> Receipt | None:
 
 def _send(site: Site, run: Run, shard: str, number: int, attempts: list[Attempt]) -> Receipt:
     """Upload, claim, create, record. Whatever happens in between is found again by the claim's token."""
-    provider = site.open_provider(run.job.spec.request)
-    claim = _next_claim(site, run, shard, number, attempts, provider.where)
+    claim = _next_claim(site, run, shard, number, attempts)
+    provider = _provider(site, run, claim.provider)
     with site.scratch() as folder:
         path = _write_requests(site, shard, claim, provider, Path(folder))
         uploaded = provider.upload(f"nightshift-{shard[:12]}-{number}", path)
@@ -133,24 +133,36 @@ def _send(site: Site, run: Run, shard: str, number: int, attempts: list[Attempt]
 
 def work_of(shard: str, claim: Claim) -> str:
     """What an attempt asks, as a name: attempts that follow each other without an answer in between do the same work."""
-    return run_id(shard, claim.model, *map(str, claim.after))
+    return run_id(shard, claim.provider, claim.model, *map(str, claim.after))
 
 
-def _next_claim(site: Site, run: Run, shard: str, number: int, attempts: list[Attempt], where: str) -> Claim:
-    """What the next attempt asks: what is left, of one model, and no more than the provider's queue has shown to hold."""
+def _next_claim(site: Site, run: Run, shard: str, number: int, attempts: list[Attempt]) -> Claim:
+    """What the next attempt asks: what is left, of one model of one provider, and no more than the provider's queue has shown to hold."""
     facts = site.ledger.shard(shard)
     after = (*((0,) if facts.seeded else ()), *harvested(attempts))
     left = pending(site.store, shard, after)
     if not left:
         raise LedgerCorrupt(f"shards/{shard}", "its attempts leave nothing to ask, and none of them says so")
-    model = model_of(next(iter(left.values())), facts.model)
+    whom = asked_of(next(iter(left.values())), facts)
     most = portion(attempts)
-    claim = Claim(
-        token=token_for(shard, number), owner=site.owner, claimed_at=site.now(), where=where, run=run.uri, model=model, asked=0,
-        after=after, most=most,
-    )  # fmt: skip
-    count = sum(1 for each in left.values() if model_of(each, facts.model) == model)
-    return claim.model_copy(update={"asked": count if most is None else min(count, most)})
+    count = sum(1 for each in left.values() if asked_of(each, facts) == whom)
+    return Claim(
+        token=token_for(shard, number),
+        owner=site.owner,
+        claimed_at=site.now(),
+        where=_provider(site, run, whom[0]).where,
+        run=run.uri,
+        provider=whom[0],
+        model=whom[1],
+        asked=count if most is None else min(count, most),
+        after=after,
+        most=most,
+    )
+
+
+def _provider(site: Site, run: Run, name: ProviderName) -> Provider:
+    """A provider by its name, through the job's own connection."""
+    return site.open_provider(run.job.spec.request.model_copy(update={"provider": name}))
 
 
 class _Holding:
@@ -194,7 +206,7 @@ def _write_requests(site: Site, shard: str, claim: Claim, provider: Provider, fo
     facts = site.ledger.shard(shard)
     if not claim.after and claim.asked == facts.request_count:
         return path
-    chosen = asked(site.store, shard, claim, facts.model)
+    chosen = asked(site.store, facts, claim)
     rest = folder / "rest.jsonl"
     with path.open("rb") as source, rest.open("wb") as target:
         target.writelines(_line(line, chosen[key], provider) for line in source if (key := key_of_line(line)) in chosen)

@@ -16,7 +16,7 @@ from itertools import takewhile
 from typing import Literal
 
 from nightshift.errors import LedgerCorrupt
-from nightshift.shapes import Receipt, Settled, Shard, Wire
+from nightshift.shapes import ProviderName, Receipt, Settled, Shard, Wire
 from nightshift.stores.objects import Objects, Shape
 
 LEASE = timedelta(seconds=90)  # a claim covers one create call and nothing else
@@ -35,6 +35,7 @@ class Claim(Wire):
     claimed_at: datetime
     where: str  # the endpoint: a batch can be found again only there
     run: str  # URI of the run that pays
+    provider: ProviderName
     model: str  # that this attempt asks: one batch, one model
     asked: int  # requests
     after: tuple[int, ...] = ()  # the harvested attempts that it builds on: it asks what they left

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nightshift.shapes import Outcome, Shard, Variant
+from nightshift.shapes import Outcome, ProviderName, Shard, Variant
 from nightshift.stores.ledger import Attempt, Claim
 from nightshift.stores.objects import Objects
 
@@ -98,12 +98,13 @@ def pending(objects: Objects, shard: str, after: Sequence[int]) -> dict[bytes, L
     return left
 
 
-def asked(objects: Objects, shard: str, claim: Claim, model: str) -> dict[bytes, Left | None]:
-    """The requests that an attempt asks, in line order: what follows from its claim. `model`: the shard's own."""
-    left = pending(objects, shard, claim.after)
-    return dict(islice(((key, each) for key, each in left.items() if model_of(each, model) == claim.model), claim.most))
+def asked(objects: Objects, shard: Shard, claim: Claim) -> dict[bytes, Left | None]:
+    """The requests that an attempt asks, in line order: what follows from its claim."""
+    left, whom = pending(objects, shard.key, claim.after), (claim.provider, claim.model)
+    return dict(islice(((key, each) for key, each in left.items() if asked_of(each, shard) == whom), claim.most))
 
 
-def model_of(left: Left | None, model: str) -> str:
-    """The model that a request is asked of; `model`: the shard's own."""
-    return (left.variant.model if left else None) or model
+def asked_of(left: Left | None, shard: Shard) -> tuple[ProviderName, str]:
+    """Whom a request is asked of: (provider, model); what is not asked again otherwise, of the shard's own."""
+    variant = left.variant if left else Variant()
+    return variant.provider or shard.provider, variant.model or shard.model
