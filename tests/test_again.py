@@ -15,9 +15,9 @@ import pytest
 from nightshift.drive import begin, begin_again, drive
 from nightshift.errors import BatchLost, BatchUnknown, BudgetExceeded, InputMissing, JobInvalid, ShardHeld
 from nightshift.job import RETRYABLE, redriven
-from nightshift.runs import load_run
+from nightshift.runs import approved_plan, load_run
 from nightshift.shapes import Summary
-from nightshift.steps.approve import approve, approved_plan, reserve
+from nightshift.steps.approve import approve, reserve
 from nightshift.steps.collect import LOST_AFTER, collect
 from nightshift.steps.discover import discover
 from nightshift.steps.plan import plan
@@ -117,7 +117,7 @@ def test_an_approval_that_died_after_its_reservation_finds_it_again(world):
     run, draft = planned(world, world.job(), world.write("a.jsonl", reviews(5)), "r")
     reserved = reserve(world.site, run, draft)
     approved = approve(world.site, run, draft, ask=lambda: True)
-    assert approved == approved_plan(world.site, run) == reserved.model_copy(update={"approved_at": approved.approved_at})
+    assert approved == approved_plan(run) == reserved.model_copy(update={"approved_at": approved.approved_at})
     assert len(world.site.answers(draft.fingerprint).reservations()[0]) == 1
 
 
@@ -516,6 +516,6 @@ def test_a_reservation_number_is_never_taken_by_who_has_not_read_its_successor(w
     approved = approve(world.site, slow, draft, ask=lambda: True)
     monkeypatch.setattr(store, "get_shape", get_shape)
     assert met
-    other = approved_plan(world.site, load_run(world.site.store, world.site.store.uri_of("runs/reviews/other")))
+    other = approved_plan(load_run(world.site.store, world.site.store.uri_of("runs/reviews/other")))
     assert not set(approved.own_shards) & set(other.own_shards)
     assert approved.submitted + approved.adopted == 20

@@ -16,12 +16,11 @@ import pyarrow as pa
 
 from nightshift.errors import CountsDisagree, InputMissing, ProviderUnavailable
 from nightshift.job import Job, Policy
+from nightshift.join import join, reconcile
 from nightshift.money.estimate import estimate_variants, sum_estimates
 from nightshift.packing import IN_FLIGHT, REQUESTS, cut, freeze, mark_answered, mark_in_flight, wanted
-from nightshift.runs import Redrive, Run, RunInput, Site, load_run, run_folder, salt_of
+from nightshift.runs import Redrive, Run, RunInput, Site, approved_plan, load_run, run_folder, salt_of
 from nightshift.shapes import Assembled, Estimate, Outcome, Plan, Shard, Variant
-from nightshift.steps.approve import approved_plan
-from nightshift.steps.assemble import load, reconcile
 from nightshift.stores.answers import seen
 from nightshift.stores.database import open_database
 from nightshift.stores.objects import Objects
@@ -79,12 +78,12 @@ def draft_redrive(site: Site, run: Run) -> Plan:
     redrive, job = run.input.redrive, run.job
     assert redrive is not None
     original = load_run(site.store, site.store.uri_of(run_folder(job.name, redrive.run)))
-    before = approved_plan(site, original)
+    before = approved_plan(original)
     provider = site.open_provider(job.spec.request)
     answers = site.answers(before.fingerprint)
     in_flight = answers.in_flight(answers.reservations()[0])
     with site.scratch() as folder, open_database(Path(folder)) as database:
-        load(site, job, Path(folder), database, before)
+        join(site, job, Path(folder), database, before)
         _check_kept(database, before, original)
         _choose(database, redrive.outcomes)
         spool = _gather_lines(site, Path(folder), database)

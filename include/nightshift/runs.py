@@ -18,7 +18,7 @@ from nightshift.errors import JobInvalid, LedgerCorrupt
 from nightshift.job import Job, RequestSpec
 from nightshift.prompts import environment
 from nightshift.providers.protocol import Provider
-from nightshift.shapes import Outcome, PinnedObject, Wire
+from nightshift.shapes import Outcome, PinnedObject, Plan, Wire
 from nightshift.stores.answers import AnswerStore
 from nightshift.stores.ledger import Ledger
 from nightshift.stores.objects import Objects
@@ -98,6 +98,14 @@ class Run:
     def key(self, name: str) -> str:
         """The key of one of the run's files."""
         return f"{run_folder(self.job.name, self.input.run)}/{name}"
+
+
+def approved_plan(run: Run) -> Plan:
+    """The plan that a run carries out. Raises LedgerCorrupt where it was never approved."""
+    stored = run.store.get_shape(run.key("approved.json"), Plan)
+    if stored is None:
+        raise LedgerCorrupt(run.key("approved.json"), "it does not exist; was the run approved?")
+    return stored
 
 
 def salt_of(run: Run) -> str:

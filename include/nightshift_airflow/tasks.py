@@ -15,9 +15,8 @@ from airflow.sdk.exceptions import AirflowSkipException
 from nightshift.errors import InputMissing, JobInvalid, RunFailed, RunHeld, ShardHeld
 from nightshift.job import Job, load_job, redriven
 from nightshift.redrive import begin_redrive, find_run
-from nightshift.runs import run_id
+from nightshift.runs import approved_plan, run_id
 from nightshift.shapes import Assembled, Audit, Published
-from nightshift.steps.approve import approved_plan
 from nightshift.steps.assemble import assemble as assemble_run
 from nightshift.steps.audit import audit as audit_run
 from nightshift.steps.discover import discover as discover_run
@@ -98,7 +97,7 @@ def submit(run_uri: str, shard: str, **context: Any) -> str:
 def assemble(run_uri: str, settled: Any, **context: Any) -> str:
     """Join answers to rows. The shards are read from the approved plan: a failed one vanishes from what its siblings return."""
     site, run = run_at(run_uri, owner_of(context))
-    assembled = assemble_run(site, run, approved_plan(site, run))
+    assembled = assemble_run(site, run, approved_plan(run))
     log.info("Outcomes: %s", {name: count for name, count in assembled.outcomes.items() if count})
     return run_uri
 
@@ -107,7 +106,7 @@ def assemble(run_uri: str, settled: Any, **context: Any) -> str:
 def audit(run_uri: str, **context: Any) -> str:
     """Judge the staged dataset; publish acts on the verdict."""
     site, run = run_at(run_uri, owner_of(context))
-    approved = approved_plan(site, run)
+    approved = approved_plan(run)
     verdict = audit_run(site, run, approved, assemble_run(site, run, approved))
     for check in verdict.checks:
         log.log(
@@ -127,7 +126,7 @@ def publish_to(asset: Any) -> Any:
     def publish(run_uri: str, **context: Any) -> str:
         """Swap the partition, or hold it."""
         site, run = run_at(run_uri, owner_of(context))
-        approved = approved_plan(site, run)
+        approved = approved_plan(run)
         assembled = assemble_run(site, run, approved)
         published = publish_run(site, run, assembled, audit_run(site, run, approved, assembled))
         log.info("Published %s rows at %s", published.rows, published.uri)

@@ -14,7 +14,7 @@ from airflow.triggers.base import BaseTrigger, StartTriggerArgs, TaskSuccessEven
 
 from nightshift.errors import NightshiftError, Permanent, ShardHeld
 from nightshift.providers.protocol import Snapshot
-from nightshift.steps.approve import approved_plan
+from nightshift.runs import approved_plan
 from nightshift.steps.collect import collect
 from nightshift.steps.submit import open_where, submit
 from nightshift.steps.wait import pauses
@@ -100,7 +100,7 @@ class ShardTrigger(BaseTrigger):
         if "{{" in self.shard:  # killed while its templates were still being rendered
             self.render_template_fields(cast("Any", self.task_instance).get_template_context())
         site, run = run_at(self.run_uri, "triggerer")
-        if self.shard in approved_plan(site, run).adopted_shards:
+        if self.shard in approved_plan(run).adopted_shards:
             return  # another run waits for it, too
         move = next_move(site.ledger.attempts(self.shard), now=site.now())
         if isinstance(move, Attach):

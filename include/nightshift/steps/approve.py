@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from nightshift.errors import ApprovalNeeded, BudgetExceeded, LedgerCorrupt
+from nightshift.errors import ApprovalNeeded, BudgetExceeded
 from nightshift.job import Policy
 from nightshift.money.estimate import estimate_requests
 from nightshift.packing import ANSWERED, IN_FLIGHT, REQUESTS, Wanted, freeze, mark_answered, mark_in_flight
@@ -83,14 +83,6 @@ def approve(site: Site, run: Run, plan: Plan, *, ask: Callable[[], bool]) -> Pla
 def must_ask(site: Site, run: Run, plan: Plan) -> bool:
     """Whether a person has to say yes, and has not done so yet."""
     return isinstance(decide(plan, run.job.spec.policy), Ask) and site.store.head(run.key("approved.json")) is None
-
-
-def approved_plan(site: Site, run: Run) -> Plan:
-    """The plan that a run carries out. Raises LedgerCorrupt where it was never approved."""
-    stored = site.store.get_shape(run.key("approved.json"), Plan)
-    if stored is None:
-        raise LedgerCorrupt(run.key("approved.json"), "it does not exist; was the run approved?")
-    return stored
 
 
 def reserve(site: Site, run: Run, plan: Plan) -> Plan:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nightshift.columns import answers_schema
 from nightshift.errors import CountsDisagree
 from nightshift.job import Job, answer_fields
+from nightshift.join import join, reconcile, settled
 from nightshift.runs import Run, Site
 from nightshift.shapes import OUTCOMES, Assembled, Outcome, Plan, Settled
 from nightshift.stores.database import open_database
@@ -32,9 +32,9 @@ def assemble(site: Site, run: Run, plan: Plan) -> Assembled:
     stored = site.store.get_shape(run.key("assembled.json"), Assembled)
     if stored is not None:
         return stored
-    settled = [_settled(site, shard) for shard in plan.shards]
+    shards = [settled(site, shard) for shard in plan.shards]
     with site.scratch() as folder, open_database(Path(folder)) as database:
-        load(site, run.job, Path(folder), database, plan)
+        join(site, run.job, Path(folder), database, plan)
         reconcile(database, plan)
         outcomes = _outcomes(database)
         parts = _stage(site, run, Path(folder), database, "staged", _succeeded_query(run.job))
@@ -46,8 +46,8 @@ def assemble(site: Site, run: Run, plan: Plan) -> Assembled:
         reasons=reasons,
         parts=tuple(key for key, _ in parts),
         quarantine=tuple(key for key, _ in quarantine),
-        paid=tuple(paid for each in settled for paid in each.paid if paid.run == run.uri),
-        alarms=_sum_alarms(settled),
+        paid=tuple(paid for each in shards for paid in each.paid if paid.run == run.uri),
+        alarms=_sum_alarms(shards),
     )
     return site.store.settle(run.key("assembled.json"), assembled)
 
@@ -60,73 +60,6 @@ def check_staged(outcomes: Mapping[Outcome, int], staged: int, quarantined: int)
             f"{succeeded} rows succeeded and {others} did not, but {staged} were staged and {quarantined} quarantined. "
             "Nothing is published."
         )
-
-
-def _settled(site: Site, shard: str) -> Settled:
-    settled = site.ledger.settled(shard)
-    if settled is None:
-        raise CountsDisagree(
-            f"Shard {shard[:12]} is planned but not settled: its rows would have no outcome. Clear its tasks and run them again."
-        )
-    return settled
-
-
-def load(site: Site, job: Job, folder: Path, database: duckdb.DuckDBPyConnection, plan: Plan) -> None:
-    """A run's rows and answers as the views `rows` and `answers`, over local copies of its files.
-
-    Of several answers to one request a success wins, then a paid one, then the latest.
-    """
-    rows = [site.store.download(key, folder / f"rows-{i:05d}.parquet") for i, key in enumerate(plan.slices)]
-    own = [_settled(site, shard).answers for shard in plan.shards]
-    files = site.answers(plan.fingerprint).download([*plan.answers, *own], folder)
-    if not files:  # every row was rejected; the columns are still those of an answer
-        files = [folder / "answers-none.parquet"]
-        pq.write_table(answers_schema(job.answer_schema).empty_table(), files[0])
-    database.execute(f"CREATE VIEW rows AS SELECT * FROM read_parquet({_paths(rows)}, union_by_name = true)")
-    database.execute(
-        f"""CREATE VIEW everything AS SELECT * FROM read_parquet({_paths(files)}, filename = true, file_row_number = true)
-            WHERE stand_in IS NULL OR stand_in IN ({_strings([job.spec.request.model, *job.spec.stand_ins])})"""
-    )
-    database.execute(
-        """CREATE TABLE chosen AS SELECT request_key,
-             arg_max({'file': filename, 'row': file_row_number}, (outcome = 'succeeded', paid, answered_at, filename)) AS line
-           FROM everything SEMI JOIN rows USING (request_key) GROUP BY request_key"""
-    )
-    database.execute(
-        """CREATE VIEW answers AS SELECT everything.* EXCLUDE (filename, file_row_number) FROM everything JOIN chosen
-           ON everything.request_key = chosen.request_key AND filename = line.file AND file_row_number = line.row"""
-    )
-
-
-def _paths(paths: list[Path]) -> str:
-    return f"[{_strings(map(str, paths))}]"
-
-
-def _strings(values: Iterable[str]) -> str:
-    return ", ".join("'" + value.replace("'", "''") + "'" for value in values)
-
-
-def reconcile(database: duckdb.DuckDBPyConnection, plan: Plan) -> None:
-    """Prove from the files that every row has one outcome, before anything is staged. Raises CountsDisagree, naming rows."""
-    rows, distinct, rejected = database.execute("SELECT count(*), count(DISTINCT ordinal), count(reason) FROM rows").fetchall()[0]
-    if (rows, distinct, rejected) != (plan.rows, plan.rows, plan.rejected):
-        raise CountsDisagree(
-            f"The plan counted {plan.rows} rows, {plan.rejected} of them rejected; "
-            f"its row indexes hold {rows} ({distinct} distinct), {rejected} rejected."
-        )
-    lost = database.execute(
-        "SELECT id FROM rows ANTI JOIN answers USING (request_key) WHERE rows.reason IS NULL ORDER BY ordinal LIMIT 10"
-    ).fetchall()
-    if lost:
-        raise CountsDisagree(
-            f"No answer, not even a failure, was harvested for rows {', '.join(str(each[0]) for each in lost)}, … Nothing is published."
-        )
-    doubled = database.execute(
-        """SELECT any_value(rows.id) FROM answers JOIN rows USING (request_key)
-           GROUP BY request_key HAVING count(*) > count(DISTINCT rows.ordinal) LIMIT 10"""
-    ).fetchall()
-    if doubled:
-        raise CountsDisagree(f"Rows {', '.join(str(each[0]) for each in doubled)}, … have two answers in one file. Nothing is published.")
 
 
 def _stage(site: Site, run: Run, folder: Path, database: duckdb.DuckDBPyConnection, kind: str, query: str) -> list[tuple[str, int]]:

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from nightshift.errors import BatchLost, BatchRejected, BatchUnknown, NightshiftError, ProviderUnavailable, ResultsGone
 from nightshift.judge import AS_IT_WAS, Answer, judge_for, write_answers
 from nightshift.money.prices import tier_of
-from nightshift.money.purse import Purse, purse_of
 from nightshift.providers.protocol import Garbage, Provider, Reply, Snapshot
+from nightshift.purse import Purse, purse_of
 from nightshift.runs import Run, Site
 from nightshift.settle import RANK, settle
 from nightshift.shapes import Settled

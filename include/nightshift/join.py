@@ -1,0 +1,86 @@
+"""A run's rows and answers, joined in DuckDB from its files, and proven to be complete."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow.parquet as pq
+
+from nightshift.columns import answers_schema
+from nightshift.errors import CountsDisagree
+from nightshift.job import Job
+from nightshift.runs import Site
+from nightshift.shapes import Plan, Settled
+
+if TYPE_CHECKING:
+    import duckdb
+
+
+def settled(site: Site, shard: str) -> Settled:
+    """The last word on a planned shard. Raises CountsDisagree where there is none."""
+    found = site.ledger.settled(shard)
+    if found is None:
+        raise CountsDisagree(
+            f"Shard {shard[:12]} is planned but not settled: its rows would have no outcome. Clear its tasks and run them again."
+        )
+    return found
+
+
+def join(site: Site, job: Job, folder: Path, database: duckdb.DuckDBPyConnection, plan: Plan) -> None:
+    """A run's rows and answers as the views `rows` and `answers`, over local copies of its files.
+
+    Of several answers to one request a success wins, then a paid one, then the latest.
+    """
+    rows = [site.store.download(key, folder / f"rows-{i:05d}.parquet") for i, key in enumerate(plan.slices)]
+    own = [settled(site, shard).answers for shard in plan.shards]
+    files = site.answers(plan.fingerprint).download([*plan.answers, *own], folder)
+    if not files:  # every row was rejected; the columns are still those of an answer
+        files = [folder / "answers-none.parquet"]
+        pq.write_table(answers_schema(job.answer_schema).empty_table(), files[0])
+    database.execute(f"CREATE VIEW rows AS SELECT * FROM read_parquet({_paths(rows)}, union_by_name = true)")
+    database.execute(
+        f"""CREATE VIEW everything AS SELECT * FROM read_parquet({_paths(files)}, filename = true, file_row_number = true)
+            WHERE stand_in IS NULL OR stand_in IN ({_strings([job.spec.request.model, *job.spec.stand_ins])})"""
+    )
+    database.execute(
+        """CREATE TABLE chosen AS SELECT request_key,
+             arg_max({'file': filename, 'row': file_row_number}, (outcome = 'succeeded', paid, answered_at, filename)) AS line
+           FROM everything SEMI JOIN rows USING (request_key) GROUP BY request_key"""
+    )
+    database.execute(
+        """CREATE VIEW answers AS SELECT everything.* EXCLUDE (filename, file_row_number) FROM everything JOIN chosen
+           ON everything.request_key = chosen.request_key AND filename = line.file AND file_row_number = line.row"""
+    )
+
+
+def _paths(paths: list[Path]) -> str:
+    return f"[{_strings(map(str, paths))}]"
+
+
+def _strings(values: Iterable[str]) -> str:
+    return ", ".join("'" + value.replace("'", "''") + "'" for value in values)
+
+
+def reconcile(database: duckdb.DuckDBPyConnection, plan: Plan) -> None:
+    """Prove from the files that every row has one outcome, before anything is staged. Raises CountsDisagree, naming rows."""
+    rows, distinct, rejected = database.execute("SELECT count(*), count(DISTINCT ordinal), count(reason) FROM rows").fetchall()[0]
+    if (rows, distinct, rejected) != (plan.rows, plan.rows, plan.rejected):
+        raise CountsDisagree(
+            f"The plan counted {plan.rows} rows, {plan.rejected} of them rejected; "
+            f"its row indexes hold {rows} ({distinct} distinct), {rejected} rejected."
+        )
+    lost = database.execute(
+        "SELECT id FROM rows ANTI JOIN answers USING (request_key) WHERE rows.reason IS NULL ORDER BY ordinal LIMIT 10"
+    ).fetchall()
+    if lost:
+        raise CountsDisagree(
+            f"No answer, not even a failure, was harvested for rows {', '.join(str(each[0]) for each in lost)}, … Nothing is published."
+        )
+    doubled = database.execute(
+        """SELECT any_value(rows.id) FROM answers JOIN rows USING (request_key)
+           GROUP BY request_key HAVING count(*) > count(DISTINCT rows.ordinal) LIMIT 10"""
+    ).fetchall()
+    if doubled:
+        raise CountsDisagree(f"Rows {', '.join(str(each[0]) for each in doubled)}, … have two answers in one file. Nothing is published.")
