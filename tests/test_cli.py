@@ -27,6 +27,14 @@ def nightshift(*arguments: str, rehearsal: Rehearsal | None = None, **env: str) 
     return subprocess.run(command, env=environment(rehearsal, **env), capture_output=True, text=True, timeout=120)
 
 
+def interruptible(command: list[str], env: dict[str, str]) -> subprocess.Popen:
+    """A process that Ctrl-C reaches, also where the tests run in the background of a shell, which makes its jobs ignore it."""
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+
 def file_of(world: World, **changes) -> str:
     world.job(**changes)
     return str(world.folder / f"job-{world.jobs}" / "jobs" / "reviews.yaml")
@@ -197,7 +205,7 @@ def test_a_stopped_run_goes_on_with_the_same_command_and_pays_nothing_twice(worl
     command = [sys.executable, "-m", "nightshift.cli", "run", file_of(world, policy={"max_requests_per_shard": 10}), "--input"]
     command += [world.write("in.jsonl", reviews(40)), "--store", f"file://{world.folder}/store", "--json"]
     env = environment(world.rehearsal)
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = interruptible(command, env)
     deadline = time.monotonic() + 60
     while len(list((world.folder / "store" / "shards").glob("*/receipt-1.json"))) < 4:
         assert time.monotonic() < deadline

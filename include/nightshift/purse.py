@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from nightshift.money.estimate import actual_cost, estimate_requests
 from nightshift.providers.protocol import Reply
 from nightshift.runs import Run, Site
-from nightshift.settle import usage_of
+from nightshift.settle import distinct, usage_of
 from nightshift.shapes import Plan, Shard, Usage, Variant
 from nightshift.stores.ledger import Attempt, Claim
 from nightshift.stores.shards import answers_key
@@ -42,7 +42,7 @@ def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], re
     approved = site.store.get_shape(run.key("approved.json"), Plan)
     share = budget * facts.request_count / max(facts.request_count, approved.submitted if approved else 0)
     spent = _cost(claim, sum((_tokens_of(reply) for reply in replies if reply.paid), Usage()))
-    for attempt in attempts:
+    for attempt in distinct(attempts):
         if attempt.is_harvested:
             spent += _cost(attempt.claim, usage_of(pq.read_table(site.store.open(answers_key(facts.key, attempt.number)))))
 

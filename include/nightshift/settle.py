@@ -15,7 +15,7 @@ from nightshift.money.prices import tier_of
 from nightshift.runs import Site
 from nightshift.shapes import Paid, ProviderName, Settled, Shard, Usage
 from nightshift.stores.ledger import Attempt
-from nightshift.stores.shards import answers_key, request_keys
+from nightshift.stores.shards import answers_key, live_folder, request_keys
 
 RANK: dict[str, int] = {"succeeded": 3, "invalid": 2, "truncated": 2, "refused": 2, "filtered": 2}  # of two lines the better stays
 
@@ -31,7 +31,7 @@ def settle(site: Site, shard: str, attempts: list[Attempt]) -> Settled:
         path = Path(folder) / "answers.parquet"
         pq.write_table(merged, path, compression="zstd")
         site.store.put(answers.file_of(shard), path)
-    return site.ledger.settle(
+    word = site.ledger.settle(
         Settled(
             shard=shard,
             answers=answers.file_of(shard),
@@ -40,6 +40,10 @@ def settle(site: Site, shard: str, attempts: list[Attempt]) -> Settled:
             alarms=_alarms(attempts),
         )
     )
+    for attempt in attempts:
+        if attempt.claim.provider == "live" and attempt.receipt:
+            site.store.delete([found.key for found in site.store.scan(live_folder(attempt.receipt.batch_id))])
+    return word
 
 
 def check_shard(facts: Shard, attempts: list[Attempt], tables: Mapping[int, pa.Table], keys: list[bytes], merged: pa.Table) -> None:
@@ -58,10 +62,23 @@ def check_shard(facts: Shard, attempts: list[Attempt], tables: Mapping[int, pa.T
         )
 
 
+def distinct(attempts: Iterable[Attempt]) -> list[Attempt]:
+    """Attempts without those that have the same batch as one before: two live attempts can have finished the same work."""
+    seen: set[str] = set()
+    kept = []
+    for attempt in attempts:
+        batch = attempt.receipt.batch_id if attempt.receipt else None
+        if batch is None or batch not in seen:
+            kept.append(attempt)
+        if batch is not None:
+            seen.add(batch)
+    return kept
+
+
 def paid_by(attempts: Iterable[Attempt], tables: Mapping[int, pa.Table]) -> tuple[Paid, ...]:
     """What each run bought of a shard: whoever claimed an attempt pays for it."""
     bought: dict[tuple[str, ProviderName, str], list[Attempt]] = {}
-    for attempt in attempts:
+    for attempt in distinct(attempts):
         if attempt.receipt:
             bought.setdefault((attempt.claim.run, attempt.claim.provider, attempt.claim.model), []).append(attempt)
     paid = []

@@ -75,6 +75,8 @@ def tidy(site: Site, *, keep: timedelta | None) -> Tidied:
             dropped += sum(_drop_older(site, found.key, cutoff) for found in files if found.key not in {*old, *needed})
         removed += len(old)
     emptied = 0 if cutoff is None else _empty_older(site, cutoff)
+    if cutoff is not None:  # of shards that nobody has settled since
+        site.store.delete([found.key for found in site.store.scan("live") if found.modified < cutoff.timestamp()])
     return Tidied(merged=merged, removed=removed, dropped=dropped, emptied=emptied)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -17,18 +18,21 @@ import pytest
 from pytest_httpserver import HTTPServer
 
 from nightshift.drive import begin, drive
-from nightshift.errors import AccessDenied, ModelNotFound, ProviderUnavailable
+from nightshift.errors import AccessDenied, ModelNotFound, ProviderUnavailable, StoreUnavailable
 from nightshift.providers.live import LiveServer
-from nightshift.providers.openai import OpenAIAccess
+from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
+from nightshift.providers.window import Window
 from nightshift.shapes import Summary
 from nightshift.steps.approve import approve
+from nightshift.steps.collect import collect
 from nightshift.steps.discover import discover
 from nightshift.steps.plan import plan
 from nightshift.steps.submit import submit
+from nightshift.steps.wait import pauses
 from nightshift.stores.ledger import LEASE
 from nightshift.stores.objects import open_objects
 from tests.conftest import World, reviews
-from tests.test_cli import environment
+from tests.test_cli import environment, interruptible
 
 LIVE = {"provider": "live"}
 
@@ -140,7 +144,7 @@ def test_ctrl_c_ends_a_long_shard_at_once_and_the_same_command_goes_on(world):
     file = str(world.folder / f"job-{world.jobs}" / "jobs" / "reviews.yaml")
     uri = world.write("a.jsonl", reviews(600))
     command = [sys.executable, "-m", "nightshift.cli", "run", file, "--input", uri, "--store", f"file://{world.folder}/store", "--json"]
-    process = subprocess.Popen(command, env=environment(world.rehearsal), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = interruptible(command, environment(world.rehearsal))
     deadline = time.monotonic() + 60
     while world.rehearsal.bill()["requests"] < 40 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -153,6 +157,85 @@ def test_ctrl_c_ends_a_long_shard_at_once_and_the_same_command_goes_on(world):
     done = subprocess.run(command, env=environment(world.rehearsal), capture_output=True, text=True, timeout=120)
     assert json.loads(done.stdout)["outcomes"]["succeeded"] == 600, done.stderr
     assert world.rehearsal.bill()["requests"] == 600
+
+
+def test_a_store_that_does_not_take_the_answers_stops_the_work_and_it_goes_on_later(world, monkeypatch):
+    """Not a shard that hangs with its lease renewed for ever."""
+    store, met = type(world.site.store), []
+    put = store.put
+
+    def fails_once(self, key, data):
+        if key.startswith("live/") and len(met) < 1:
+            met.append(key)
+            raise StoreUnavailable(key, "a bad moment")
+        put(self, key, data)
+
+    monkeypatch.setattr(store, "put", fails_once)
+    monkeypatch.setattr("nightshift.drive.TRANSIENT_PAUSE_SECONDS", 0.05)
+    summary = go(world, world.job(request=LIVE), world.write("a.jsonl", reviews(60)))
+    assert summary.outcomes["succeeded"] == 60
+    assert met
+
+
+def test_F99_a_rate_limit_that_lasts_is_waited_out_and_costs_no_request_a_try(world):
+    world.rehearsal.faults(live_429=150)
+    summary = go(world, world.job(request=LIVE), world.write("a.jsonl", reviews(40)))
+    assert (summary.outcomes["succeeded"], world.rehearsal.bill()["requests"]) == (40, 40)
+
+
+def test_a_quick_no_does_not_slow_the_others_down():
+    window = Window(most=64).answered(0.2)
+    for _ in range(4000):
+        window = window.answered(0.2 * random.uniform(0.9, 1.3))
+    assert window.slots == 64
+
+
+def test_who_has_lost_the_claim_sends_nothing_more(world, tmp_path):
+    world.rehearsal.faults(live_seconds=0.05)
+    server = LiveServer("/v1/chat/completions", world.site.store, world.rehearsal.access())
+    body = json.dumps({"model": "gpt-5.4-nano", "messages": [{"role": "user", "content": "Lovely."}]}).encode()
+    lines = tmp_path / "lines"
+    lines.write_bytes(b"".join(server.line(f"{i:064x}", body) + b"\n" for i in range(200)))
+    looks = []
+
+    def may_send() -> bool:
+        looks.append(world.rehearsal.bill()["requests"])
+        return len(looks) < 6
+
+    with pytest.raises(ProviderUnavailable, match="no longer ours"):
+        server.create(str(lines), "t", {"work": "w"}, may_send)
+    in_flight = httpx2.get(f"{world.rehearsal.url}/rehearsal/load").json()["most_running"]
+    assert world.rehearsal.bill()["requests"] <= looks[-1] + in_flight
+    kept = sum(len(world.site.store.get(found.key).splitlines()) for found in world.site.store.scan("live/w"))
+    assert kept == world.rehearsal.bill()["requests"], "what was in flight is kept, because it is paid for"
+
+
+def test_the_same_place_is_found_as_for_batches(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://gateway:9/v1/")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-from-the-environment")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "proj_a")
+    live = LiveServer("/v1/chat/completions", open_objects(f"file://{tmp_path}"))
+    assert live.where == OpenAIBatches("/v1/chat/completions").where == "http://gateway:9/v1"
+    assert (live.headers["Authorization"], live.headers["OpenAI-Project"]) == ("Bearer sk-from-the-environment", "proj_a")
+
+
+def test_answers_as_they_came_are_gone_once_their_shard_is_settled(world):
+    go(world, world.job(request=LIVE), world.write("a.jsonl", reviews(10)))
+    assert list(world.site.store.scan("live")) == []
+
+
+def test_two_receipts_for_the_same_work_are_paid_once_in_the_books(world):
+    """A process freezes after its last answer, another one finds all of it answered, and then both write their receipts."""
+    run = discover(world.site, world.job(request=LIVE), pattern=world.write("a.jsonl", reviews(8)), label="x", run="r", dates={})
+    [shard] = approve(world.site, run, plan(world.site, run), ask=lambda: True).shards
+    first = submit(world.site, run, shard)
+    world.site.store.delete([f"shards/{shard}/receipt-1.json"])
+    later = replace(world.site, now=lambda: datetime.now(UTC) + LEASE + timedelta(seconds=1))
+    second = submit(later, run, shard)
+    assert second.batch_id == first.batch_id
+    world.site.ledger.record_receipt(shard, 1, first)
+    summary = drive(later, run, ask=lambda run, planned: True)
+    assert (summary.paid, world.rehearsal.bill()["requests"]) == (8, 8)
 
 
 # ---- batches finished on demand
@@ -197,3 +280,45 @@ def test_on_demand_is_not_paid_for_where_the_budget_is_spent(world):
     assert 0 < summary.outcomes["succeeded"] < 20, "on demand costs twice as much as in a batch"
     assert summary.cost_usd.actual <= estimate * 1.01
     assert summary.outcomes["expired"] == 20 - summary.outcomes["succeeded"]
+
+
+def test_a_batch_that_a_person_cancelled_is_not_bought_on_demand(world):
+    world.rehearsal.pace(validating=0.0, running=30.0, finalizing=0.0, cancelling=0.05)
+    job = world.job(policy={"on_demand": True, "deadline_hours": 100})
+    run = discover(world.site, job, pattern=world.write("a.jsonl", reviews(20)), label="x", run="r", dates={})
+    [shard] = approve(world.site, run, plan(world.site, run), ask=lambda: True).shards
+    world.rehearsal.provider().cancel(submit(world.site, run, shard).batch_id)
+    world.rehearsal.pace(validating=0.0, running=0.05, finalizing=0.0, cancelling=0.05)
+    assert drive(world.site, run, ask=lambda run, planned: True).outcomes["succeeded"] == 20
+    assert {line["tier"] for line in world.rehearsal.bill()["by_batch"]} == {"batch"}
+
+
+def test_every_attempt_in_doubt_is_looked_up_where_it_was_sent(world):
+    """A live attempt that died is in doubt for ever; a batch behind it that died as well is looked up all the same."""
+    world.rehearsal.faults(never_run=0.5, invalid=0.3)
+    job = world.job(policy={"on_demand": True, "retry": {"invalid": 3}})
+    run = discover(world.site, job, pattern=world.write("a.jsonl", reviews(40)), label="x", run="r", dates={})
+    [shard] = approve(world.site, run, plan(world.site, run), ask=lambda: True).shards
+    submit(world.site, run, shard)
+    for pause in pauses(world.site, run, shard):
+        time.sleep(pause)
+    assert collect(world.site, run, shard) is None
+    world.rehearsal.faults()
+    clock = replace(world.site, now=lambda: datetime.now(UTC) + ahead[0] * (LEASE + timedelta(seconds=1)))
+    ahead, died = [0], []
+    while True:  # each attempt dies between its create call and its receipt
+        receipt = submit(clock, run, shard)
+        [attempt] = [each for each in world.site.ledger.attempts(shard) if each.receipt == receipt]
+        if attempt.claim.after not in died:
+            died.append(attempt.claim.after)
+            world.site.store.delete([f"shards/{shard}/receipt-{attempt.number}.json"])
+            ahead[0] += 1
+            continue
+        for pause in pauses(clock, run, shard):
+            time.sleep(min(pause, 0.05))
+        if collect(clock, run, shard) is not None:
+            break
+    bill = world.rehearsal.bill()
+    known = [attempt.receipt.batch_id for attempt in world.site.ledger.attempts(shard) if attempt.receipt]
+    assert {line["batch_id"] for line in bill["by_batch"] if line["tier"] == "batch"} <= set(known)
+    assert drive(clock, run, ask=lambda run, planned: True).paid == bill["requests"]

@@ -8,13 +8,15 @@ while it works; who takes over goes on from the answers that are there.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 import orjson
@@ -26,18 +28,24 @@ from nightshift.providers.protocol import Garbage, Limits, Reply, Snapshot
 from nightshift.providers.window import Window
 from nightshift.shapes import Endpoint, Receipt, Variant
 from nightshift.stores.objects import Objects
+from nightshift.stores.shards import live_folder
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 LIMITS = Limits(requests=10_000, request_bytes=64_000_000)  # what one process holds in memory, and one worker works off
 MOST_AT_ONCE = 256
 TIMEOUT_SECONDS = 120.0
-TRIES = 4  # of one request, before it is an error of its own
-PAUSE_SECONDS = 1.0  # doubles with each try, and where a server says `retry-after` that counts
-PAUSE_MOST_SECONDS = 30.0
+TRIES = 4  # of one request that brings no answer, before it is an error of its own
+PAUSE_SECONDS = 1.0  # that nothing more is sent after an overload; where a server says `retry-after`, that counts
+PAUSE_MOST_SECONDS = 120.0
+PATIENCE_SECONDS = 600.0  # without a single answer, before the server counts as down
 HEARTBEAT_SECONDS = 2.0  # between two looks at the claim
 LAST_SECONDS = 5.0  # that requests in flight get when everybody is stopped
 BROKEN_AFTER = 20  # requests in a row without an answer of the API: the server is down, not the requests
-OVERLOADED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-DEFAULT_URL = "https://api.openai.com/v1"
+OVERLOADED = (429, 503, 529)  # the server says that it is asked too much: not the request's fault, so not one of its tries
+PASSING = (0, 408, 409, 425, 500, 502, 504)  # may be better next time
+NO_KEY = "-"  # what a server of one's own gets to see
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +56,12 @@ class Said:
     body: dict[str, Any]
     retry_after: float | None = None
 
+    is_api: bool = True  # whether it is the API that has spoken, and not a proxy or nobody
+
     @property
     def is_final(self) -> bool:
-        """Whether asking again at once cannot help."""
-        return self.status != 0 and self.status not in OVERLOADED
+        """Whether asking again cannot help."""
+        return self.status not in OVERLOADED and self.status not in PASSING
 
 
 class LiveServer:
@@ -66,16 +76,24 @@ class LiveServer:
         self._form = FORMS[endpoint]()
         self.timeout = httpx2.Timeout(timeout_seconds, connect=10.0)
 
+    @cached_property
+    def _sdk(self) -> OpenAI:
+        """The SDK's client, for what it finds in its environment: the same endpoint, key, organization and project as for batches."""
+        import openai
+
+        key = self._access.api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY
+        return openai.OpenAI(api_key=key, base_url=self._access.base_url, default_headers=dict(self._access.headers))
+
     @property
     def where(self) -> str:
         """The server's base URL."""
-        return (self._access.base_url or DEFAULT_URL).rstrip("/")
+        return str(self._sdk.base_url).rstrip("/")
 
-    @property
+    @cached_property
     def headers(self) -> dict[str, str]:
         """What goes with every call."""
-        key = {"Authorization": f"Bearer {self._access.api_key}"} if self._access.api_key else {}
-        return {**key, **dict(self._access.headers)}
+        headers = {**self._sdk.default_headers, **self._sdk.auth_headers}
+        return {name: value for name, value in headers.items() if isinstance(value, str)}
 
     def check(self, model: str) -> None:
         """See Provider. A server that does not list its models passes; one that lists others does not (F102)."""
@@ -87,7 +105,7 @@ class LiveServer:
         if said.status in (401, 403):
             raise AccessDenied(self.where, f"{_reason(said)} Check OPENAI_API_KEY (in Airflow, the connection's password).")
         names = [each.get("id") for each in said.body.get("data") or [] if isinstance(each, dict)]
-        if said.status == 200 and names and model not in names:
+        if said.status == 200 and names and not {model, f"{model}:latest"} & set(names):  # Ollama lists what is untagged as latest
             raise ModelNotFound(model, f"{self.where}, which serves {', '.join(map(str, names[:5]))}")
 
     def line(self, custom_id: str, body: bytes) -> bytes:
@@ -139,7 +157,7 @@ class LiveServer:
         """See Provider. What is running ends with its process."""
 
     def _lines(self, work: str) -> Iterator[bytes]:
-        for found in sorted(self.objects.scan(_folder(work)), key=lambda found: found.key):
+        for found in sorted(self.objects.scan(live_folder(work)), key=lambda found: found.key):
             yield from (self.objects.get(found.key) or b"").splitlines()
 
 
@@ -148,10 +166,11 @@ class _Work:
 
     def __init__(self, server: LiveServer, work: str, lines: list[bytes], may_send: Callable[[], bool]) -> None:
         self._server, self._work, self._may_send = server, work, may_send
-        self._todo = lines[::-1]
+        self._todo = [(line, 1) for line in reversed(lines)]  # with the number of the try
         self._window = Window(most=MOST_AT_ONCE)
         self._answers: asyncio.Queue[tuple[bytes, asyncio.Event]] = asyncio.Queue()
         self._failures = 0  # in a row, over all requests
+        self._answered_at = time.monotonic()
 
     async def run(self) -> None:
         """Ask them all. Raises what stops everybody; what is answered by then is kept."""
@@ -161,23 +180,20 @@ class _Work:
             keeper = asyncio.create_task(self._keep())
             running: set[asyncio.Task[None]] = set()
             try:
-                await self._ask_all(client, url, running)
+                await self._ask_all(client, url, running, keeper)
             finally:
-                await _finish(running)
-                keeper.cancel()
+                self._todo = []  # whoever stops sends nothing more
+                await _finish(running, keeper)
 
-    async def _ask_all(self, client: httpx2.AsyncClient, url: str, running: set[asyncio.Task[None]]) -> None:
+    async def _ask_all(self, client: httpx2.AsyncClient, url: str, running: set[asyncio.Task[None]], keeper: asyncio.Task[None]) -> None:
         while self._todo or running:
             self._check_claim()
             while self._todo and len(running) < self._window.slots and time.monotonic() >= self._window.held_until:
-                running.add(asyncio.create_task(self._ask(client, url, self._todo.pop())))
+                running.add(asyncio.create_task(self._ask(client, url, *self._todo.pop())))
             pause = min(HEARTBEAT_SECONDS, max(0.01, self._window.held_until - time.monotonic())) if self._todo else HEARTBEAT_SECONDS
-            if not running:
-                await asyncio.sleep(pause)
-                continue
-            done, _ = await asyncio.wait(running, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({*running, keeper}, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
             running -= done
-            for task in done:
+            for task in done:  # the keeper ends only where the store does not take what it is given
                 task.result()
 
     def _check_claim(self) -> None:
@@ -185,43 +201,39 @@ class _Work:
         if not self._may_send():
             raise ProviderUnavailable(self._server.where, "the claim on this shard is no longer ours; whoever has it goes on from here.")
 
-    async def _ask(self, client: httpx2.AsyncClient, url: str, line: bytes) -> None:
+    async def _ask(self, client: httpx2.AsyncClient, url: str, line: bytes, attempt: int) -> None:
+        """One try of one request: an answer that is kept, or its place in the line again."""
         request = orjson.loads(line)
-        said = await self._answer(client, url, request["custom_id"], orjson.dumps(request["body"]))
+        started = time.monotonic()
+        said = await _post(client, url, request["custom_id"], orjson.dumps(request["body"]))
+        self._learn(said, time.monotonic() - started)
+        if said.status in OVERLOADED:
+            self._todo.append((line, attempt))
+            return
+        if not said.is_final and attempt < TRIES:
+            self._todo.insert(0, (line, attempt + 1))  # last of all: by then it may be better
+            return
         kept = asyncio.Event()
         response = {"status_code": said.status, "body": said.body}
         await self._answers.put((orjson.dumps({"custom_id": request["custom_id"], "response": response, "error": None}), kept))
         await kept.wait()  # only then is its place free: a process that dies repeats no more than what is in flight
 
-    async def _answer(self, client: httpx2.AsyncClient, url: str, custom_id: str, body: bytes) -> Said:
-        """What the server says in the end. Raises what concerns every request: a wrong key, no credit, a server that is down."""
-        said = Said(status=0, body={})
-        for attempt in range(TRIES):
-            if attempt:
-                await asyncio.sleep(max(self._window.held_until - time.monotonic(), _pause(attempt)))
-            started = time.monotonic()
-            said = await _post(client, url, custom_id, body)
-            self._judge(said, time.monotonic() - started)
-            if said.is_final:
-                return said
-        return said
-
-    def _judge(self, said: Said, seconds: float) -> None:
-        """Learn from what the server said. Raises what concerns every request."""
+    def _learn(self, said: Said, seconds: float) -> None:
+        """Learn from what the server said. Raises what concerns every request: a wrong key, no credit, a server that is down."""
         if said.status in (401, 403):
             raise AccessDenied(self._server.where, f"{_reason(said)} Check OPENAI_API_KEY (in Airflow, the connection's password).")
         if said.status == 429 and _code(said) == "insufficient_quota":
             raise QuotaExhausted(_reason(said))
+        now = time.monotonic()
         if said.is_final:
-            self._failures = 0
-            self._window = self._window.answered(seconds)
+            self._failures, self._answered_at = 0, now
+            if said.status == 200:  # a request that is refused at once says nothing of how fast the others are
+                self._window = self._window.answered(seconds)
             return
-        self._failures += 1
-        self._window = self._window.refused(time.monotonic(), said.retry_after or _pause(1))
-        if self._failures >= BROKEN_AFTER:
-            raise ProviderUnavailable(
-                self._server.where, f"{self._failures} requests in a row came back without an answer: {_reason(said)}"
-            )
+        self._failures = 0 if said.is_api else self._failures + 1
+        self._window = self._window.refused(now, said.retry_after or PAUSE_SECONDS * random.uniform(0.75, 1.25))
+        if self._failures >= BROKEN_AFTER or now - self._answered_at > PATIENCE_SECONDS:
+            raise ProviderUnavailable(self._server.where, f"nobody is answered any more: {_reason(said)}")
 
     async def _keep(self) -> None:
         """Put answers into the store, all that have come since the last put as one object."""
@@ -230,19 +242,19 @@ class _Work:
             while not self._answers.empty():
                 batch.append(self._answers.get_nowait())
             data = b"".join(line + b"\n" for line, _ in batch)
-            key = f"{_folder(self._work)}/{time.time_ns():020d}-{random.getrandbits(32):08x}.jsonl"
+            key = f"{live_folder(self._work)}/{time.time_ns():020d}-{random.getrandbits(32):08x}.jsonl"
             await asyncio.to_thread(self._server.objects.put, key, data)
             for _, kept in batch:
                 kept.set()
 
 
-async def _finish(running: set[asyncio.Task[None]]) -> None:
+async def _finish(running: set[asyncio.Task[None]], keeper: asyncio.Task[None]) -> None:
     """Let what is in flight come to its end, for a moment: it is paid for."""
-    if running:
-        _, late = await asyncio.wait(running, timeout=LAST_SECONDS)
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+    if running and not keeper.done():
+        await asyncio.wait(running, timeout=LAST_SECONDS)
+    for task in (*running, keeper):
+        task.cancel()
+    await asyncio.gather(*running, keeper, return_exceptions=True)
 
 
 async def _post(client: httpx2.AsyncClient, url: str, custom_id: str, body: bytes) -> Said:
@@ -250,7 +262,7 @@ async def _post(client: httpx2.AsyncClient, url: str, custom_id: str, body: byte
     try:
         return _said(await client.post(url, content=body, headers=headers))
     except httpx2.HTTPError as error:
-        return Said(status=0, body={"error": {"message": f"{type(error).__name__}: {error}", "code": "no_answer"}})
+        return Said(status=0, body={"error": {"message": f"{type(error).__name__}: {error}", "code": "no_answer"}}, is_api=False)
 
 
 def _said(answer: httpx2.Response) -> Said:
@@ -264,7 +276,8 @@ def _said(answer: httpx2.Response) -> Said:
     if not isinstance(body, dict):
         shown = answer.text.strip().partition("\n")[0][:200]
         status = 0 if answer.status_code < 400 else answer.status_code
-        return Said(status=status, body={"error": {"message": f"not the API's answer: {shown!r}"}}, retry_after=retry_after)
+        error = {"message": f"not the API's answer: {shown!r}"}
+        return Said(status=status, body={"error": error}, retry_after=retry_after, is_api=400 <= status < 500)
     if answer.status_code >= 400 and not isinstance(body.get("error"), dict):
         message = body.get("error") or body.get("message") or body.get("detail") or f"HTTP {answer.status_code}"
         body = {"error": {"message": str(message)[:500]}}
@@ -279,14 +292,6 @@ def _reason(said: Said) -> str:
 def _code(said: Said) -> str | None:
     code = (said.body.get("error") or {}).get("code")
     return code if isinstance(code, str) else None
-
-
-def _pause(attempt: int) -> float:
-    return float(min(PAUSE_SECONDS * 2 ** (attempt - 1), PAUSE_MOST_SECONDS)) * random.uniform(0.75, 1.25)
-
-
-def _folder(work: str) -> str:
-    return f"live/{work}"
 
 
 def _id_of(line: bytes) -> bytes:

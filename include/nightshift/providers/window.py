@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 START = 8.0
+FADING = 1.01  # per answer, so that one that was quick by chance is forgotten
 SLOWER = 2.0  # times the best latency seen: from there on more at once only waits in the server's queue
 
 
@@ -24,7 +25,7 @@ class Window:
 
     def answered(self, seconds: float) -> Window:
         """A request came back after some seconds."""
-        best = seconds if self.best_seconds is None else min(self.best_seconds, seconds)
+        best = seconds if self.best_seconds is None else min(self.best_seconds * FADING, seconds)
         grown = self.size + 1.0 / self.size if seconds <= best * SLOWER else self.size
         return replace(self, size=min(float(self.most), grown), best_seconds=best)
 

@@ -37,12 +37,14 @@ def collect(site: Site, run: Run, shard: str) -> Settled | None:
     and BatchLost when it has not known the batch for a while and the job does not say to buy it again.
     """
     ledger = site.ledger
+    if (word := ledger.settled(shard)) is not None:
+        return word
     attempts = ledger.attempts(shard)
     match next_move(attempts, now=site.now()):
         case Attach(attempt=attempt):
             _harvest(site, run, shard, attempt, attempts)
         case Done():
-            return ledger.settled(shard) or settle(site, shard, attempts)
+            return settle(site, shard, attempts)
         case _:
             return None
     attempts = ledger.attempts(shard)
@@ -201,7 +203,9 @@ def _again_for(
         reply, before = answer.reply, left[key]
         asked_as = before.variant if before else AS_IT_WAS
         answer = replace(answer, asked_as=asked_as)
-        if rushed and reply.outcome in ("cancelled", "expired"):  # the batch's time is over: the rest is finished on demand
+        if rushed and (
+            reply.outcome == "expired" or (reply.outcome == "cancelled" and overdue)
+        ):  # the batch's time is over: the rest is finished on demand
             variant = asked_as.model_copy(update={"provider": "live"})
             return replace(answer, again=variant) if purse.pays(variant) else answer
         hopeless = (reply.outcome == "errored" and not reply.retryable) or (reply.outcome == "cancelled" and overdue)

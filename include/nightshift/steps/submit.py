@@ -46,6 +46,8 @@ def submit(site: Site, run: Run, shard: str) -> Receipt | None:
     Raises ShardHeld while somebody else holds a fresh claim or the provider's queue is full, and WrongPlace where the
     run's connection leads elsewhere than the claim that has to be looked up.
     """
+    if site.ledger.settled(shard) is not None:
+        return None
     attempts = site.ledger.attempts(shard)
     match next_move(attempts, now=site.now()):
         case Done():
@@ -107,12 +109,19 @@ def payer_of(site: Site, run: Run, attempt: Attempt) -> Run:
 
 def _find(site: Site, run: Run, shard: str, search: Search) -> Receipt | None:
     """A batch that an attempt left behind when it died; its receipt is written late, under its own attempt."""
-    providers = [open_where(site, run, shard, attempt) for attempt in search.doubtful]
+    places: dict[ProviderName, list[Attempt]] = {}
+    providers: dict[ProviderName, Provider] = {}
+    for attempt in search.doubtful:
+        providers[attempt.claim.provider] = open_where(site, run, shard, attempt)
+        places.setdefault(attempt.claim.provider, []).append(attempt)
     if not site.ledger.take_lease(shard, search.lapsed, Lease(owner=site.owner, since=site.now())):
         raise ShardHeld(shard, "another worker", LEASE.total_seconds())
-    tokens = {attempt.claim.token: attempt.number for attempt in search.doubtful}
-    receipt = providers[0].find(list(tokens), search.doubtful[0].claim.claimed_at)
-    return None if receipt is None else site.ledger.record_receipt(shard, tokens[receipt.token], receipt)
+    for name, attempts in places.items():
+        tokens = {attempt.claim.token: attempt.number for attempt in attempts}
+        receipt = providers[name].find(list(tokens), attempts[0].claim.claimed_at)
+        if receipt is not None:
+            return site.ledger.record_receipt(shard, tokens[receipt.token], receipt)
+    return None
 
 
 def _send(site: Site, run: Run, shard: str, number: int, attempts: list[Attempt]) -> Receipt:
@@ -144,19 +153,20 @@ def _next_claim(site: Site, run: Run, shard: str, number: int, attempts: list[At
     if not left:
         raise LedgerCorrupt(f"shards/{shard}", "its attempts leave nothing to ask, and none of them says so")
     whom = asked_of(next(iter(left.values())), facts)
-    most = portion(attempts)
+    provider = _provider(site, run, whom[0])
     count = sum(1 for each in left.values() if asked_of(each, facts) == whom)
+    most = min(portion(attempts) or count, provider.limits.requests)
     return Claim(
         token=token_for(shard, number),
         owner=site.owner,
         claimed_at=site.now(),
-        where=_provider(site, run, whom[0]).where,
+        where=provider.where,
         run=run.uri,
         provider=whom[0],
         model=whom[1],
-        asked=count if most is None else min(count, most),
+        asked=min(count, most),
         after=after,
-        most=most,
+        most=most if most < count else None,
     )
 
 

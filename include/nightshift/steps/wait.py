@@ -98,6 +98,8 @@ def watch(
 
 def pauses(site: Site, run: Run, shard: str, *, seen: Seen = lambda look: None) -> Iterator[float]:
     """The waiting that a shard needs now, as pauses in seconds: for its batch, for somebody's claim, for the provider's queue."""
+    if site.ledger.settled(shard) is not None:
+        return  # a receipt that was written late changes nothing any more
     match next_move(site.ledger.attempts(shard), now=site.now()):
         case Attach(attempt=attempt, receipt=receipt):
             provider = open_where(site, run, shard, attempt)

@@ -52,6 +52,11 @@ def answers_key(shard: str, attempt: int) -> str:
     return f"shards/{shard}/answers-{attempt}.parquet"
 
 
+def live_folder(work: str) -> str:
+    """Where the answers of a live server stand as they came, until their shard is settled."""
+    return f"live/{work}"
+
+
 def keep_shard(objects: Objects, shard: Shard, lines: Path, keys: Sequence[bytes], seed: Path | None) -> None:
     """Freeze a shard: its lines, their keys, what became of them before, and last what the shard is."""
     objects.put(requests_key(shard.key), lines)
