@@ -55,7 +55,6 @@ class Said:
     status: int  # 0: nothing, or nothing of its API
     body: dict[str, Any]
     retry_after: float | None = None
-
     is_api: bool = True  # whether it is the API that has spoken, and not a proxy or nobody
 
     @property
