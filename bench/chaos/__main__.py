@@ -39,20 +39,28 @@ def main() -> None:
         verdicts, ideal = _matrix(Path(folder), options)
     for scenario in dict.fromkeys(verdict.scenario for verdict in verdicts):
         sections[scenario] = summarise([verdict for verdict in verdicts if verdict.scenario == scenario], ideal)
+    stuck = [f"{verdict.scenario}: {verdict.stuck}" for verdict in verdicts if verdict.stuck]
+    _keep(options, sections, stuck)  # what follows takes minutes: what is known by now is kept
     if options.examples:
         sections["random lives"] = _random(options.examples)
+        _keep(options, sections, stuck)
     if options.airflow:
         from bench.chaos.stack import kill_airflow
 
         sections["Airflow's parts killed"] = kill_airflow(
             options.kills, options.seed, say=lambda line: console.print(f"  {line}", style="dim")
         )
-    totals = _totals(sections)
+    totals = _keep(options, sections, stuck)
     _show(sections, totals)
-    stuck = [f"{verdict.scenario}: {verdict.stuck}" for verdict in verdicts if verdict.stuck]
-    RESULT.write_text(json.dumps({**totals, "seed": options.seed, "scenarios": sections, "stuck_cases": stuck}, indent=2) + "\n")
     console.print(f"\n{totals['crash_points']} deaths in {time.monotonic() - started:.0f} s; written to bench/{RESULT.name}")
     sys.exit(0 if _is_clean(totals) else 1)
+
+
+def _keep(options: argparse.Namespace, sections: dict[str, dict[str, Any]], stuck: list[str]) -> dict[str, Any]:
+    """Write what is known; its totals."""
+    totals = _totals(sections)
+    RESULT.write_text(json.dumps({**totals, "seed": options.seed, "scenarios": sections, "stuck_cases": stuck}, indent=2) + "\n")
+    return totals
 
 
 def _options() -> argparse.Namespace:
