@@ -3,7 +3,7 @@
 from airflow.sdk import get_parsing_context
 
 from nightshift.errors import JobInvalid
-from nightshift.job import load_job
+from nightshift.job_file import load_job
 from nightshift.settings import read_settings
 from nightshift_airflow.dags import broken_job_dag, job_dag
 

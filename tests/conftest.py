@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from nightshift.job import Job, RequestSpec, load_job
+from nightshift.job import Job, RequestSpec
+from nightshift.job_file import load_job
 from nightshift.providers.live import LiveServer
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.providers.protocol import Provider

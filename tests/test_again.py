@@ -14,7 +14,8 @@ import pytest
 
 from nightshift.drive import begin, begin_again, drive
 from nightshift.errors import BatchLost, BatchUnknown, BudgetExceeded, InputMissing, JobInvalid, ShardHeld
-from nightshift.job import RETRYABLE, redriven
+from nightshift.job import RETRYABLE
+from nightshift.job_file import redriven
 from nightshift.runs import approved_plan, load_run
 from nightshift.shapes import Summary
 from nightshift.steps.approve import approve, reserve

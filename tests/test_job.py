@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from nightshift.errors import JobInvalid
-from nightshift.job import Job, find_job, job_schema, load_job
+from nightshift.job import Job, job_schema
+from nightshift.job_file import find_job, load_job
 from nightshift.pages import render_job_reference
 from tests.conftest import SCHEMA
 

@@ -23,7 +23,7 @@ import openai
 
 import nightshift.steps.audit  # noqa: F401 — everything is loaded before the first fork
 from nightshift.drive import begin, drive
-from nightshift.job import load_job
+from nightshift.job_file import load_job
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.runs import Site, utc_now
 from nightshift.stores.objects import Objects, open_input, open_objects

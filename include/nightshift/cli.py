@@ -17,7 +17,8 @@ from rich.table import Table
 
 from nightshift import __version__
 from nightshift.errors import InputMissing, JobInvalid, NightshiftError
-from nightshift.job import Job, Policy, find_job, job_schema, load_job, redriven
+from nightshift.job import Job, Policy, job_schema
+from nightshift.job_file import find_job, load_job, redriven
 from nightshift.pages import MEANING, render_job_reference, usd
 from nightshift.settings import Settings, read_settings
 from nightshift.shapes import OUTCOMES, Plan, Settled, Summary

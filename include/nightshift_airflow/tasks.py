@@ -13,7 +13,8 @@ from airflow.sdk import task
 from airflow.sdk.exceptions import AirflowSkipException
 
 from nightshift.errors import InputMissing, JobInvalid, RunFailed, RunHeld, ShardHeld
-from nightshift.job import Job, load_job, redriven
+from nightshift.job import Job
+from nightshift.job_file import load_job, redriven
 from nightshift.redrive import begin_redrive, find_run
 from nightshift.runs import approved_plan, run_id
 from nightshift.shapes import Assembled, Audit, Published

@@ -13,7 +13,8 @@ from airflow.triggers.base import BaseTrigger, StartTriggerArgs, TaskSuccessEven
 
 from nightshift.errors import JobInvalid, NightshiftError
 from nightshift.inbox import Upload, new_uploads, note_started
-from nightshift.job import Job, load_job
+from nightshift.job import Job
+from nightshift.job_file import load_job
 from nightshift.settings import read_settings
 from nightshift_airflow.site import open_store, site_for
 

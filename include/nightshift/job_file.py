@@ -1,0 +1,239 @@
+"""Jobs out of their files, with errors that say what to mend where."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from nightshift.errors import JobInvalid
+from nightshift.job import RETRYABLE, Expectation, Job, JobFile, Requirement, answer_fields
+from nightshift.prompts import PromptInvalid, parse_prompt
+from nightshift.shapes import Outcome
+
+OWN_COLUMNS = frozenset({"_model", "_tier", "_prompt_version", "_request_key", "row", "outcome", "reason", "raw"})
+
+
+def find_job(name: str, jobs: Path) -> Path:
+    """The file of a job given as a path or as the name of a file in the jobs folder. Raises JobInvalid."""
+    for path in (Path(name), jobs / f"{name}.yaml", jobs / f"{name}.yml"):
+        if path.is_file():
+            return path
+    known = sorted(path.stem for path in jobs.glob("*.y*ml"))
+    raise JobInvalid([f"{name}: no such job file, and no job of that name in {jobs}{_nearest(name, known)}"])
+
+
+def load_job(path: Path) -> Job:
+    """The job in a file, with its prompt, schema and suite. Raises JobInvalid listing every problem found."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobInvalid([f"{path}: cannot be read: {error}"]) from error
+    tree = _parse_yaml(path, text)
+    try:
+        spec = JobFile.model_validate(yaml.safe_load(text))
+    except ValidationError as error:
+        raise JobInvalid([_problem(path, tree, problem) for problem in error.errors()]) from error
+    problems: list[str] = []
+    prompt_source = _read_part(path, tree, ("request", "prompt"), spec.request.prompt, problems) or ""
+    schema_text = _read_part(path, tree, ("output", "schema"), spec.output.answer_schema, problems)
+    suite_text = _read_part(path, tree, ("output", "expectations"), spec.output.expectations, problems)
+    if problems:
+        raise JobInvalid(problems)
+    answer_schema = _load_schema(_part_path(path, spec.output.answer_schema), schema_text, problems)
+    expectations = _load_suite(_part_path(path, spec.output.expectations), suite_text, problems)
+    try:
+        parse_prompt(prompt_source)
+    except PromptInvalid as error:
+        problems.append(f"{_part_path(path, spec.request.prompt)}:{error.line}: {error}")
+    job = Job(spec=spec, prompt_source=prompt_source, answer_schema=answer_schema, expectations=expectations)
+    problems += problems or [f"{path}:{_line(tree, keys)}: {'.'.join(keys)}: {why}" for keys, why in _contradictions(job)]
+    if problems:
+        raise JobInvalid(problems)
+    return job
+
+
+def redriven(names: Iterable[str]) -> tuple[Outcome, ...]:
+    """The outcomes of these names that can be driven again; all of them where none is named. Raises JobInvalid."""
+    wanted = tuple(names) or RETRYABLE
+    for name in wanted:
+        if name not in RETRYABLE:
+            raise JobInvalid([f"{name!r} cannot be driven again{_nearest(name, list(RETRYABLE))}; known: {', '.join(RETRYABLE)}"])
+    return tuple(outcome for outcome in RETRYABLE if outcome in wanted)
+
+
+def _contradictions(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Parts that are fine alone and do not fit each other: (keys of the job file, what to mend)."""
+    spec, fields = job.spec, answer_fields(job.answer_schema)
+    if not spec.schedule and not spec.on_upload and "{{" in spec.input.uri:
+        yield ("input", "uri"), "uses run dates, but the job has no schedule; name the objects or set a schedule"
+    if spec.policy.on_demand and spec.request.provider == "live":
+        yield ("policy", "on_demand"), "is for batches; the provider live is asked on demand already"
+    cut = spec.policy.retry.truncated
+    if cut.times and not cut.model and job.token_limit is None:
+        yield ("policy", "retry", "truncated"), "would ask the same again: set request.parameters.max_output_tokens, or another model"
+    kept = dict.fromkeys([spec.input.id, *spec.output.keep])
+    for column in sorted(set(kept) & set(fields)):
+        yield ("output", "keep"), f"{column!r} is an input column and an answer field too; rename one of them"
+    seen: dict[str, str] = {}
+    for column in dict.fromkeys([*kept, *fields]):  # tables of results do not tell upper from lower case
+        if column.casefold() in seen:
+            yield ("output",), f"{seen[column.casefold()]!r} and {column!r} differ only in case; rename one of them"
+        if column.casefold() in OWN_COLUMNS or not column:
+            yield ("output",), f"{column!r} is a name that Nightshift's own columns have; rename it"
+        seen[column.casefold()] = column
+    readable = [*fields, *spec.output.keep, spec.input.id]
+    for key in ("drift", "charts"):
+        for column in getattr(spec.report, key):
+            if column not in readable:
+                yield ("report", key), f"{column!r} is not in the results{_nearest(column, readable)}"
+    for expectation in job.expectations:
+        if expectation.column and expectation.column not in readable:
+            yield (
+                ("output", "expectations"),
+                f"{expectation.type} looks at {expectation.column!r}, which is not in the results{_nearest(expectation.column, readable)}",
+            )
+
+
+def _parse_yaml(path: Path, text: str) -> yaml.Node:
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        why = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise JobInvalid([f"{path}:{line}: not valid YAML: {why}"]) from error
+    if not isinstance(tree, yaml.MappingNode):
+        raise JobInvalid([f"{path}:1: expected a mapping of keys such as name, input and request"])
+    duplicates = list(_duplicate_keys(path, tree))
+    if duplicates:
+        raise JobInvalid(duplicates)
+    return tree
+
+
+def _duplicate_keys(path: Path, node: yaml.Node) -> Iterator[str]:
+    """YAML lets a later key win silently; a job file must not."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                yield f"{path}:{key.start_mark.line + 1}: {key.value}: this key stands twice; remove one"
+            seen.add(key.value)
+            yield from _duplicate_keys(path, value)
+
+
+def _problem(path: Path, tree: yaml.Node, problem: Mapping[str, Any]) -> str:
+    """One pydantic error as `file:line: key: what was expected`."""
+    loc = tuple(str(part) for part in problem["loc"])
+    where = f"{path}:{_line(tree, loc)}: {'.'.join(loc) or 'job'}"
+    if problem["type"] == "extra_forbidden":
+        known = _known_names(loc[:-1])
+        return f"{where}: unknown key{_nearest(loc[-1], known)}; known here: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"{where}: missing, but required"
+    if problem["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+        return f"{where}: expected one of {', '.join(choices)}, found {problem['input']!r}{_nearest(str(problem['input']), choices)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}; found {problem['input']!r}"
+
+
+def _known_names(loc: tuple[str, ...]) -> list[str]:
+    """The keys that the contract knows below a location of the job file."""
+    model: type[BaseModel] = JobFile
+    for part in loc:
+        found = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
+        if found is None:
+            return list(Requirement.model_fields)  # below a free name, such as a column of input.require
+        annotation: Any = found.annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            annotation = Requirement
+        model = annotation
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _line(tree: yaml.Node, loc: tuple[str, ...]) -> int:
+    """1-based line of the deepest part of `loc` that the file has."""
+    node, line = tree, tree.start_mark.line + 1
+    for part in loc:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((key, value) for key, value in node.value if key.value == part), None)
+            if pair is None:
+                break
+            line, node = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and part.isdigit() and int(part) < len(node.value):
+            node = node.value[int(part)]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _part_path(path: Path, name: str | None) -> Path:
+    """A file the job names: beside the job file, or from the folder above it (`jobs/` and `prompts/` are neighbours)."""
+    beside, above = path.parent / (name or ""), path.parent.parent / (name or "")
+    return beside if beside.is_file() else above
+
+
+def _read_part(path: Path, tree: yaml.Node, loc: tuple[str, ...], name: str | None, problems: list[str]) -> str | None:
+    if name is None:
+        return None
+    part = _part_path(path, name)
+    try:
+        return part.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
+        known = sorted(
+            f"{Path(name).parent}/{p.name}" for p in path.parent.parent.joinpath(Path(name).parent.name).glob("*") if p.is_file()
+        )
+        why = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+        problems.append(f"{path}:{_line(tree, loc)}: {'.'.join(loc)}: {name}: {why}{_nearest(name, known)}")
+        return None
+
+
+def _load_schema(path: Path, text: str | None, problems: list[str]) -> dict[str, Any] | None:
+    import jsonschema_rs
+
+    if text is None:
+        return None
+    try:
+        schema = orjson.loads(text)
+        jsonschema_rs.validator_for(schema)
+    except orjson.JSONDecodeError as error:
+        problems.append(f"{path}:{error.lineno}: not valid JSON: {error.msg}")
+        return None
+    except (jsonschema_rs.ValidationError, ValueError) as error:
+        problems.append(f"{path}:1: not a JSON Schema: {str(error).splitlines()[0]}")
+        return None
+    if not isinstance(schema, dict) or schema.get("type") != "object" or not schema.get("properties"):
+        problems.append(f"{path}:1: the answer has to be an object with properties: each becomes a column of the results")
+        return None
+    return schema
+
+
+def _load_suite(path: Path, text: str | None, problems: list[str]) -> tuple[Expectation, ...]:
+    if text is None:
+        return ()
+    try:
+        suite = yaml.safe_load(text)
+        lines = suite["expectations"]
+        return tuple(Expectation.model_validate(line) for line in lines)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problems.append(f"{path}:1: not valid YAML: {str(error).splitlines()[0]}")
+    except (TypeError, KeyError):
+        problems.append(f"{path}:1: expected a mapping with a list under `expectations`")
+    except ValidationError as error:
+        first = error.errors()[0]
+        problems.append(f"{path}: expectation {'.'.join(map(str, first['loc']))}: {first['msg']}")
+    return ()
