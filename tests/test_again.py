@@ -520,3 +520,26 @@ def test_a_reservation_number_is_never_taken_by_who_has_not_read_its_successor(w
     other = approved_plan(load_run(world.site.store, world.site.store.uri_of("runs/reviews/other")))
     assert not set(approved.own_shards) & set(other.own_shards)
     assert approved.submitted + approved.adopted == 20
+
+
+def test_a_redrive_whose_requests_are_not_all_kept_is_told_before_it_pays(world):
+    world.rehearsal.faults(invalid=1.0)
+    first = go(world, world.job(policy={"retry": {"invalid": 0}, "publish_at_least": 0}), world.write("a.jsonl", reviews(5)))
+    world.rehearsal.faults()
+    [key] = [found.key for found in world.site.store.scan("shards") if found.key.endswith("requests.jsonl")]
+    world.site.store.put(key, b"".join(world.site.store.get(key).splitlines(keepends=True)[:-1]))
+    with pytest.raises(InputMissing, match="no longer holds all of its requests"):
+        again(world, first, "invalid")
+    assert world.rehearsal.bill()["requests"] == 5
+
+
+def test_a_redrive_that_is_revised_is_still_estimated_as_it_is_asked(world):
+    world.rehearsal.faults(refused=1.0)
+    first = go(world, world.job(policy={"publish_at_least": 0}), world.write("a.jsonl", reviews(20)))
+    world.rehearsal.faults()
+    dearer = world.job(policy={"retry": {"refused": {"times": 1, "model": "gpt-5.4"}}}).spec.policy
+    run = begin_again(world.site, first.run, ("refused",), policy=lambda job: dearer)
+    drafted = plan(world.site, run)
+    go(world, world.job(), world.write("b.jsonl", reviews(30)[25:]))  # something new is known: the plan is looked at again
+    approved = approve(world.site, run, drafted, ask=lambda: True)
+    assert approved.estimate == drafted.estimate

@@ -22,7 +22,7 @@ from obstore.store import MemoryStore
 
 from nightshift.errors import BatchUnknown, SubmissionInDoubt, Transient
 from nightshift.job import Job, JobFile
-from nightshift.providers.openai_forms import ChatForm
+from nightshift.providers.openai_forms import ChatForm, vary_line
 from nightshift.providers.protocol import Garbage, Limits, Reply, Snapshot
 from nightshift.runs import Run, Site
 from nightshift.shapes import Receipt, Variant
@@ -175,8 +175,7 @@ class InMemory:
         return b'{"custom_id":"%b","body":%b}' % (custom_id.encode(), body)
 
     def vary(self, line: bytes, variant: Variant, answer: str | None, reason: str | None) -> bytes:
-        request = orjson.loads(line)
-        return self.line(request["custom_id"], orjson.dumps(self._form.vary(request["body"], variant, answer, reason)))
+        return self.line(*vary_line(self._form, line, variant, answer, reason))
 
     def upload(self, name: str, path: Path) -> str:
         self._uploads[name] = [orjson.loads(line)["custom_id"] for line in path.read_bytes().splitlines()]

@@ -174,6 +174,11 @@ class Policy(Section):
     on_demand: bool = Field(False, description="finish on demand what a batch has not run by its deadline or expiry, at the full price")
     max_requests_per_shard: int | None = Field(None, ge=1, description="smaller shards than the provider allows")
 
+    @property
+    def bound(self) -> Decimal | None:
+        """What a run may spend unasked; None: as much as it takes."""
+        return min((bound for bound in (self.budget_usd, self.approve_above_usd) if bound is not None), default=None)
+
 
 class ReportSpec(Section):
     """What the report shows beside the counts."""

@@ -6,6 +6,7 @@ place of its line in a local spool file, and `known` once somebody else has it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nightshift.job import RequestSpec
+from nightshift.job import Job, Policy, RequestSpec
+from nightshift.money.estimate import estimate_variants, sum_estimates
+from nightshift.providers.protocol import Limits
 from nightshift.runs import Site
-from nightshift.shapes import PAID_OUTCOMES, Outcome, Shard
+from nightshift.shapes import PAID_OUTCOMES, Estimate, Outcome, Shard, Variant
 from nightshift.stores.answers import AnswerStore
-from nightshift.stores.shards import keep_shard, request_keys, shard_key
+from nightshift.stores.objects import Objects
+from nightshift.stores.shards import keep_shard, request_keys, seed_of, shard_key
 
 if TYPE_CHECKING:
     import duckdb
@@ -97,6 +101,22 @@ def cut(wanted: Iterable[Wanted], most: int, most_bytes: int) -> Iterator[list[W
         size += item.size
     if group:
         yield group
+
+
+def groups(database: duckdb.DuckDBPyConnection, policy: Policy, limits: Limits) -> Iterator[list[Wanted]]:
+    """The requests that nobody else has, in groups that fit into one batch each."""
+    most = min(limits.requests, policy.max_requests_per_shard or limits.requests)
+    return cut(wanted(database), most, limits.request_bytes)
+
+
+def estimate_shards(store: Objects, job: Job, shards: Iterable[Shard]) -> Estimate:
+    """What shards cost, as their requests are asked: anew, or again in the way that each says."""
+    estimates: list[Estimate] = []
+    for shard in shards:
+        seed = seed_of(store, shard)
+        again = [] if seed is None else map(Variant.model_validate_json, seed.column("again").to_pylist())
+        estimates += estimate_variants(job, Counter(again) or {Variant(): shard.request_count}, shard)
+    return sum_estimates(job, estimates)
 
 
 def freeze(

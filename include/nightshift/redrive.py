@@ -6,21 +6,18 @@ submit, wait, collect, assemble, audit, publish, report.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from nightshift.errors import CountsDisagree, InputMissing, ProviderUnavailable
+from nightshift.errors import CountsDisagree, InputMissing
 from nightshift.job import Job, Policy
-from nightshift.join import join, reconcile
-from nightshift.money.estimate import estimate_variants, sum_estimates
-from nightshift.packing import IN_FLIGHT, REQUESTS, cut, freeze, mark_answered, mark_in_flight, wanted
-from nightshift.runs import Redrive, Run, RunInput, Site, approved_plan, load_run, run_folder, salt_of
-from nightshift.shapes import Assembled, Estimate, Outcome, Plan, Shard, Variant
+from nightshift.join import join, reconcile, settled
+from nightshift.packing import IN_FLIGHT, REQUESTS, estimate_shards, freeze, groups, mark_answered, mark_in_flight
+from nightshift.runs import Redrive, Run, RunInput, Site, approved_plan, check_models, load_run, run_folder, salt_of
+from nightshift.shapes import Assembled, Outcome, Plan, Variant
 from nightshift.stores.answers import seen
 from nightshift.stores.database import open_database
 from nightshift.stores.objects import Objects
@@ -55,9 +52,7 @@ def begin_redrive(site: Site, original: Run, outcomes: Sequence[Outcome], *, lab
             answer_schema=job.answer_schema,
             expectations=job.expectations,
         )
-    with suppress(ProviderUnavailable):  # submit will meet it again, where waiting can help
-        for model in job.spec.stand_ins:
-            site.open_provider(job.spec.request).check(model)
+    check_models(site, job)
     begun = RunInput(
         run=run,
         label=label,
@@ -90,18 +85,15 @@ def draft_redrive(site: Site, run: Run) -> Plan:
         files = answers.files()
         mended = mark_answered(database, answers, files, job.spec.stand_ins, MENDED)
         adopted_shards = mark_in_flight(site, database, in_flight)
-        most = min(provider.limits.requests, job.spec.policy.max_requests_per_shard or provider.limits.requests)
-        shards: list[Shard] = []
-        estimates: list[Estimate] = []
-        for group in cut(wanted(database), most, provider.limits.request_bytes):
+        shards = []
+        for group in groups(database, job.spec.policy, provider.limits):
             seed = _seed(database, job, [item.key for item in group])
             shards.append(freeze(site, job.spec.request, before.fingerprint, spool, group, salt=salt_of(run), before=seed))
-            estimates += estimate_variants(job, Counter(map(Variant.model_validate_json, seed.column("again").to_pylist())), shards[-1])
         counts = dict(database.execute("SELECT coalesce(known, ''), count(*) FROM requests GROUP BY 1").fetchall())
     submitted, adopted = counts.get("", 0), counts.get(IN_FLIGHT, 0)
     if not counts:
         raise InputMissing(original.uri, f"none of its rows ended as {' or '.join(redrive.outcomes)}, so there is nothing to drive again")
-    own = [each for each in before.shards if (settled := site.ledger.settled(each)) for each in [settled.answers]]
+    own = [settled(site, shard).answers for shard in before.shards]
     return before.model_copy(
         update={
             "reused": before.unique - submitted - adopted,
@@ -110,7 +102,7 @@ def draft_redrive(site: Site, run: Run) -> Plan:
             "shards": (*(shard.key for shard in shards), *adopted_shards),
             "adopted_shards": tuple(adopted_shards),
             "answers": tuple(dict.fromkeys([*before.answers, *own, *mended])),
-            "estimate": sum_estimates(job, estimates),
+            "estimate": estimate_shards(site.store, job, shards),
             "saved_usd": None,
             "approved_at": None,
             "seen": seen(files, in_flight),
@@ -154,6 +146,8 @@ def _gather_lines(site: Site, folder: Path, database: duckdb.DuckDBPyConnection)
                         target.write(line)
                         places.append((key, chosen[key], end, len(line)))
                         end += len(line)
+            if len(places) < len(chosen):
+                raise InputMissing(site.store.uri_of(requests_key(shard)), "it no longer holds all of its requests; run the job again")
             names = ("key", "ordinal", "start", "size")
             found = pa.table(dict(zip(names, map(list, zip(*places, strict=True)), strict=True)))
             database.execute("INSERT INTO requests SELECT key, ordinal, start, size, NULL FROM found")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from jinja2 import TemplateError
 
-from nightshift.errors import JobInvalid, LedgerCorrupt
+from nightshift.errors import JobInvalid, LedgerCorrupt, ProviderUnavailable
 from nightshift.job import Job, RequestSpec
 from nightshift.prompts import environment
 from nightshift.providers.protocol import Provider
@@ -98,6 +98,14 @@ class Run:
     def key(self, name: str) -> str:
         """The key of one of the run's files."""
         return f"{run_folder(self.job.name, self.input.run)}/{name}"
+
+
+def check_models(site: Site, job: Job) -> None:
+    """Raise AccessDenied or ModelNotFound now, where a provider would refuse every request of a job later."""
+    provider = site.open_provider(job.spec.request)
+    with suppress(ProviderUnavailable):  # submit will meet it again, where waiting can help
+        for model in (job.spec.request.model, *job.spec.stand_ins):
+            provider.check(model)
 
 
 def approved_plan(run: Run) -> Plan:

@@ -87,11 +87,11 @@ def forget(site: Site, job: str, ids: Collection[str]) -> Forgotten:
     job has read such a row, and RowInUse where a run that has read one is under way.
     """
     plans = {folder: plan for folder in site.store.folders(f"runs/{job}") if (plan := _plan(site, folder))}
-    keys, published = _requests_of(site, job, list(plans.values()), ids)
+    keys = _requests_of(site, plans.values(), ids)
     if not keys:
         raise InputMissing(site.store.uri_of(f"runs/{job}"), f"no run has asked anything about {', '.join(sorted(ids))}")
     for folder in _under_way(site, f"runs/{job}"):
-        if folder in plans and _requests_of(site, job, [plans[folder]], ids)[0]:
+        if folder in plans and _requests_of(site, [plans[folder]], ids):
             raise RowInUse(site.store.uri_of(folder))
     shards = [shard for shard in dict.fromkeys(shard for plan in plans.values() for shard in plan.shards) if _holds(site, shard, keys)]
     answers, mask = 0, pa.array(sorted(keys), pa.binary(32))
@@ -100,7 +100,7 @@ def forget(site: Site, job: str, ids: Collection[str]) -> Forgotten:
             answers += _rewrite(site, file, lambda table: pc.invert(pc.is_in(table.column("request_key"), mask)))
     for shard in shards:
         _strike(site, shard, keys)
-    return Forgotten(requests=len(keys), answers=answers, published=published)
+    return Forgotten(requests=len(keys), answers=answers, published=_showing(site, job, keys))
 
 
 def _needed(site: Site) -> frozenset[str]:
@@ -198,8 +198,8 @@ def _plan(site: Site, folder: str) -> Plan | None:
     return site.store.get_shape(f"{folder}/approved.json", Plan)
 
 
-def _requests_of(site: Site, job: str, plans: Sequence[Plan], ids: Collection[str]) -> tuple[set[bytes], tuple[str, ...]]:
-    """The requests that some rows of a job have asked, and the partitions that show these rows."""
+def _requests_of(site: Site, plans: Iterable[Plan], ids: Collection[str]) -> set[bytes]:
+    """The requests that some rows have asked in some runs."""
     keys: set[bytes] = set()
     wanted = pa.array(sorted(ids), pa.string())
     for file in dict.fromkeys(key for plan in plans for key in plan.slices):
@@ -207,6 +207,11 @@ def _requests_of(site: Site, job: str, plans: Sequence[Plan], ids: Collection[st
             table = pq.read_table(site.store.open(file), columns=["id", "request_key"])
             found = table.filter(pc.is_in(table.column("id"), wanted)).column("request_key").to_pylist()
             keys |= {key for key in found if key is not None}
+    return keys
+
+
+def _showing(site: Site, job: str, keys: Collection[bytes]) -> tuple[str, ...]:
+    """The partitions of a job that show what some requests were answered."""
     hexed = pa.array([key.hex() for key in keys], pa.string())
     shown = []
     for root in ("results", "quarantine"):
@@ -215,7 +220,7 @@ def _requests_of(site: Site, job: str, plans: Sequence[Plan], ids: Collection[st
                 column = pq.read_table(site.store.open(found.key), columns=["_request_key"]).column("_request_key")
                 if pc.any(pc.is_in(column, hexed)).as_py():
                     shown.append(site.store.uri_of(found.key.rpartition("/")[0]))
-    return keys, tuple(dict.fromkeys(shown))
+    return tuple(dict.fromkeys(shown))
 
 
 def _holds(site: Site, shard: str, keys: set[bytes]) -> bool:

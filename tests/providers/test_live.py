@@ -32,7 +32,7 @@ from nightshift.steps.wait import pauses
 from nightshift.stores.ledger import LEASE
 from nightshift.stores.objects import open_objects
 from tests.conftest import World, reviews
-from tests.test_cli import environment, interruptible
+from tests.test_cli import environment, file_of, interruptible
 
 LIVE = {"provider": "live"}
 
@@ -114,45 +114,36 @@ def test_F101_a_server_that_answers_html_is_told(httpserver: HTTPServer, tmp_pat
         server.create(str(lines), "t", {"work": "w"}, lambda: True)
 
 
+def stopped_in_the_middle(world: World, rows: int, sign: signal.Signals) -> tuple[list[str], int, str]:
+    """A run that gets a signal once a tenth of its rows is paid for: (its command, its exit code, what it told)."""
+    world.rehearsal.faults(live_seconds=0.2)
+    uri, store = world.write("a.jsonl", reviews(rows)), f"file://{world.folder}/store"
+    command = [sys.executable, "-m", "nightshift.cli", "run", file_of(world, request=LIVE), "--input", uri, "--store", store, "--json"]
+    process = interruptible(command, environment(world.rehearsal))
+    deadline = time.monotonic() + 60
+    while world.rehearsal.bill()["requests"] < rows / 10 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(sign)
+    _, told = process.communicate(timeout=30)
+    return command, process.returncode, told
+
+
 def test_F98_a_killed_process_repeats_no_more_than_what_was_in_flight(world):
     """kill -9 in the middle; the next process goes on from the answers that are in the store."""
-    world.rehearsal.faults(live_seconds=0.2)
-    world.job(request=LIVE)
-    file = str(world.folder / f"job-{world.jobs}" / "jobs" / "reviews.yaml")
-    uri = world.write("a.jsonl", reviews(400))
-    command = [sys.executable, "-m", "nightshift.cli", "run", file, "--input", uri, "--store", f"file://{world.folder}/store", "--json"]
-    process = subprocess.Popen(command, env=environment(world.rehearsal), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while world.rehearsal.bill()["requests"] < 60 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    _, code, _ = stopped_in_the_middle(world, 400, signal.SIGKILL)
+    assert code == -signal.SIGKILL
     in_flight = httpx2.get(f"{world.rehearsal.url}/rehearsal/load").json()["most_running"]
     time.sleep(0.5)
-    paid = world.rehearsal.bill()["requests"]
-    assert 60 <= paid < 400
-    later = replace(world.site, now=lambda: datetime.now(UTC) + LEASE + timedelta(seconds=1))
-    job = world.job(request=LIVE)
-    summary = drive(later, begin(later, job, pattern=uri, dates={}, scheduled=False), ask=lambda run, planned: True)
+    assert 40 <= world.rehearsal.bill()["requests"] < 400
+    summary = go(world, world.job(request=LIVE), f"file://{world.folder}/input/a.jsonl", now=lambda: datetime.now(UTC) + 2 * LEASE)
     assert summary.outcomes["succeeded"] == 400
     assert world.rehearsal.bill()["requests"] <= 400 + in_flight
 
 
 def test_ctrl_c_ends_a_long_shard_at_once_and_the_same_command_goes_on(world):
-    world.rehearsal.faults(live_seconds=0.2)
-    world.job(request=LIVE)
-    file = str(world.folder / f"job-{world.jobs}" / "jobs" / "reviews.yaml")
-    uri = world.write("a.jsonl", reviews(600))
-    command = [sys.executable, "-m", "nightshift.cli", "run", file, "--input", uri, "--store", f"file://{world.folder}/store", "--json"]
-    process = interruptible(command, environment(world.rehearsal))
-    deadline = time.monotonic() + 60
-    while world.rehearsal.bill()["requests"] < 40 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=30)
-    assert (process.returncode, "goes on from here" in told) == (130, True), told
-    before = world.rehearsal.bill()["requests"]
-    assert before < 600
+    command, code, told = stopped_in_the_middle(world, 600, signal.SIGINT)
+    assert (code, "goes on from here" in told) == (130, True), told
+    assert world.rehearsal.bill()["requests"] < 600
     world.rehearsal.faults()
     done = subprocess.run(command, env=environment(world.rehearsal), capture_output=True, text=True, timeout=120)
     assert json.loads(done.stdout)["outcomes"]["succeeded"] == 600, done.stderr

@@ -23,12 +23,12 @@ import orjson
 
 from nightshift.errors import AccessDenied, ModelNotFound, ProviderUnavailable, QuotaExhausted
 from nightshift.providers.openai import OpenAIAccess
-from nightshift.providers.openai_forms import FORMS
+from nightshift.providers.openai_forms import FORMS, vary_line
 from nightshift.providers.protocol import Garbage, Limits, Reply, Snapshot
 from nightshift.providers.window import Window
 from nightshift.shapes import Endpoint, Receipt, Variant
 from nightshift.stores.objects import Objects
-from nightshift.stores.shards import live_folder
+from nightshift.stores.shards import key_of_line, live_folder
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -113,8 +113,7 @@ class LiveServer:
 
     def vary(self, line: bytes, variant: Variant, answer: str | None, reason: str | None) -> bytes:
         """See Provider."""
-        request = orjson.loads(line)
-        return self.line(request["custom_id"], orjson.dumps(self._form.vary(request["body"], variant, answer, reason)))
+        return self.line(*vary_line(self._form, line, variant, answer, reason))
 
     def upload(self, name: str, path: Path) -> str:
         """See Provider. There is nothing to upload: the lines are read from disk."""
@@ -127,9 +126,9 @@ class LiveServer:
         """
         started = datetime.now(UTC)
         work = labels["work"]
-        answered = {_id_of(line) for line in self._lines(work)}
+        answered = {key_of_line(line) for line in self._lines(work)}
         with Path(uploaded).open("rb") as file:
-            lines = [line for line in file if _id_of(line) not in answered]
+            lines = [line for line in file if key_of_line(line) not in answered]
         lines.sort(key=lambda line: line[line.index(b'"body":') :])  # neighbours share a prefix, and so the server's cache of it
         asyncio.run(_Work(self, work, lines, may_send).run())
         return Receipt(batch_id=work, token=token, created_at=started)
@@ -291,8 +290,3 @@ def _reason(said: Said) -> str:
 def _code(said: Said) -> str | None:
     code = (said.body.get("error") or {}).get("code")
     return code if isinstance(code, str) else None
-
-
-def _id_of(line: bytes) -> bytes:
-    start = line.index(b'":"') + 3
-    return line[start : start + 64]

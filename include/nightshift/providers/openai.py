@@ -17,8 +17,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from nightshift.errors import (
     AccessDenied,
     BatchRejected,
@@ -32,7 +30,7 @@ from nightshift.errors import (
     SubmissionInDoubt,
     Transient,
 )
-from nightshift.providers.openai_forms import FORMS
+from nightshift.providers.openai_forms import FORMS, vary_line
 from nightshift.providers.protocol import BatchState, Garbage, Limits, Reply, Snapshot
 from nightshift.shapes import Endpoint, Outcome, Receipt, Variant
 from nightshift.stores.ledger import CREATE_TIMEOUT
@@ -123,8 +121,7 @@ class OpenAIBatches:
 
     def vary(self, line: bytes, variant: Variant, answer: str | None, reason: str | None) -> bytes:
         """See Provider."""
-        request = orjson.loads(line)
-        return self.line(request["custom_id"], orjson.dumps(self._form.vary(request["body"], variant, answer, reason)))
+        return self.line(*vary_line(self._form, line, variant, answer, reason))
 
     def upload(self, name: str, path: Path) -> str:
         """See Provider. The file needs a name ending in .jsonl: bare bytes would be sent as `upload` and refused (F28)."""

@@ -5,13 +5,13 @@ Shapes: contracts of the OpenAI API as read on 2026-11-21 (openai 3.54.0). Unkno
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 import orjson
 
-from nightshift.providers.protocol import Garbage, Reply
+from nightshift.providers.protocol import Form, Garbage, Reply
 from nightshift.shapes import Endpoint, Outcome, Variant
 
 NEVER_RUN: dict[str, Outcome] = {"batch_expired": "expired", "batch_cancelled": "cancelled", "batch_canceled": "cancelled"}
@@ -211,7 +211,13 @@ class ResponsesForm:
         )
 
 
-FORMS: dict[Endpoint, type[ChatForm] | type[ResponsesForm]] = {"/v1/chat/completions": ChatForm, "/v1/responses": ResponsesForm}
+FORMS: dict[Endpoint, Callable[[], Form]] = {"/v1/chat/completions": ChatForm, "/v1/responses": ResponsesForm}
+
+
+def vary_line(form: Form, line: bytes, variant: Variant, answer: str | None, reason: str | None) -> tuple[str, bytes]:
+    """A line as it is asked again: its id, and its body."""
+    request = orjson.loads(line)
+    return request["custom_id"], orjson.dumps(form.vary(request["body"], variant, answer, reason))
 
 
 def is_strict(schema: Mapping[str, Any]) -> bool:

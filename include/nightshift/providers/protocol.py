@@ -19,7 +19,6 @@ class Limits:
 
     requests: int
     request_bytes: int  # of the whole input file
-    least: int = 1  # requests: a smaller batch is refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

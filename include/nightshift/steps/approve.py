@@ -16,8 +16,7 @@ import pyarrow as pa
 
 from nightshift.errors import ApprovalNeeded, BudgetExceeded
 from nightshift.job import Policy
-from nightshift.money.estimate import estimate_requests
-from nightshift.packing import ANSWERED, IN_FLIGHT, REQUESTS, Wanted, freeze, mark_answered, mark_in_flight
+from nightshift.packing import ANSWERED, IN_FLIGHT, REQUESTS, Wanted, estimate_shards, freeze, mark_answered, mark_in_flight
 from nightshift.runs import Run, Site, salt_of
 from nightshift.shapes import PAID_OUTCOMES, Outcome, Plan, Shard
 from nightshift.stores.answers import Reservation, seen
@@ -126,7 +125,7 @@ def _revised(site: Site, run: Run, plan: Plan, in_flight: list[str]) -> Plan:
             "shards": (*(shard.key for shard in kept), *adopted_shards),
             "adopted_shards": adopted_shards,
             "answers": tuple(dict.fromkeys([*plan.answers, *reused])),
-            "estimate": estimate_requests(run.job, counts.get("", 0), sum(shard.request_bytes for shard in kept)),
+            "estimate": estimate_shards(site.store, run.job, kept),
         }
     )
 

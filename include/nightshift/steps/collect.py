@@ -203,9 +203,8 @@ def _again_for(
         reply, before = answer.reply, left[key]
         asked_as = before.variant if before else AS_IT_WAS
         answer = replace(answer, asked_as=asked_as)
-        if rushed and (
-            reply.outcome == "expired" or (reply.outcome == "cancelled" and overdue)
-        ):  # the batch's time is over: the rest is finished on demand
+        is_late = reply.outcome == "expired" or (reply.outcome == "cancelled" and overdue)
+        if rushed and is_late:  # the batch's time is over: the rest is finished on demand
             variant = asked_as.model_copy(update={"provider": "live"})
             return replace(answer, again=variant) if purse.pays(variant) else answer
         hopeless = (reply.outcome == "errored" and not reply.retryable) or (reply.outcome == "cancelled" and overdue)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 
-from nightshift.errors import InputMissing, InputUnreadable, ProviderUnavailable
+from nightshift.errors import InputMissing, InputUnreadable
 from nightshift.formats import count_rows, guess_format
 from nightshift.job import Job
-from nightshift.runs import Run, RunInput, Site, partition_of, render_dates, run_folder, run_id
+from nightshift.runs import Run, RunInput, Site, check_models, partition_of, render_dates, run_folder, run_id
 from nightshift.shapes import PinnedObject, Wire
 from nightshift.stores.objects import Found, Objects, matching
 
@@ -47,10 +46,7 @@ def discover(
     begun = site.store.get_shape(key, RunInput)
     if begun is None:
         objects = pin(site, job, render_dates(pattern, dates)).objects
-        with suppress(ProviderUnavailable):  # submit will meet it again, where waiting can help
-            provider = site.open_provider(job.spec.request)
-            for model in (job.spec.request.model, *job.spec.stand_ins):
-                provider.check(model)
+        check_models(site, job)
         asked = RunInput(
             run=run,
             label=label,

@@ -22,7 +22,7 @@ from nightshift.errors import InputUnreadable, RequestTooLarge
 from nightshift.formats import Fault, Rows, column_types, read_rows
 from nightshift.job import Job
 from nightshift.money.estimate import estimate_requests
-from nightshift.packing import ANSWERED, IN_FLIGHT, REQUESTS, cut, freeze, mark_answered, mark_in_flight, wanted
+from nightshift.packing import ANSWERED, IN_FLIGHT, REQUESTS, freeze, groups, mark_answered, mark_in_flight
 from nightshift.providers.protocol import Provider
 from nightshift.redrive import draft_redrive
 from nightshift.runs import Run, Site, salt_of
@@ -65,10 +65,9 @@ def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows:
         files = answers.files()
         reused_files = [] if run.input.fresh else mark_answered(database, answers, files, job.spec.stand_ins)
         adopted_shards = [] if run.input.fresh else mark_in_flight(site, database, in_flight)
-        most = min(provider.limits.requests, job.spec.policy.max_requests_per_shard or provider.limits.requests)
         shards = [
             freeze(site, job.spec.request, encoder.fingerprint, spool.path, group, salt=salt_of(run), keep=keep)
-            for group in cut(wanted(database), most, provider.limits.request_bytes)
+            for group in groups(database, job.spec.policy, provider.limits)
         ]
         slices = [run.key(f"slices/{path.name}") for path in spool.slices]
         if keep:

@@ -14,7 +14,8 @@ from decimal import Decimal
 from pathlib import Path
 
 from nightshift.errors import BudgetExceeded, LedgerCorrupt, Permanent, ShardHeld, SubmissionInDoubt, Transient, WrongPlace
-from nightshift.money.estimate import estimate_requests, sum_estimates
+from nightshift.money.estimate import sum_estimates
+from nightshift.packing import estimate_shards
 from nightshift.providers.protocol import Provider
 from nightshift.runs import Run, Site, load_run, run_id
 from nightshift.shapes import Estimate, Plan, ProviderName, Receipt
@@ -79,27 +80,27 @@ def may_pay(site: Site, run: Run, shard: str) -> bool:
     beside them, the run that has reserved it is waited for. Raises BudgetExceeded once that has been for long.
     """
     approved = site.store.get_shape(run.key("approved.json"), Plan)
-    if approved is None or shard not in approved.adopted_shards:
+    bound = run.job.spec.policy.bound
+    if approved is None or shard not in approved.adopted_shards or bound is None:
         return True
-    policy = run.job.spec.policy
-    bounds = [bound for bound in (policy.budget_usd, policy.approve_above_usd) if bound is not None]
-    if not bounds:
-        return True
-    total = sum_estimates(run.job, [approved.estimate, *_liabilities(site, run, approved)]).usd
-    if total is not None and total <= min(bounds):
+    total = sum_estimates(run.job, [approved.estimate, _liabilities(site, run, approved)]).usd
+    if fits(total, bound):
         return True
     if approved.approved_at is not None and site.now() - approved.approved_at > OWNER_PATIENCE:
-        raise BudgetExceeded(total or Decimal(0), min(bounds))
+        raise BudgetExceeded(total or Decimal(0), bound)
     return False
 
 
-def _liabilities(site: Site, run: Run, approved: Plan) -> Iterator[Estimate]:
+def fits(total: Decimal | None, bound: Decimal) -> bool:
+    """Whether a cost is within what a run may spend unasked; an unknown one is not."""
+    return total is not None and total <= bound
+
+
+def _liabilities(site: Site, run: Run, approved: Plan) -> Estimate:
     """What the adopted shards cost that this run has sent, or would send because nobody else has."""
-    for shard in approved.adopted_shards:
-        attempts = site.ledger.attempts(shard)
-        if not attempts or attempts[0].claim.run == run.uri:
-            facts = site.ledger.shard(shard)
-            yield estimate_requests(run.job, facts.request_count, facts.request_bytes)
+    attempts = {shard: site.ledger.attempts(shard) for shard in approved.adopted_shards}
+    own = [shard for shard, made in attempts.items() if not made or made[0].claim.run == run.uri]
+    return estimate_shards(site.store, run.job, map(site.ledger.shard, own))
 
 
 def payer_of(site: Site, run: Run, attempt: Attempt) -> Run:

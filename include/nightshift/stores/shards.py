@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nightshift.shapes import Outcome, ProviderName, Shard, Variant
+from nightshift.shapes import ProviderName, Shard, Variant
 from nightshift.stores.ledger import Attempt, Claim
 from nightshift.stores.objects import Objects
 
@@ -21,10 +21,9 @@ KEY_BYTES = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Left:
-    """A request that an attempt left to be asked again: what became of it, and how it is asked now."""
+    """A request that an attempt left to be asked again: how it is asked now, what came last, and what is wrong with that."""
 
     variant: Variant
-    outcome: Outcome
     text: str | None
     reason: str | None
 
@@ -93,13 +92,13 @@ def pending(objects: Objects, shard: str, after: Sequence[int]) -> dict[bytes, L
     """What is still to be asked once these attempts are harvested, in line order; None where it was not asked yet."""
     left: dict[bytes, Left | None] = dict.fromkeys(request_keys(objects, shard))
     for number in sorted(after):
-        table = pq.read_table(objects.open(answers_key(shard, number)), columns=["request_key", "again", "outcome", "text", "reason"])
+        table = pq.read_table(objects.open(answers_key(shard, number)), columns=["request_key", "again", "text", "reason"])
         is_left = table.column("again").is_valid()
         for key in table.column("request_key").filter(pc.invert(is_left)).to_pylist():
             left.pop(key, None)
         for line in table.filter(is_left).to_pylist():
             variant = Variant.model_validate_json(line["again"])
-            left[line["request_key"]] = Left(variant=variant, outcome=line["outcome"], text=line["text"], reason=line["reason"])
+            left[line["request_key"]] = Left(variant=variant, text=line["text"], reason=line["reason"])
     return left
 
 
