@@ -14,7 +14,7 @@ import pytest
 
 from nightshift.job import Job, RequestSpec
 from nightshift.job_file import load_job
-from nightshift.providers.live import LiveServer
+from nightshift.providers.live import LiveServer, OpenAIApi
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.providers.protocol import Provider
 from nightshift.rehearsal import served
@@ -111,7 +111,7 @@ def make_world(folder: Path, rehearsal: Rehearsal, owner: str = "test", **change
 
     def open_provider(request: RequestSpec) -> Provider:
         if request.provider == "live":
-            return LiveServer(request.endpoint, store, rehearsal.access(), timeout_seconds=5.0)
+            return LiveServer(request.endpoint, store, OpenAIApi(request.endpoint, rehearsal.access()), timeout_seconds=5.0)
         return shared if request.endpoint == shared.endpoint else rehearsal.provider(request.endpoint)
 
     site = Site(

@@ -312,7 +312,7 @@ def test_F97_a_server_without_a_batch_api_is_told(httpserver: HTTPServer, tmp_pa
     httpserver.expect_request("/v1/batches").respond_with_json({"detail": "Not Found"}, status=404)
     provider = OpenAIBatches("/v1/chat/completions", OpenAIAccess(base_url=httpserver.url_for("/v1"), api_key="x"))
     with pytest.raises(BatchRejected, match="has no batch API"):
-        provider.create("file-1", "t", {}, lambda: True)
+        provider.create("file-1", "gpt-5.4-nano", "t", {}, lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_F101_errors_of_every_shape_become_one_readable_line(httpserver: HTTPSer
     httpserver.expect_request("/v1/batches").respond_with_data(body, status=400, content_type=kind)
     provider = OpenAIBatches("/v1/chat/completions", OpenAIAccess(base_url=httpserver.url_for("/v1"), api_key="x"))
     with pytest.raises(BatchRejected) as caught:
-        provider.create("file-1", "t", {}, lambda: True)
+        provider.create("file-1", "gpt-5.4-nano", "t", {}, lambda: True)
     assert "\n" not in str(caught.value)
     assert "Nothing ran and nothing is billed" in str(caught.value)
 

@@ -26,7 +26,6 @@ from nightshift.errors import (
     RequestTooLarge,
 )
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
-from nightshift.providers.protocol import Limits
 from nightshift.rehearsal.served import free_port
 from nightshift.runs import Site
 from nightshift.shapes import Summary
@@ -346,10 +345,9 @@ def test_input_that_holds_no_row_is_held_with_a_report(world):
     assert (summary.state, summary.rows) == ("held", 0)
 
 
-def test_a_request_that_fits_no_batch_is_told_before_anything_is_sent(world, monkeypatch):
-    monkeypatch.setattr(OpenAIBatches, "limits", Limits(requests=10, request_bytes=600))
+def test_a_request_that_fits_no_batch_is_told_before_anything_is_sent(world):
     with pytest.raises(RequestTooLarge, match=r"max_length under input\.require"):
-        go(world, world.job(), world.write("in.jsonl", [{"id": "a", "text": "x" * 400, "stars": 1}]))
+        go(world, world.job(request={"limits": {"max_bytes": 600}}), world.write("in.jsonl", [{"id": "a", "text": "x" * 400, "stars": 1}]))
     assert world.rehearsal.bill()["batches"] == 0
 
 

@@ -22,10 +22,9 @@ from obstore.store import MemoryStore
 
 from nightshift.errors import BatchUnknown, SubmissionInDoubt, Transient
 from nightshift.job import Job, JobFile
-from nightshift.providers.openai_forms import ChatForm, vary_line
 from nightshift.providers.protocol import Garbage, Limits, Reply, Snapshot
 from nightshift.runs import Run, Site
-from nightshift.shapes import Receipt, Variant
+from nightshift.shapes import Receipt
 from nightshift.steps.approve import approve
 from nightshift.steps.assemble import assemble
 from nightshift.steps.audit import audit
@@ -160,28 +159,23 @@ class Watched(Objects):
 class InMemory:
     """The provider as one worker has it; see Provider."""
 
-    limits = Limits(requests=50, request_bytes=1_000_000)
     where = "memory://provider"
 
     def __init__(self, account: Account, life: Life, now: Callable[[], datetime]) -> None:
         self._account, self._life, self._now = account, life, now
         self._uploads: dict[str, list[str]] = {}
-        self._form = ChatForm()
 
     def check(self, model: str) -> None:
         return
 
-    def line(self, custom_id: str, body: bytes) -> bytes:
-        return b'{"custom_id":"%b","body":%b}' % (custom_id.encode(), body)
-
-    def vary(self, line: bytes, variant: Variant, answer: str | None, reason: str | None) -> bytes:
-        return self.line(*vary_line(self._form, line, variant, answer, reason))
+    def limits(self, model: str) -> Limits:
+        return Limits(requests=50, request_bytes=1_000_000)
 
     def upload(self, name: str, path: Path) -> str:
         self._uploads[name] = [orjson.loads(line)["custom_id"] for line in path.read_bytes().splitlines()]
         return name
 
-    def create(self, uploaded: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool]) -> Receipt:
+    def create(self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool]) -> Receipt:
         self._life.effect()
         if not may_send():
             raise Transient("lapsed")
@@ -219,6 +213,9 @@ class InMemory:
                 yield Reply(custom_id=custom_id, outcome="errored", reason="a bad day", retryable=True)
             else:
                 yield Reply(custom_id=custom_id, outcome="succeeded", text="yes", paid=True, input_tokens=1, output_tokens=1)
+
+    def clean(self, batch_id: str) -> None:
+        return
 
     def cancel(self, batch_id: str) -> None:
         return

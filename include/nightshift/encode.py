@@ -16,7 +16,7 @@ from jinja2 import Template, TemplateError
 from nightshift.contract import compile_contract
 from nightshift.job import Job
 from nightshift.prompts import NullInPrompt
-from nightshift.providers.openai_forms import FORMS
+from nightshift.providers.forms import form_of
 
 SYSTEM, USER = "\x00SYSTEM\x00", "\x00USER\x00"  # placeholders that no prompt file can hold: they are control characters
 
@@ -26,14 +26,14 @@ class Encoder:
 
     def __init__(self, job: Job) -> None:
         request, prompt = job.spec.request, job.prompt
-        form = FORMS[request.endpoint]()
+        self.form = form_of(request.endpoint)
         parts = {USER: prompt.user}
         system = None
         if prompt.system and prompt.system.variables:
             system, parts[SYSTEM] = SYSTEM, prompt.system
         elif prompt.system:
             system = prompt.system.template.render()
-        body = form.body(
+        body = self.form.body(
             model=request.model,
             system=system,
             user=USER,

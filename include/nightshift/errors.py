@@ -24,6 +24,7 @@ NightshiftError
     ├── ProviderUnavailable       unreachable, overloaded, or talking nonsense
     │   ├── BatchUnknown          it has forgotten a batch of ours, or not heard of it yet
     │   └── ResultsGone           it knows the batch, and not the result files that the batch names
+    ├── QueueFull                 the provider takes no more batches for now
     ├── StoreUnavailable          the object store did not answer
     ├── DownloadIncomplete        fewer bytes came than the provider announced
     ├── RowInUse                  a run under way counts on the answer that is to be forgotten
@@ -252,6 +253,13 @@ class ResultsGone(ProviderUnavailable):
     def __init__(self, where: str, file_id: str) -> None:
         self.file_id = file_id
         super().__init__(where, f"result file {file_id} is not there.")
+
+
+class QueueFull(Transient):
+    """The provider has as many batches of ours as it takes; nothing was created."""
+
+    def __init__(self, where: str, why: str) -> None:
+        super().__init__(f"{where} takes no more batches for now: {why}")
 
 
 class StoreUnavailable(Transient):

@@ -23,7 +23,11 @@ NAME = r"^[a-z][a-z0-9_]{0,62}$"
 URI = re.compile(r"^(s3|gs|az|abfss?|file|memory)://")
 PRESETS = ("@hourly", "@daily", "@weekly", "@monthly", "@quarterly", "@yearly")
 CRON = re.compile(r"[0-9A-Za-z*,/#?LW-]+( +[0-9A-Za-z*,/#?LW-]+){4}")
-RESERVED_PARAMETERS = ("model", "messages", "input", "instructions", "stream", "n", "response_format", "text", "tools")
+RESERVED_PARAMETERS = (
+    "model", "messages", "input", "instructions", "stream", "n", "response_format", "text", "tools", "system", "prompt", "toolConfig",
+    "guardrailConfig", "outputConfig", "anthropic_version", "schemaVersion", "inputText",
+)  # fmt: skip
+BEDROCK_ENDPOINTS: tuple[Endpoint, ...] = ("converse", "invoke")
 
 
 class Section(BaseModel):
@@ -63,15 +67,42 @@ class InputSpec(Section):
         return uri
 
 
+class LimitsSpec(Section):
+    """What one batch of the model may hold, where it is otherwise than the provider says or documents."""
+
+    min_requests: int | None = Field(None, ge=1, description="fewer than that are asked on demand, at the full price")
+    max_requests: int | None = Field(None, ge=1)
+    max_bytes: int | None = Field(None, ge=1, description="of the whole input file")
+
+
 class RequestSpec(Section):
     """What to ask which model."""
 
-    provider: ProviderName = Field(description="openai: its Batch API; live: any server that speaks its API, asked one request at a time")
-    connection: str = Field("openai_default", description="Airflow connection with the endpoint and the key")
-    endpoint: Endpoint = "/v1/chat/completions"
+    provider: ProviderName = Field(
+        description="openai: its Batch API; bedrock: its batch inference; live: any of their endpoints, asked one request at a time"
+    )
+    connection: str = Field("openai_default", description="Airflow connection to the provider; aws_default where it is Bedrock")
+    endpoint: Endpoint = Field("/v1/chat/completions", description="converse where the provider is bedrock")
     model: str = Field(min_length=1)
     prompt: str = Field(description="prompt file, relative to the job file or to the folder above it")
-    parameters: dict[str, Any] = Field(default_factory=dict, description="sampling parameters, passed on as they are")
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="sampling parameters: max_output_tokens, temperature, top_p and what else the model knows"
+    )
+    limits: LimitsSpec = LimitsSpec()
+
+    @property
+    def is_on_bedrock(self) -> bool:
+        """Whether the endpoint is one of Bedrock's."""
+        return self.endpoint in BEDROCK_ENDPOINTS
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_provider(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        endpoint = given.get("endpoint", "converse" if given.get("provider") == "bedrock" else "/v1/chat/completions")
+        connection = given.get("connection", "aws_default" if endpoint in BEDROCK_ENDPOINTS else "openai_default")
+        return {**given, "endpoint": endpoint, "connection": connection}
 
     @field_validator("parameters")
     @classmethod

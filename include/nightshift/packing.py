@@ -16,14 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from nightshift.errors import JobInvalid
 from nightshift.job import Job, Policy, RequestSpec
 from nightshift.money.estimate import estimate_variants, sum_estimates
 from nightshift.providers.protocol import Limits
 from nightshift.runs import Site
-from nightshift.shapes import PAID_OUTCOMES, Estimate, Outcome, Shard, Variant
+from nightshift.shapes import PAID_OUTCOMES, Estimate, Outcome, ProviderName, Shard, Variant
 from nightshift.stores.answers import AnswerStore
-from nightshift.stores.objects import Objects
-from nightshift.stores.shards import keep_shard, request_keys, seed_of, shard_key
+from nightshift.stores.shards import keep_shard, request_keys, seed_of, shard_key, whom
 
 if TYPE_CHECKING:
     import duckdb
@@ -103,19 +103,50 @@ def cut(wanted: Iterable[Wanted], most: int, most_bytes: int) -> Iterator[list[W
         yield group
 
 
+def balance(groups: Iterable[list[Wanted]], least: int) -> Iterator[list[Wanted]]:
+    """The groups, with a last one that is too small for a batch filled up from the one before, as far as that can spare any."""
+    before: list[Wanted] | None = None
+    for group in groups:
+        if before is not None:
+            spare = min(least - len(group), len(before) - least)
+            if spare > 0:
+                before, group = before[:-spare], before[-spare:] + group
+            yield before
+        before = group
+    if before is not None:
+        yield before
+
+
 def groups(database: duckdb.DuckDBPyConnection, policy: Policy, limits: Limits) -> Iterator[list[Wanted]]:
-    """The requests that nobody else has, in groups that fit into one batch each."""
+    """The requests that nobody else has, in groups that fit into one batch each. Raises JobInvalid where the job forbids every batch."""
     most = min(limits.requests, policy.max_requests_per_shard or limits.requests)
-    return cut(wanted(database), most, limits.request_bytes)
+    if most < limits.least:
+        raise JobInvalid([f"policy.max_requests_per_shard: {most} is below {limits.least}, the fewest requests of a batch of this model"])
+    return balance(cut(wanted(database), most, limits.request_bytes), limits.least)
 
 
-def estimate_shards(store: Objects, job: Job, shards: Iterable[Shard]) -> Estimate:
-    """What shards cost, as their requests are asked: anew, or again in the way that each says."""
+def asked_from(provider: ProviderName, count: int, least: int) -> ProviderName:
+    """Who is asked so many requests of a provider: on demand, where they are too few for a batch."""
+    return "live" if count < least else provider
+
+
+def estimate_shards(site: Site, job: Job, shards: Iterable[Shard]) -> Estimate:
+    """What shards cost, as their requests are asked: anew, or again in the way that each says; in batches, or on demand."""
     estimates: list[Estimate] = []
+    least = site.limits(job.spec.request).least
     for shard in shards:
-        seed = seed_of(store, shard)
+        seed = seed_of(site.store, shard)
         again = [] if seed is None else map(Variant.model_validate_json, seed.column("again").to_pylist())
-        estimates += estimate_variants(job, Counter(again) or {Variant(): shard.request_count}, shard)
+        variants = Counter(again) or Counter({Variant(): shard.request_count})
+        asked: Counter[tuple[ProviderName, str]] = Counter()
+        for variant, count in variants.items():
+            asked[whom(variant, shard)] += count
+        bought: dict[Variant, int] = {}
+        for variant, count in variants.items():
+            provider, _ = of = whom(variant, shard)
+            as_bought = variant.model_copy(update={"provider": asked_from(provider, asked[of], least)})
+            bought[as_bought] = bought.get(as_bought, 0) + count
+        estimates += estimate_variants(job, bought, shard)
     return sum_estimates(job, estimates)
 
 

@@ -46,8 +46,12 @@ def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], re
         if attempt.is_harvested:
             spent += _cost(attempt.claim, usage_of(pq.read_table(site.store.open(answers_key(facts.key, attempt.number)))))
 
+    is_dear = site.limits(run.job.spec.request).least > 1  # what is asked again may be too little for a batch
+
     @cache
     def price(asked_as: Variant) -> Decimal | None:
+        if is_dear:
+            asked_as = asked_as.model_copy(update={"provider": "live"})
         usd = estimate_requests(run.job, facts.request_count, facts.request_bytes, asked_as=asked_as).usd
         return None if usd is None else usd / facts.request_count
 

@@ -74,7 +74,6 @@ def draft_redrive(site: Site, run: Run) -> Plan:
     assert redrive is not None
     original = load_run(site.store, site.store.uri_of(run_folder(job.name, redrive.run)))
     before = approved_plan(original)
-    provider = site.open_provider(job.spec.request)
     answers = site.answers(before.fingerprint)
     in_flight = answers.in_flight(answers.reservations()[0])
     with site.scratch() as folder, open_database(Path(folder)) as database:
@@ -86,7 +85,7 @@ def draft_redrive(site: Site, run: Run) -> Plan:
         mended = mark_answered(database, answers, files, job.spec.stand_ins, MENDED)
         adopted_shards = mark_in_flight(site, database, in_flight)
         shards = []
-        for group in groups(database, job.spec.policy, provider.limits):
+        for group in groups(database, job.spec.policy, site.limits(job.spec.request)):
             seed = _seed(database, job, [item.key for item in group])
             shards.append(freeze(site, job.spec.request, before.fingerprint, spool, group, salt=salt_of(run), before=seed))
         counts = dict(database.execute("SELECT coalesce(known, ''), count(*) FROM requests GROUP BY 1").fetchall())
@@ -102,7 +101,7 @@ def draft_redrive(site: Site, run: Run) -> Plan:
             "shards": (*(shard.key for shard in shards), *adopted_shards),
             "adopted_shards": tuple(adopted_shards),
             "answers": tuple(dict.fromkeys([*before.answers, *own, *mended])),
-            "estimate": estimate_shards(site.store, job, shards),
+            "estimate": estimate_shards(site, job, shards),
             "saved_usd": None,
             "approved_at": None,
             "seen": seen(files, in_flight),

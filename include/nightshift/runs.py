@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from nightshift.errors import JobInvalid, LedgerCorrupt, ProviderUnavailable
 from nightshift.job import Job, RequestSpec
 from nightshift.prompts import environment
-from nightshift.providers.protocol import Provider
+from nightshift.providers.protocol import Limits, Provider
 from nightshift.shapes import Outcome, PinnedObject, Plan, Wire
 from nightshift.stores.answers import AnswerStore
 from nightshift.stores.ledger import Ledger
@@ -52,6 +52,16 @@ class Site:
     def ledger(self) -> Ledger:
         """The ledger of this store."""
         return Ledger(self.store)
+
+    def limits(self, request: RequestSpec) -> Limits:
+        """What one batch may hold: as the job says, else as the provider does."""
+        given = request.limits
+        found = self.open_provider(request).limits(request.model)
+        return Limits(
+            requests=given.max_requests or found.requests,
+            request_bytes=given.max_bytes or found.request_bytes,
+            least=given.min_requests or found.least,
+        )
 
     def answers(self, fingerprint: str) -> AnswerStore:
         """The answers of one fingerprint in this store."""

@@ -19,6 +19,8 @@ class Settings:
     poll_seconds: float  # NIGHTSHIFT_POLL_SECONDS, between two looks at a batch
     upload_poll_seconds: float  # NIGHTSHIFT_UPLOAD_POLL_SECONDS, between two looks at an inbox
     store_connection: str  # NIGHTSHIFT_STORE_CONNECTION, the Airflow connection of the store
+    bedrock_role_arn: str | None  # NIGHTSHIFT_BEDROCK_ROLE_ARN, the role that Bedrock reads and writes S3 as
+    bedrock_files: str | None  # NIGHTSHIFT_BEDROCK_FILES, the S3 folder of its requests and results; None = the store
     scratch: Path | None  # NIGHTSHIFT_SCRATCH, local disk for spools; None = the system's temporary folder
 
 
@@ -31,6 +33,8 @@ def read_settings(env: Mapping[str, str] = os.environ) -> Settings:
         poll_seconds=_seconds(env, "NIGHTSHIFT_POLL_SECONDS"),
         upload_poll_seconds=_seconds(env, "NIGHTSHIFT_UPLOAD_POLL_SECONDS"),
         store_connection=env.get("NIGHTSHIFT_STORE_CONNECTION", "aws_default"),
+        bedrock_role_arn=env.get("NIGHTSHIFT_BEDROCK_ROLE_ARN"),
+        bedrock_files=env.get("NIGHTSHIFT_BEDROCK_FILES"),
         scratch=Path(scratch) if scratch else None,
     )
 

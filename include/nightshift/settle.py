@@ -15,7 +15,7 @@ from nightshift.money.prices import tier_of
 from nightshift.runs import Site
 from nightshift.shapes import Paid, ProviderName, Settled, Shard, Usage
 from nightshift.stores.ledger import Attempt
-from nightshift.stores.shards import answers_key, live_folder, request_keys
+from nightshift.stores.shards import answers_key, request_keys
 
 RANK: dict[str, int] = {"succeeded": 3, "invalid": 2, "truncated": 2, "refused": 2, "filtered": 2}  # of two lines the better stays
 
@@ -31,7 +31,7 @@ def settle(site: Site, shard: str, attempts: list[Attempt]) -> Settled:
         path = Path(folder) / "answers.parquet"
         pq.write_table(merged, path, compression="zstd")
         site.store.put(answers.file_of(shard), path)
-    word = site.ledger.settle(
+    return site.ledger.settle(
         Settled(
             shard=shard,
             answers=answers.file_of(shard),
@@ -40,10 +40,6 @@ def settle(site: Site, shard: str, attempts: list[Attempt]) -> Settled:
             alarms=_alarms(attempts),
         )
     )
-    for attempt in attempts:
-        if attempt.claim.provider == "live" and attempt.receipt:
-            site.store.delete([found.key for found in site.store.scan(live_folder(attempt.receipt.batch_id))])
-    return word
 
 
 def check_shard(facts: Shard, attempts: list[Attempt], tables: Mapping[int, pa.Table], keys: list[bytes], merged: pa.Table) -> None:

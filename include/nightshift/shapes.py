@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-ProviderName = Literal["openai", "live"]
+ProviderName = Literal["openai", "bedrock", "live"]
 Tier = Literal["batch", "on_demand"]
-Endpoint = Literal["/v1/chat/completions", "/v1/responses"]
+Endpoint = Literal["/v1/chat/completions", "/v1/responses", "converse", "invoke"]
 Outcome = Literal[
     "succeeded", "invalid", "truncated", "refused", "filtered", "errored", "expired", "cancelled", "missing", "rejected"
 ]  # fmt: skip

@@ -76,7 +76,8 @@ def tidy(site: Site, *, keep: timedelta | None) -> Tidied:
         removed += len(old)
     emptied = 0 if cutoff is None else _empty_older(site, cutoff)
     if cutoff is not None:  # of shards that nobody has settled since
-        site.store.delete([found.key for found in site.store.scan("live") if found.modified < cutoff.timestamp()])
+        for folder in ("live", "bedrock"):
+            site.store.delete([found.key for found in site.store.scan(folder) if found.modified < cutoff.timestamp()])
     return Tidied(merged=merged, removed=removed, dropped=dropped, emptied=emptied)
 
 

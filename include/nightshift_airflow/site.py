@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 from airflow.sdk import BaseHook
@@ -10,6 +11,7 @@ from airflow.sdk.exceptions import AirflowNotFoundException
 
 from nightshift.errors import AccessDenied, JobInvalid
 from nightshift.job import JobFile
+from nightshift.providers.bedrock import BedrockAccess
 from nightshift.providers.openai import OpenAIAccess
 from nightshift.providers.opening import open_provider
 from nightshift.runs import Run, Site, load_run
@@ -27,7 +29,9 @@ def site_for(spec: JobFile | None, owner: str) -> Site:
     return Site(
         store=store,
         open_input=lambda pattern: _open_input(pattern, input_connection),
-        open_provider=lambda request: open_provider(request, store, access_of(request.connection)),
+        open_provider=lambda request: open_provider(
+            request, store, bedrock_access(request.connection) if request.is_on_bedrock else openai_access(request.connection)
+        ),
         owner=owner,
         poll_seconds=settings.poll_seconds,
         scratch_folder=settings.scratch,
@@ -52,8 +56,8 @@ def owner_of(context: Any) -> str:
     return f"{ti.dag_id}/{ti.run_id}/{ti.task_id}{index} try {ti.try_number} pid {os.getpid()}"
 
 
-def access_of(connection_id: str) -> OpenAIAccess:
-    """The way to a provider, from its Airflow connection: host = base URL, password = key."""
+def openai_access(connection_id: str) -> OpenAIAccess:
+    """The way to a server of OpenAI's API, from its Airflow connection: host = base URL, password = key."""
     try:
         connection = BaseHook.get_connection(connection_id)
     except AirflowNotFoundException as error:
@@ -73,28 +77,67 @@ def _open_input(pattern: str, connection_id: str) -> tuple[Objects, str]:
     return _open(root, connection_id), key_pattern
 
 
+def bedrock_access(connection_id: str) -> BedrockAccess:
+    """The way to Bedrock, from an AWS connection: its session, its endpoints, and `bedrock` under its `service_config`.
+
+    What the connection does not say of the role and the folder on S3 is taken from NIGHTSHIFT_BEDROCK_*.
+    """
+    settings, aws = read_settings(), _aws(connection_id)
+    if aws is None:
+        files = _open(settings.bedrock_files, connection_id) if settings.bedrock_files else None
+        return _accesses.setdefault(("", connection_id), BedrockAccess(role_arn=settings.bedrock_role_arn, files=files))
+    if (aws.uri, connection_id) not in _accesses:
+        config = aws.connection.get_service_config("bedrock")
+        folder = config.get("files") or settings.bedrock_files
+        endpoints = {service: aws.connection.get_service_endpoint_url(service) for service in BEDROCK_SERVICES}
+        _accesses[aws.uri, connection_id] = BedrockAccess(
+            session=aws.session,
+            clients=(("region_name", aws.connection.region_name),) if aws.connection.region_name else (),
+            endpoints=tuple((service, url) for service, url in endpoints.items() if url),
+            role_arn=config.get("role_arn") or settings.bedrock_role_arn,
+            files=_open(folder, connection_id) if folder else None,
+        )
+    return _accesses[aws.uri, connection_id]
+
+
+BEDROCK_SERVICES = ("bedrock", "bedrock-runtime", "service-quotas")
+_accesses: dict[tuple[str, str], BedrockAccess] = {}
+_sessions: dict[str, _Aws] = {}
 _opened: dict[tuple[str, str], Objects] = {}
 
 
-def _open(root: str, connection_id: str) -> Objects:
-    """A bucket with an AWS connection; boto3's own defaults where there is no such connection.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Aws:
+    """An AWS connection, and its session: making one costs half a second with the interpreter's lock held."""
 
-    Kept per connection as it is: making a boto3 session costs half a second with the interpreter's lock held, and a
-    trigger asks every few seconds.
-    """
-    if not root.startswith("s3://"):
-        return open_objects(root)
+    uri: str
+    connection: Any  # Airflow's AwsConnectionWrapper
+    session: Any
+
+
+def _aws(connection_id: str) -> _Aws | None:
+    """An AWS connection as it is now; None where there is none, and boto3's own defaults count."""
     try:
         connection = BaseHook.get_connection(connection_id)
     except AirflowNotFoundException:
-        return open_objects(root)
-    key = (root, connection.get_uri())
-    if key not in _opened:
+        return None
+    uri = connection.get_uri()
+    if uri not in _sessions:
         from airflow.providers.amazon.aws.hooks.base_aws import BaseSessionFactory
         from airflow.providers.amazon.aws.utils.connection_wrapper import AwsConnectionWrapper
 
         wrapper = AwsConnectionWrapper(connection)
-        config = {"endpoint_url": wrapper.get_service_endpoint_url("s3"), "region_name": wrapper.region_name}
-        given = {name: value for name, value in config.items() if value}
-        _opened[key] = open_objects(root, BaseSessionFactory(conn=wrapper).create_session(), given)
+        _sessions[uri] = _Aws(uri=uri, connection=wrapper, session=BaseSessionFactory(conn=wrapper).create_session())
+    return _sessions[uri]
+
+
+def _open(root: str, connection_id: str) -> Objects:
+    """A bucket with an AWS connection; kept per connection as it is, because a trigger asks every few seconds."""
+    aws = _aws(connection_id) if root.startswith("s3://") else None
+    if aws is None:
+        return open_objects(root)
+    key = (root, aws.uri)
+    if key not in _opened:
+        config = {"endpoint_url": aws.connection.get_service_endpoint_url("s3"), "region_name": aws.connection.region_name}
+        _opened[key] = open_objects(root, aws.session, {name: value for name, value in config.items() if value})
     return _opened[key]

@@ -19,7 +19,7 @@ from pytest_httpserver import HTTPServer
 
 from nightshift.drive import begin, drive
 from nightshift.errors import AccessDenied, ModelNotFound, ProviderUnavailable, StoreUnavailable
-from nightshift.providers.live import LiveServer
+from nightshift.providers.live import LiveServer, OpenAIApi
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.providers.window import Window
 from nightshift.shapes import Summary
@@ -30,11 +30,15 @@ from nightshift.steps.plan import plan
 from nightshift.steps.submit import submit
 from nightshift.steps.wait import pauses
 from nightshift.stores.ledger import LEASE
-from nightshift.stores.objects import open_objects
+from nightshift.stores.objects import Objects, open_objects
 from tests.conftest import World, reviews
 from tests.test_cli import environment, file_of, interruptible
 
 LIVE = {"provider": "live"}
+
+
+def live_server(objects: Objects, access: OpenAIAccess) -> LiveServer:
+    return LiveServer("/v1/chat/completions", objects, OpenAIApi("/v1/chat/completions", access))
 
 
 def go(world: World, job, uri: str, **changes) -> Summary:
@@ -96,7 +100,7 @@ def test_what_fails_on_demand_is_an_outcome_of_its_row_and_asked_again_by_policy
 
 def test_F102_a_wrong_key_and_an_unknown_model_are_told_before_anything_is_read(world):
     uri = world.write("a.jsonl", reviews(2))
-    wrong = LiveServer("/v1/chat/completions", world.site.store, world.rehearsal.access(key="sk-wrong-key"))
+    wrong = live_server(world.site.store, world.rehearsal.access(key="sk-wrong-key"))
     with pytest.raises(AccessDenied, match="OPENAI_API_KEY"):
         go(world, world.job(request=LIVE), uri, open_provider=lambda request: wrong)
     with pytest.raises(ModelNotFound, match=r"which serves gpt-5\.4-nano"):
@@ -107,11 +111,11 @@ def test_F101_a_server_that_answers_html_is_told(httpserver: HTTPServer, tmp_pat
     httpserver.expect_request("/v1/models").respond_with_data("<html>proxy</html>", content_type="text/html")
     httpserver.expect_request("/v1/chat/completions").respond_with_data("<html>proxy</html>", content_type="text/html")
     access = OpenAIAccess(base_url=httpserver.url_for("/v1"), api_key="x")
-    server = LiveServer("/v1/chat/completions", open_objects(f"file://{tmp_path}"), access)
+    server = live_server(open_objects(f"file://{tmp_path}"), access)
     lines = tmp_path / "lines"
-    lines.write_bytes(b"".join(server.line(f"{i:064x}", b"{}") + b"\n" for i in range(40)))
+    lines.write_bytes(b"".join(server.form.line(f"{i:064x}", b"{}") + b"\n" for i in range(40)))
     with pytest.raises(ProviderUnavailable, match="not the API"):
-        server.create(str(lines), "t", {"work": "w"}, lambda: True)
+        server.create(str(lines), "gpt-5.4-nano", "t", {"work": "w"}, lambda: True)
 
 
 def stopped_in_the_middle(world: World, rows: int, sign: signal.Signals) -> tuple[list[str], int, str]:
@@ -183,10 +187,10 @@ def test_a_quick_no_does_not_slow_the_others_down():
 
 def test_who_has_lost_the_claim_sends_nothing_more(world, tmp_path):
     world.rehearsal.faults(live_seconds=0.05)
-    server = LiveServer("/v1/chat/completions", world.site.store, world.rehearsal.access())
+    server = live_server(world.site.store, world.rehearsal.access())
     body = json.dumps({"model": "gpt-5.4-nano", "messages": [{"role": "user", "content": "Lovely."}]}).encode()
     lines = tmp_path / "lines"
-    lines.write_bytes(b"".join(server.line(f"{i:064x}", body) + b"\n" for i in range(200)))
+    lines.write_bytes(b"".join(server.form.line(f"{i:064x}", body) + b"\n" for i in range(200)))
     looks = []
 
     def may_send() -> bool:
@@ -194,7 +198,7 @@ def test_who_has_lost_the_claim_sends_nothing_more(world, tmp_path):
         return len(looks) < 6
 
     with pytest.raises(ProviderUnavailable, match="no longer ours"):
-        server.create(str(lines), "t", {"work": "w"}, may_send)
+        server.create(str(lines), "gpt-5.4-nano", "t", {"work": "w"}, may_send)
     in_flight = httpx2.get(f"{world.rehearsal.url}/rehearsal/load").json()["most_running"]
     assert world.rehearsal.bill()["requests"] <= looks[-1] + in_flight
     kept = sum(len(world.site.store.get(found.key).splitlines()) for found in world.site.store.scan("live/w"))
@@ -205,9 +209,11 @@ def test_the_same_place_is_found_as_for_batches(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://gateway:9/v1/")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-from-the-environment")
     monkeypatch.setenv("OPENAI_PROJECT_ID", "proj_a")
-    live = LiveServer("/v1/chat/completions", open_objects(f"file://{tmp_path}"))
+    live = live_server(open_objects(f"file://{tmp_path}"), OpenAIAccess())
     assert live.where == OpenAIBatches("/v1/chat/completions").where == "http://gateway:9/v1"
-    assert (live.headers["Authorization"], live.headers["OpenAI-Project"]) == ("Bearer sk-from-the-environment", "proj_a")
+    url, headers = live.api.call("m", "an-id", b"{}")
+    assert url == "http://gateway:9/v1/chat/completions"
+    assert (headers["Authorization"], headers["OpenAI-Project"]) == ("Bearer sk-from-the-environment", "proj_a")
 
 
 def test_answers_as_they_came_are_gone_once_their_shard_is_settled(world):

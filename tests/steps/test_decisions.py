@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from decimal import Decimal
+from typing import Any
 
 import pytest
 
@@ -60,8 +61,8 @@ def test_approval_is_asked_for_and_a_budget_is_not_negotiable(world):
     approve(world.site, run, plan("5"), ask=lambda: pytest.fail("asked twice"))
 
 
-def snapshot(state: str, status: str = "x") -> Snapshot:
-    return Snapshot(state=state, status=status, done=0, total=0, result_files=(), reasons=(), bad_lines={})
+def snapshot(state: str, status: str = "x", **others: Any) -> Snapshot:
+    return Snapshot(state=state, status=status, done=0, total=0, result_files=(), reasons=(), bad_lines={}, **others)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def snapshot(state: str, status: str = "x") -> Snapshot:
         pytest.param(BatchUnknown("x", "b"), UNKNOWN_PATIENCE / 2, DAY, Look, id="F46 not known yet"),
         pytest.param(BatchUnknown("x", "b"), UNKNOWN_PATIENCE * 2, DAY, Ended, id="F46 not known any more"),
         pytest.param(snapshot("running"), 2 * HOUR, HOUR, Cancel, id="past the deadline"),
-        pytest.param(snapshot("running", "cancelling"), 2 * HOUR, HOUR, Look, id="F57 cancelling is not cancelled"),
+        pytest.param(snapshot("running", "cancelling", is_stopping=True), 2 * HOUR, HOUR, Look, id="F57 cancelling is not cancelled"),
     ],
 )
 def test_what_follows_from_a_look(look, waited, patience, move):

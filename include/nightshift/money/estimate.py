@@ -44,8 +44,10 @@ def estimate_requests(job: Job, requests: int, request_bytes: int, *, asked_as: 
 
 def estimate_variants(job: Job, variants: Mapping[Variant, int], shard: Shard) -> list[Estimate]:
     """The estimates for a shard's requests that are asked again, by how they are."""
-    size = shard.request_bytes // shard.request_count
-    return [estimate_requests(job, count, count * size, asked_as=variant) for variant, count in variants.items()]
+    return [
+        estimate_requests(job, count, count * shard.request_bytes // shard.request_count, asked_as=variant)
+        for variant, count in variants.items()
+    ]
 
 
 def sum_estimates(job: Job, estimates: Sequence[Estimate]) -> Estimate:

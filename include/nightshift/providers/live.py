@@ -1,4 +1,4 @@
-"""Servers that speak OpenAI's API and have no batches: vLLM, Ollama, gateways, OpenAI itself on demand.
+"""Models asked one request at a time: vLLM, Ollama, gateways, OpenAI and Bedrock on demand.
 
 A shard is worked off by one process, many requests at once. Every answer is in the store before its place is given to
 another request, so a process that dies repeats at most the requests that were in flight. The claim's lease is renewed
@@ -16,19 +16,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import httpx2
 import orjson
 
 from nightshift.errors import AccessDenied, ModelNotFound, ProviderUnavailable, QuotaExhausted
+from nightshift.providers.forms import form_of
 from nightshift.providers.openai import OpenAIAccess
-from nightshift.providers.openai_forms import FORMS, vary_line
 from nightshift.providers.protocol import Garbage, Limits, Reply, Snapshot
 from nightshift.providers.window import Window
-from nightshift.shapes import Endpoint, Receipt, Variant
+from nightshift.shapes import Endpoint, Receipt
 from nightshift.stores.objects import Objects
-from nightshift.stores.shards import key_of_line, live_folder
+from nightshift.stores.shards import key_of_line, live_folder, same_of_line
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 LIMITS = Limits(requests=10_000, request_bytes=64_000_000)  # what one process holds in memory, and one worker works off
 MOST_AT_ONCE = 256
 TIMEOUT_SECONDS = 120.0
+CHECK_SECONDS = 15.0
 TRIES = 4  # of one request that brings no answer, before it is an error of its own
 PAUSE_SECONDS = 1.0  # that nothing more is sent after an overload; where a server says `retry-after`, that counts
 PAUSE_MOST_SECONDS = 120.0
@@ -63,17 +64,31 @@ class Said:
         return self.status not in OVERLOADED and self.status not in PASSING
 
 
-class LiveServer:
-    """The provider `live`."""
+class Api(Protocol):
+    """How a server is reached: where its calls go, and how they are let in."""
 
-    limits = LIMITS
+    @property
+    def where(self) -> str:
+        """The server, for messages and for the ledger."""
 
-    def __init__(
-        self, endpoint: Endpoint, objects: Objects, access: OpenAIAccess | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS
-    ) -> None:
-        self.endpoint, self.objects, self._access = endpoint, objects, access or OpenAIAccess()
-        self._form = FORMS[endpoint]()
-        self.timeout = httpx2.Timeout(timeout_seconds, connect=10.0)
+    def check(self, model: str) -> None:
+        """Raise AccessDenied, ModelNotFound or ProviderUnavailable where a run could not succeed. Free."""
+
+    def call(self, model: str, custom_id: str, body: bytes) -> tuple[str, dict[str, str]]:
+        """URL and headers of the POST that asks one request."""
+
+    @property
+    def hint(self) -> str:
+        """What to look at where the server lets nobody in."""
+
+
+class OpenAIApi:
+    """A server that speaks OpenAI's API."""
+
+    hint = "Check OPENAI_API_KEY (in Airflow, the connection's password)."
+
+    def __init__(self, endpoint: Endpoint, access: OpenAIAccess | None = None) -> None:
+        self._endpoint, self._access = endpoint, access or OpenAIAccess()
 
     @cached_property
     def _sdk(self) -> OpenAI:
@@ -89,37 +104,53 @@ class LiveServer:
         return str(self._sdk.base_url).rstrip("/")
 
     @cached_property
-    def headers(self) -> dict[str, str]:
-        """What goes with every call."""
+    def _headers(self) -> dict[str, str]:
         headers = {**self._sdk.default_headers, **self._sdk.auth_headers}
         return {name: value for name, value in headers.items() if isinstance(value, str)}
 
+    def call(self, model: str, custom_id: str, body: bytes) -> tuple[str, dict[str, str]]:
+        """See Api."""
+        return self.where + self._endpoint.removeprefix("/v1"), {**self._headers, "X-Client-Request-Id": custom_id}
+
     def check(self, model: str) -> None:
-        """See Provider. A server that does not list its models passes; one that lists others does not (F102)."""
+        """See Api. A server that does not list its models passes; one that lists others does not (F102)."""
         try:
-            answer = httpx2.get(f"{self.where}/models", headers=self.headers, timeout=self.timeout)
+            answer = httpx2.get(f"{self.where}/models", headers=self._headers, timeout=CHECK_SECONDS)
         except httpx2.HTTPError as error:
             raise ProviderUnavailable(self.where, f"cannot connect ({error}).") from error
         said = _said(answer)
         if said.status in (401, 403):
-            raise AccessDenied(self.where, f"{_reason(said)} Check OPENAI_API_KEY (in Airflow, the connection's password).")
+            raise AccessDenied(self.where, f"{_reason(said)} {self.hint}")
         names = [each.get("id") for each in said.body.get("data") or [] if isinstance(each, dict)]
         if said.status == 200 and names and not {model, f"{model}:latest"} & set(names):  # Ollama lists what is untagged as latest
             raise ModelNotFound(model, f"{self.where}, which serves {', '.join(map(str, names[:5]))}")
 
-    def line(self, custom_id: str, body: bytes) -> bytes:
-        """See Provider."""
-        return b'{"custom_id":"%b","body":%b}' % (custom_id.encode(), body)
 
-    def vary(self, line: bytes, variant: Variant, answer: str | None, reason: str | None) -> bytes:
+class LiveServer:
+    """The provider `live`."""
+
+    def __init__(self, endpoint: Endpoint, objects: Objects, api: Api, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+        self.objects, self.api, self.form = objects, api, form_of(endpoint)
+        self.timeout = httpx2.Timeout(timeout_seconds, connect=10.0)
+
+    @property
+    def where(self) -> str:
         """See Provider."""
-        return self.line(*vary_line(self._form, line, variant, answer, reason))
+        return self.api.where
+
+    def limits(self, model: str) -> Limits:
+        """See Provider."""
+        return LIMITS
+
+    def check(self, model: str) -> None:
+        """See Provider."""
+        self.api.check(model)
 
     def upload(self, name: str, path: Path) -> str:
         """See Provider. There is nothing to upload: the lines are read from disk."""
         return str(path)
 
-    def create(self, uploaded: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool]) -> Receipt:
+    def create(self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool]) -> Receipt:
         """See Provider. Asks every request that has no answer yet; returns when all have one.
 
         Raises AccessDenied, QuotaExhausted or ProviderUnavailable when the server refuses everybody; what was answered is kept.
@@ -129,8 +160,8 @@ class LiveServer:
         answered = {key_of_line(line) for line in self._lines(work)}
         with Path(uploaded).open("rb") as file:
             lines = [line for line in file if key_of_line(line) not in answered]
-        lines.sort(key=lambda line: line[line.index(b'"body":') :])  # neighbours share a prefix, and so the server's cache of it
-        asyncio.run(_Work(self, work, lines, may_send).run())
+        lines.sort(key=same_of_line)  # neighbours share a prefix, and so the server's cache of it
+        asyncio.run(_Work(self, model, work, lines, may_send).run())
         return Receipt(batch_id=work, token=token, created_at=started)
 
     def find(self, tokens: Sequence[str], since: datetime) -> Receipt | None:
@@ -149,10 +180,14 @@ class LiveServer:
         """See Provider."""
         for work in snapshot.result_files:
             for line in self._lines(work):
-                yield self._form.read(line)
+                yield self.form.read(line)
 
     def cancel(self, batch_id: str) -> None:
         """See Provider. What is running ends with its process."""
+
+    def clean(self, batch_id: str) -> None:
+        """See Provider."""
+        self.objects.delete([found.key for found in self.objects.scan(live_folder(batch_id))])
 
     def _lines(self, work: str) -> Iterator[bytes]:
         for found in sorted(self.objects.scan(live_folder(work)), key=lambda found: found.key):
@@ -162,8 +197,8 @@ class LiveServer:
 class _Work:
     """Requests of one shard, many at once, until each has an answer in the store."""
 
-    def __init__(self, server: LiveServer, work: str, lines: list[bytes], may_send: Callable[[], bool]) -> None:
-        self._server, self._work, self._may_send = server, work, may_send
+    def __init__(self, server: LiveServer, model: str, work: str, lines: list[bytes], may_send: Callable[[], bool]) -> None:
+        self._server, self._api, self._model, self._work, self._may_send = server, server.api, model, work, may_send
         self._todo = [(line, 1) for line in reversed(lines)]  # with the number of the try
         self._window = Window(most=MOST_AT_ONCE)
         self._answers: asyncio.Queue[tuple[bytes, asyncio.Event]] = asyncio.Queue()
@@ -173,21 +208,20 @@ class _Work:
     async def run(self) -> None:
         """Ask them all. Raises what stops everybody; what is answered by then is kept."""
         limits = httpx2.Limits(max_connections=MOST_AT_ONCE, max_keepalive_connections=MOST_AT_ONCE)
-        url = self._server.where + self._server.endpoint.removeprefix("/v1")
-        async with httpx2.AsyncClient(headers=self._server.headers, timeout=self._server.timeout, limits=limits) as client:
+        async with httpx2.AsyncClient(timeout=self._server.timeout, limits=limits) as client:
             keeper = asyncio.create_task(self._keep())
             running: set[asyncio.Task[None]] = set()
             try:
-                await self._ask_all(client, url, running, keeper)
+                await self._ask_all(client, running, keeper)
             finally:
                 self._todo = []  # whoever stops sends nothing more
                 await _finish(running, keeper)
 
-    async def _ask_all(self, client: httpx2.AsyncClient, url: str, running: set[asyncio.Task[None]], keeper: asyncio.Task[None]) -> None:
+    async def _ask_all(self, client: httpx2.AsyncClient, running: set[asyncio.Task[None]], keeper: asyncio.Task[None]) -> None:
         while self._todo or running:
             self._check_claim()
             while self._todo and len(running) < self._window.slots and time.monotonic() >= self._window.held_until:
-                running.add(asyncio.create_task(self._ask(client, url, *self._todo.pop())))
+                running.add(asyncio.create_task(self._ask(client, *self._todo.pop())))
             pause = min(HEARTBEAT_SECONDS, max(0.01, self._window.held_until - time.monotonic())) if self._todo else HEARTBEAT_SECONDS
             done, _ = await asyncio.wait({*running, keeper}, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
             running -= done
@@ -199,11 +233,13 @@ class _Work:
         if not self._may_send():
             raise ProviderUnavailable(self._server.where, "the claim on this shard is no longer ours; whoever has it goes on from here.")
 
-    async def _ask(self, client: httpx2.AsyncClient, url: str, line: bytes, attempt: int) -> None:
+    async def _ask(self, client: httpx2.AsyncClient, line: bytes, attempt: int) -> None:
         """One try of one request: an answer that is kept, or its place in the line again."""
-        request = orjson.loads(line)
+        custom_id, opened = self._server.form.opened(line)
+        body = orjson.dumps(opened)
+        url, headers = self._api.call(self._model, custom_id, body)
         started = time.monotonic()
-        said = await _post(client, url, request["custom_id"], orjson.dumps(request["body"]))
+        said = await _post(client, url, headers, body)
         self._learn(said, time.monotonic() - started)
         if said.status in OVERLOADED:
             self._todo.append((line, attempt))
@@ -212,14 +248,13 @@ class _Work:
             self._todo.insert(0, (line, attempt + 1))  # last of all: by then it may be better
             return
         kept = asyncio.Event()
-        response = {"status_code": said.status, "body": said.body}
-        await self._answers.put((orjson.dumps({"custom_id": request["custom_id"], "response": response, "error": None}), kept))
+        await self._answers.put((self._server.form.answered(custom_id, said.status, said.body), kept))
         await kept.wait()  # only then is its place free: a process that dies repeats no more than what is in flight
 
     def _learn(self, said: Said, seconds: float) -> None:
         """Learn from what the server said. Raises what concerns every request: a wrong key, no credit, a server that is down."""
         if said.status in (401, 403):
-            raise AccessDenied(self._server.where, f"{_reason(said)} Check OPENAI_API_KEY (in Airflow, the connection's password).")
+            raise AccessDenied(self._server.where, f"{_reason(said)} {self._api.hint}")
         if said.status == 429 and _code(said) == "insufficient_quota":
             raise QuotaExhausted(_reason(said))
         now = time.monotonic()
@@ -255,10 +290,9 @@ async def _finish(running: set[asyncio.Task[None]], keeper: asyncio.Task[None]) 
     await asyncio.gather(*running, keeper, return_exceptions=True)
 
 
-async def _post(client: httpx2.AsyncClient, url: str, custom_id: str, body: bytes) -> Said:
-    headers = {"Content-Type": "application/json", "X-Client-Request-Id": custom_id}
+async def _post(client: httpx2.AsyncClient, url: str, headers: dict[str, str], body: bytes) -> Said:
     try:
-        return _said(await client.post(url, content=body, headers=headers))
+        return _said(await client.post(url, content=body, headers={**headers, "Content-Type": "application/json"}))
     except httpx2.HTTPError as error:
         return Said(status=0, body={"error": {"message": f"{type(error).__name__}: {error}", "code": "no_answer"}}, is_api=False)
 

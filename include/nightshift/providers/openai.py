@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from nightshift.errors import (
     AccessDenied,
@@ -30,9 +30,9 @@ from nightshift.errors import (
     SubmissionInDoubt,
     Transient,
 )
-from nightshift.providers.openai_forms import FORMS, vary_line
+from nightshift.providers.forms import form_of
 from nightshift.providers.protocol import BatchState, Garbage, Limits, Reply, Snapshot
-from nightshift.shapes import Endpoint, Outcome, Receipt, Variant
+from nightshift.shapes import Endpoint, Outcome, Receipt
 from nightshift.stores.ledger import CREATE_TIMEOUT
 
 if TYPE_CHECKING:
@@ -75,11 +75,9 @@ class OpenAIAccess:
 class OpenAIBatches:
     """The provider `openai`."""
 
-    limits = LIMITS
-
     def __init__(self, endpoint: Endpoint, access: OpenAIAccess | None = None, *, sleep: Callable[[float], None] = time.sleep) -> None:
         self.endpoint, self._access, self._sleep = endpoint, access or OpenAIAccess(), sleep
-        self._form = FORMS[endpoint]()
+        self._form = form_of(endpoint)
         self._sdk: OpenAI | None = None
 
     @property
@@ -104,6 +102,10 @@ class OpenAIBatches:
                 raise AccessDenied("OpenAI", f"{error} Set OPENAI_API_KEY; inside Airflow, the connection's password.") from error
         return self._sdk
 
+    def limits(self, model: str) -> Limits:
+        """See Provider."""
+        return LIMITS
+
     def check(self, model: str) -> None:
         """See Provider. A server without `/models/{id}` passes: only a clear no is a no."""
         import openai
@@ -115,20 +117,12 @@ class OpenAIBatches:
             if error.code == "model_not_found":
                 raise ModelNotFound(model, self.where) from error
 
-    def line(self, custom_id: str, body: bytes) -> bytes:
-        """See Provider."""
-        return b'{"custom_id":"%b","method":"POST","url":"%b","body":%b}' % (custom_id.encode(), self.endpoint.encode(), body)
-
-    def vary(self, line: bytes, variant: Variant, answer: str | None, reason: str | None) -> bytes:
-        """See Provider."""
-        return self.line(*vary_line(self._form, line, variant, answer, reason))
-
     def upload(self, name: str, path: Path) -> str:
         """See Provider. The file needs a name ending in .jsonl: bare bytes would be sent as `upload` and refused (F28)."""
         with path.open("rb") as file, self._errors():
             return self._client.files.create(file=(f"{name}.jsonl", file, "application/jsonl"), purpose="batch").id
 
-    def create(self, uploaded: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool]) -> Receipt:
+    def create(self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool]) -> Receipt:
         """See Provider."""
         waited = 0.0
         while True:
@@ -151,7 +145,7 @@ class OpenAIBatches:
         try:
             batch = once.batches.create(
                 input_file_id=uploaded,
-                endpoint=self.endpoint,
+                endpoint=cast("Any", self.endpoint),
                 completion_window="24h",
                 metadata={TOKEN: token, **labels},
             )
@@ -251,6 +245,7 @@ class OpenAIBatches:
             bad_lines={error.line: reason for error, reason in zip(errors, reasons, strict=True) if error.line},
             absent=ABSENT.get(status, "missing"),
             queue_full=status == "failed" and any(error.code == QUEUE_FULL for error in errors),
+            is_stopping=status == "cancelling",
         )
 
     def replies(self, snapshot: Snapshot, scratch: Path) -> Iterator[Reply | Garbage]:
@@ -299,6 +294,9 @@ class OpenAIBatches:
                 self._client.batches.cancel(batch_id)
         except (openai.NotFoundError, BatchRejected, ProviderUnavailable):
             self.poll(batch_id)
+
+    def clean(self, batch_id: str) -> None:
+        """See Provider. Batch files expire at OpenAI after 30 days; nothing of them is in our store."""
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -5,13 +5,13 @@ Shapes: contracts of the OpenAI API as read on 2026-11-21 (openai 3.54.0). Unkno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 import orjson
 
-from nightshift.providers.protocol import Form, Garbage, Reply
+from nightshift.providers.protocol import Garbage, Reply
 from nightshift.shapes import Endpoint, Outcome, Variant
 
 NEVER_RUN: dict[str, Outcome] = {"batch_expired": "expired", "batch_cancelled": "cancelled", "batch_canceled": "cancelled"}
@@ -104,7 +104,26 @@ class ResponsesLine(msgspec.Struct, gc=False):
     error: Error | None = None
 
 
-class ChatForm:
+class OpenAIForm:
+    """What the endpoints have in common: the lines of a batch's files."""
+
+    endpoint: Endpoint
+
+    def line(self, custom_id: str, body: bytes) -> bytes:
+        """See Form."""
+        return b'{"custom_id":"%b","method":"POST","url":"%b","body":%b}' % (custom_id.encode(), self.endpoint.encode(), body)
+
+    def opened(self, line: bytes) -> tuple[str, dict[str, Any]]:
+        """See Form."""
+        request = orjson.loads(line)
+        return request["custom_id"], request["body"]
+
+    def answered(self, custom_id: str, status: int, body: dict[str, Any]) -> bytes:
+        """See Form."""
+        return orjson.dumps({"custom_id": custom_id, "response": {"status_code": status, "body": body}, "error": None})
+
+
+class ChatForm(OpenAIForm):
     """`/v1/chat/completions`."""
 
     endpoint: Endpoint = "/v1/chat/completions"
@@ -157,7 +176,7 @@ class ChatForm:
         return Reply(custom_id=key, outcome=outcome, text=message.refusal or message.content, reason=reason, **paid)
 
 
-class ResponsesForm:
+class ResponsesForm(OpenAIForm):
     """`/v1/responses`."""
 
     endpoint: Endpoint = "/v1/responses"
@@ -211,15 +230,6 @@ class ResponsesForm:
         )
 
 
-FORMS: dict[Endpoint, Callable[[], Form]] = {"/v1/chat/completions": ChatForm, "/v1/responses": ResponsesForm}
-
-
-def vary_line(form: Form, line: bytes, variant: Variant, answer: str | None, reason: str | None) -> tuple[str, bytes]:
-    """A line as it is asked again: its id, and its body."""
-    request = orjson.loads(line)
-    return request["custom_id"], orjson.dumps(form.vary(request["body"], variant, answer, reason))
-
-
 def is_strict(schema: Mapping[str, Any]) -> bool:
     """Whether a schema is in the subset that `strict: true` accepts: closed objects with every property required."""
     properties = schema.get("properties")
@@ -239,9 +249,13 @@ def _varied(body: dict[str, Any], variant: Variant, answer: str | None, reason: 
     if variant.max_output_tokens:
         changed[limit] = variant.max_output_tokens
     if variant.repair and answer:
-        wrong = f"That answer cannot be used: {reason or 'it breaks the schema'}. Answer the first message again, as asked for."
-        changed[turns] = [*body[turns], {"role": "assistant", "content": answer}, {"role": "user", "content": wrong}]
+        changed[turns] = [*body[turns], {"role": "assistant", "content": answer}, {"role": "user", "content": wrong(reason)}]
     return changed
+
+
+def wrong(reason: str | None) -> str:
+    """What a model is told about an answer that cannot be used."""
+    return f"That answer cannot be used: {reason or 'it breaks the schema'}. Answer the first message again, as asked for."
 
 
 def _renamed(parameters: Mapping[str, Any]) -> dict[str, Any]:

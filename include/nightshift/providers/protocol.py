@@ -19,6 +19,7 @@ class Limits:
 
     requests: int
     request_bytes: int  # of the whole input file
+    least: int = 1  # requests: fewer than that are asked on demand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,7 @@ class Snapshot:
     ended_at: datetime | None = None  # the provider's clock
     absent: Outcome = "missing"  # of a request without a line, once it has ended
     queue_full: bool = False  # failed only because too much is enqueued: the same batch is welcome later
+    is_stopping: bool = False  # cancelled, and not at its end yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +57,14 @@ class Reply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Garbage:
-    """A result line that cannot be read or matched; counted, and its request counts as missing."""
+    """Something in the results that is no reply: counted as an alarm. A request without a line counts as missing."""
 
     reason: str
+    alarm: str = "unreadable lines"
 
 
 class Form(Protocol):
-    """How one kind of model is asked and answers: bodies of requests, lines of result files."""
+    """How one kind of model is asked and answers: bodies of requests, lines of input files and of result files."""
 
     def body(
         self, *, model: str, system: str | None, user: str, parameters: Mapping[str, Any], schema: Mapping[str, Any] | None
@@ -71,6 +74,15 @@ class Form(Protocol):
     def vary(self, body: dict[str, Any], variant: Variant, answer: str | None, reason: str | None) -> dict[str, Any]:
         """A body as it is asked again: of another model, with another limit, or with what is wrong with the last answer."""
 
+    def line(self, custom_id: str, body: bytes) -> bytes:
+        """One request as a line of the input file, without the newline. It starts with the id."""
+
+    def opened(self, line: bytes) -> tuple[str, dict[str, Any]]:
+        """The id and the body in a line of the input file."""
+
+    def answered(self, custom_id: str, status: int, body: dict[str, Any]) -> bytes:
+        """A line of a result file from an answer on demand: its HTTP status and its JSON body."""
+
     def read(self, line: bytes) -> Reply | Garbage:
         """One line of a result file."""
 
@@ -79,28 +91,24 @@ class Provider(Protocol):
     """A place that takes a shard's requests now and has answers later.
 
     `create` is the only call that costs. It is made once per claim, with SDK retries off, and tells three endings
-    apart: a Receipt; a refusal (any error but SubmissionInDoubt: nothing was created); SubmissionInDoubt.
+    apart: a Receipt; a refusal (any error but SubmissionInDoubt: nothing was created; QueueFull: the same call is
+    welcome later); SubmissionInDoubt.
     """
-
-    limits: Limits
 
     @property
     def where(self) -> str:
-        """The endpoint, for messages."""
+        """The endpoint, for messages and for the ledger: a batch is found again only there."""
+
+    def limits(self, model: str) -> Limits:
+        """What one batch of a model may hold."""
 
     def check(self, model: str) -> None:
         """Raise AccessDenied, ModelNotFound or ProviderUnavailable where a run could not succeed. Free."""
 
-    def line(self, custom_id: str, body: bytes) -> bytes:
-        """One request as a line of the input file, without the newline."""
-
-    def vary(self, line: bytes, variant: Variant, answer: str | None, reason: str | None) -> bytes:
-        """A line as it is asked again. `answer` and `reason`: what came last, and what is wrong with it, for a repair."""
-
     def upload(self, name: str, path: Path) -> str:
         """Make an input file known to the provider. Free, and harmless when repeated."""
 
-    def create(self, uploaded: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool]) -> Receipt:
+    def create(self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool]) -> Receipt:
         """Start the paid work. `may_send` is asked before every call that goes out: no means that the claim has lapsed."""
 
     def find(self, tokens: Sequence[str], since: datetime) -> Receipt | None:
@@ -117,3 +125,6 @@ class Provider(Protocol):
 
     def cancel(self, batch_id: str) -> None:
         """Ask the provider to stop; what already ran is still billed and still harvested."""
+
+    def clean(self, batch_id: str) -> None:
+        """Remove what a batch that is settled has left in our own store."""

@@ -125,7 +125,7 @@ def _revised(site: Site, run: Run, plan: Plan, in_flight: list[str]) -> Plan:
             "shards": (*(shard.key for shard in kept), *adopted_shards),
             "adopted_shards": adopted_shards,
             "answers": tuple(dict.fromkeys([*plan.answers, *reused])),
-            "estimate": estimate_shards(site.store, run.job, kept),
+            "estimate": estimate_shards(site, run.job, kept),
         }
     )
 

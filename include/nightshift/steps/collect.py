@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -23,7 +24,7 @@ from nightshift.runs import Run, Site
 from nightshift.settle import RANK, settle
 from nightshift.shapes import Settled
 from nightshift.steps.submit import open_where, payer_of
-from nightshift.stores.ledger import QUEUE_PATIENCE, Attach, Attempt, Done, Ended, full_queues, next_move
+from nightshift.stores.ledger import Attach, Attempt, Done, Ended, is_stuck, next_move
 from nightshift.stores.shards import Left, answers_key, asked, pending
 
 LOST_AFTER = timedelta(minutes=2)  # from the first "not known" here; the wait before has looked for longer
@@ -44,11 +45,21 @@ def collect(site: Site, run: Run, shard: str) -> Settled | None:
         case Attach(attempt=attempt):
             _harvest(site, run, shard, attempt, attempts)
         case Done():
-            return settle(site, shard, attempts)
+            return _settle(site, run, shard, attempts)
         case _:
             return None
     attempts = ledger.attempts(shard)
-    return settle(site, shard, attempts) if isinstance(next_move(attempts, now=site.now()), Done) else None
+    return _settle(site, run, shard, attempts) if isinstance(next_move(attempts, now=site.now()), Done) else None
+
+
+def _settle(site: Site, run: Run, shard: str, attempts: list[Attempt]) -> Settled:
+    """The last word on a shard. What its batches have left in our store is removed, which may fail: the word stands."""
+    word = settle(site, shard, attempts)
+    for attempt in attempts:
+        if attempt.receipt:
+            with suppress(NightshiftError):
+                open_where(site, run, shard, attempt).clean(attempt.receipt.batch_id)
+    return word
 
 
 def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[Attempt]) -> None:
@@ -142,8 +153,7 @@ def _is_waiting_for_files(snapshot: Snapshot, now: datetime) -> bool:
 
 def _end_without_answers(site: Site, shard: str, attempt: Attempt, attempts: list[Attempt], snapshot: Snapshot, provider: Provider) -> None:
     """The provider failed the batch as a whole: later, when its queue was full; never, for any other reason."""
-    full = full_queues([each for each in attempts if each.number < attempt.number])
-    stuck = bool(full and full[-1].ended and site.now() - full[-1].ended.ended_at > QUEUE_PATIENCE)
+    stuck = is_stuck([each for each in attempts if each.number < attempt.number], site.now())
     how = "queue_full" if snapshot.queue_full and not stuck else "rejected"
     ended = Ended(
         how=how,
@@ -166,7 +176,7 @@ def match_replies(keys: list[bytes], replies: Iterable[Reply | Garbage]) -> tupl
     asked, found, alarms = set(keys), {}, Counter[str]()
     for reply in replies:
         if isinstance(reply, Garbage):
-            alarms["unreadable lines"] += 1
+            alarms[reply.alarm] += 1
             continue
         key = _key_of(reply.custom_id)
         if key is None or key not in asked:

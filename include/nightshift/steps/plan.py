@@ -22,8 +22,8 @@ from nightshift.errors import InputUnreadable, RequestTooLarge
 from nightshift.formats import Fault, Rows, column_types, read_rows
 from nightshift.job import Job
 from nightshift.money.estimate import estimate_requests
-from nightshift.packing import ANSWERED, IN_FLIGHT, REQUESTS, freeze, groups, mark_answered, mark_in_flight
-from nightshift.providers.protocol import Provider
+from nightshift.packing import ANSWERED, IN_FLIGHT, REQUESTS, estimate_shards, freeze, groups, mark_answered, mark_in_flight
+from nightshift.providers.protocol import Limits
 from nightshift.redrive import draft_redrive
 from nightshift.runs import Run, Site, salt_of
 from nightshift.shapes import PinnedObject, Plan
@@ -51,9 +51,9 @@ def plan(site: Site, run: Run, *, progress: Progress = lambda rows: None) -> Pla
 
 def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows: None) -> Plan:
     """A plan. With `keep` its row indexes and shards are written to the store, without it nothing is."""
-    job, encoder, provider = run.job, Encoder(run.job), site.open_provider(run.job.spec.request)
+    job, encoder, limits = run.job, Encoder(run.job), site.limits(run.job.spec.request)
     with site.scratch() as folder, open_database(Path(folder)) as database:
-        spool = _Spool(Path(folder), database, encoder, provider, progress)
+        spool = _Spool(Path(folder), database, encoder, limits, progress)
         for index, pinned in enumerate(run.input.objects):
             spool.read(site, job, pinned, f"rows-{index:05d}")
         doubled = _reject_doubled_ids(database)
@@ -67,7 +67,7 @@ def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows:
         adopted_shards = [] if run.input.fresh else mark_in_flight(site, database, in_flight)
         shards = [
             freeze(site, job.spec.request, encoder.fingerprint, spool.path, group, salt=salt_of(run), keep=keep)
-            for group in groups(database, job.spec.policy, provider.limits)
+            for group in groups(database, job.spec.policy, limits)
         ]
         slices = [run.key(f"slices/{path.name}") for path in spool.slices]
         if keep:
@@ -89,7 +89,7 @@ def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows:
             adopted_shards=tuple(adopted_shards),
             answers=tuple(reused_files),
             slices=tuple(slices),
-            estimate=estimate_requests(job, counted["new"], counted["new_bytes"]),
+            estimate=estimate_shards(site, job, shards),
             saved_usd=_saved(job, counted),
             seen=seen(files, in_flight),
         )
@@ -98,8 +98,8 @@ def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows:
 class _Spool:
     """Lines of every request on local disk, and what DuckDB needs to choose among them."""
 
-    def __init__(self, folder: Path, database: duckdb.DuckDBPyConnection, encoder: Encoder, provider: Provider, progress: Progress) -> None:
-        self._folder, self._database, self._encoder, self._provider, self._progress = folder, database, encoder, provider, progress
+    def __init__(self, folder: Path, database: duckdb.DuckDBPyConnection, encoder: Encoder, limits: Limits, progress: Progress) -> None:
+        self._folder, self._database, self._encoder, self._limits, self._progress = folder, database, encoder, limits, progress
         self.path = folder / "spool.jsonl"
         self._file = self.path.open("wb", buffering=1 << 20)
         self._end = 0
@@ -143,12 +143,12 @@ class _Spool:
                 sizes.append(0)
                 continue
             key = self._encoder.key(body)
-            line = self._provider.line(key.hex(), body)
+            line = self._encoder.form.line(key.hex(), body)
             self._file.write(line)
             self._file.write(b"\n")
             size = len(line) + 1
-            if size > self._provider.limits.request_bytes:
-                raise RequestTooLarge(self.rows + len(keys), size, self._provider.limits.request_bytes)
+            if size > self._limits.request_bytes:
+                raise RequestTooLarge(self.rows + len(keys), size, self._limits.request_bytes)
             keys.append(key)
             reasons.append(None)
             starts.append(self._end)

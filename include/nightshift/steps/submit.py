@@ -13,15 +13,17 @@ from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 
-from nightshift.errors import BudgetExceeded, LedgerCorrupt, Permanent, ShardHeld, SubmissionInDoubt, Transient, WrongPlace
+from nightshift.errors import BudgetExceeded, LedgerCorrupt, Permanent, QueueFull, ShardHeld, SubmissionInDoubt, Transient, WrongPlace
 from nightshift.money.estimate import sum_estimates
-from nightshift.packing import estimate_shards
-from nightshift.providers.protocol import Provider
+from nightshift.packing import asked_from, estimate_shards
+from nightshift.providers.forms import form_of, vary_line
+from nightshift.providers.protocol import Form, Provider
 from nightshift.runs import Run, Site, load_run, run_id
-from nightshift.shapes import Estimate, Plan, ProviderName, Receipt
+from nightshift.shapes import Estimate, Plan, ProviderName, Receipt, Variant
 from nightshift.stores.ledger import (
     CREATE_TIMEOUT,
     LEASE,
+    QUEUE_PAUSE,
     Attach,
     Attempt,
     Claim,
@@ -31,11 +33,12 @@ from nightshift.stores.ledger import (
     Lease,
     Search,
     Send,
+    is_stuck,
     next_move,
     portion,
     token_for,
 )
-from nightshift.stores.shards import Left, asked, asked_of, harvested, key_of_line, pending, requests_key
+from nightshift.stores.shards import Left, asked, harvested, key_of_line, next_asked, pending, requests_key, whom
 
 OWNER_PAUSE = timedelta(seconds=60)  # between two looks at a shard that another run has reserved and has not sent
 OWNER_PATIENCE = timedelta(hours=6)
@@ -100,7 +103,7 @@ def _liabilities(site: Site, run: Run, approved: Plan) -> Estimate:
     """What the adopted shards cost that this run has sent, or would send because nobody else has."""
     attempts = {shard: site.ledger.attempts(shard) for shard in approved.adopted_shards}
     own = [shard for shard, made in attempts.items() if not made or made[0].claim.run == run.uri]
-    return estimate_shards(site.store, run.job, map(site.ledger.shard, own))
+    return estimate_shards(site, run.job, map(site.ledger.shard, own))
 
 
 def payer_of(site: Site, run: Run, attempt: Attempt) -> Run:
@@ -130,14 +133,16 @@ def _send(site: Site, run: Run, shard: str, number: int, attempts: list[Attempt]
     claim = _next_claim(site, run, shard, number, attempts)
     provider = _provider(site, run, claim.provider)
     with site.scratch() as folder:
-        path = _write_requests(site, shard, claim, provider, Path(folder))
+        path = _write_requests(site, shard, claim, Path(folder))
         uploaded = provider.upload(f"nightshift-{shard[:12]}-{number}", path)
         claim = claim.model_copy(update={"claimed_at": site.now()})
         if not site.ledger.claim(shard, number, claim):
             raise ShardHeld(shard, "another worker", LEASE.total_seconds())
         labels = {"shard": shard[:12], "job": run.job.name, "attempt": str(number), "work": work_of(shard, claim)}
-        with _refusals_recorded(site, shard, number, claim.asked):
-            receipt = provider.create(uploaded, claim.token, labels, _Holding(site, shard, Attempt(number=number, claim=claim)))
+        with _refusals_recorded(site, shard, number, claim.asked, attempts):
+            receipt = provider.create(
+                uploaded, claim.model, claim.token, labels, _Holding(site, shard, Attempt(number=number, claim=claim))
+            )
     return site.ledger.record_receipt(shard, number, receipt)
 
 
@@ -150,21 +155,22 @@ def _next_claim(site: Site, run: Run, shard: str, number: int, attempts: list[At
     """What the next attempt asks: what is left, of one model of one provider, and no more than the provider's queue has shown to hold."""
     facts = site.ledger.shard(shard)
     after = (*((0,) if facts.seeded else ()), *harvested(attempts))
-    left = pending(site.store, shard, after)
+    left = next_asked(pending(site.store, shard, after), facts)
     if not left:
         raise LedgerCorrupt(f"shards/{shard}", "its attempts leave nothing to ask, and none of them says so")
-    whom = asked_of(next(iter(left.values())), facts)
-    provider = _provider(site, run, whom[0])
-    count = sum(1 for each in left.values() if asked_of(each, facts) == whom)
-    most = min(portion(attempts) or count, provider.limits.requests)
+    count, first = len(left), next(iter(left.values()))
+    name, model = whom(first.variant if first else Variant(), facts)
+    name = asked_from(name, count, site.limits(run.job.spec.request).least if name == facts.provider else 1)
+    provider = _provider(site, run, name)
+    most = min(portion(attempts) or count, provider.limits(model).requests)
     return Claim(
         token=token_for(shard, number),
         owner=site.owner,
         claimed_at=site.now(),
         where=provider.where,
         run=run.uri,
-        provider=whom[0],
-        model=whom[1],
+        provider=name,
+        model=model,
         asked=min(count, most),
         after=after,
         most=most if most < count else None,
@@ -199,30 +205,39 @@ class _Holding:
 
 
 @contextmanager
-def _refusals_recorded(site: Site, shard: str, attempt: int, count: int) -> Iterator[None]:
-    """A refused create call ends its attempt, so that the next one need not wait for the claim to lapse. A doubt does not."""
+def _refusals_recorded(site: Site, shard: str, attempt: int, count: int, before: list[Attempt]) -> Iterator[None]:
+    """A refused create call ends its attempt, so that the next one need not wait for the claim to lapse. A doubt does not.
+
+    Where the provider has as many batches as it takes, the shard waits for a place: it is held, for some time.
+    """
     try:
         yield
     except SubmissionInDoubt:
         raise
+    except QueueFull as error:
+        ended = Ended(how="queue_full", status="refused", ended_at=site.now(), remaining=count, reasons=(str(error)[:500],))
+        site.ledger.record_end(shard, attempt, ended)
+        if is_stuck(before, site.now()):
+            raise
+        raise ShardHeld(shard, "the provider's full queue", QUEUE_PAUSE.total_seconds()) from error
     except (Permanent, Transient) as error:
         ended = Ended(how="refused", status="refused", ended_at=site.now(), remaining=count, reasons=(str(error)[:500],))
         site.ledger.record_end(shard, attempt, ended)
         raise
 
 
-def _write_requests(site: Site, shard: str, claim: Claim, provider: Provider, folder: Path) -> Path:
+def _write_requests(site: Site, shard: str, claim: Claim, folder: Path) -> Path:
     """The lines of one attempt as a local file: the shard's as they stand, or those to be asked again, as they are asked now."""
     path = site.store.download(requests_key(shard), folder / "requests.jsonl")
     facts = site.ledger.shard(shard)
     if not claim.after and claim.asked == facts.request_count:
         return path
-    chosen = asked(site.store, facts, claim)
+    chosen, form = asked(site.store, facts, claim), form_of(facts.endpoint)
     rest = folder / "rest.jsonl"
     with path.open("rb") as source, rest.open("wb") as target:
-        target.writelines(_line(line, chosen[key], provider) for line in source if (key := key_of_line(line)) in chosen)
+        target.writelines(_line(line, chosen[key], form) for line in source if (key := key_of_line(line)) in chosen)
     return rest
 
 
-def _line(line: bytes, left: Left | None, provider: Provider) -> bytes:
-    return line if left is None else provider.vary(line.rstrip(b"\n"), left.variant, left.text, left.reason) + b"\n"
+def _line(line: bytes, left: Left | None, form: Form) -> bytes:
+    return line if left is None else vary_line(form, line.rstrip(b"\n"), left.variant, left.text, left.reason) + b"\n"

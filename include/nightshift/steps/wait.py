@@ -61,7 +61,7 @@ def next_look(
         return Look(_backoff(poll_seconds, failures))
     if snapshot.state != "running":
         return Ended()
-    if waited > patience and snapshot.status != "cancelling":
+    if waited > patience and not snapshot.is_stopping:
         return Cancel(poll_seconds)
     return Look(poll_seconds)
 

@@ -173,6 +173,12 @@ def full_queues(attempts: Sequence[Attempt]) -> list[Attempt]:
     return list(takewhile(lambda attempt: attempt.ended is not None and attempt.ended.how == "queue_full", reversed(attempts)))
 
 
+def is_stuck(attempts: Sequence[Attempt], now: datetime) -> bool:
+    """Whether the queue has been full for so long that a person should look (F23)."""
+    full = full_queues(attempts)
+    return bool(full and full[-1].ended and now - full[-1].ended.ended_at > QUEUE_PATIENCE)
+
+
 def portion(attempts: Sequence[Attempt]) -> int | None:
     """How many requests the next attempt may ask at most; None: all that are left.
 

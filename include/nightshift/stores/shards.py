@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -80,7 +80,12 @@ def request_keys(objects: Objects, shard: str) -> list[bytes]:
 def key_of_line(line: bytes) -> bytes:
     """The request key in a line of `requests.jsonl`: every provider's line starts with its id."""
     start = line.index(b'":"') + 3
-    return bytes.fromhex(line[start : start + 64].decode())
+    return bytes.fromhex(line[start : start + 2 * KEY_BYTES].decode())
+
+
+def same_of_line(line: bytes) -> bytes:
+    """A line of `requests.jsonl` less its request key: what lines of requests that are alike have in common."""
+    return line[line.index(b'":"') + 3 + 2 * KEY_BYTES :]
 
 
 def harvested(attempts: Iterable[Attempt]) -> tuple[int, ...]:
@@ -104,11 +109,16 @@ def pending(objects: Objects, shard: str, after: Sequence[int]) -> dict[bytes, L
 
 def asked(objects: Objects, shard: Shard, claim: Claim) -> dict[bytes, Left | None]:
     """The requests that an attempt asks, in line order: what follows from its claim."""
-    left, whom = pending(objects, shard.key, claim.after), (claim.provider, claim.model)
-    return dict(islice(((key, each) for key, each in left.items() if asked_of(each, shard) == whom), claim.most))
+    return dict(islice(next_asked(pending(objects, shard.key, claim.after), shard).items(), claim.most))
 
 
-def asked_of(left: Left | None, shard: Shard) -> tuple[ProviderName, str]:
-    """Whom a request is asked of: (provider, model); what is not asked again otherwise, of the shard's own."""
-    variant = left.variant if left else Variant()
+def next_asked(left: Mapping[bytes, Left | None], shard: Shard) -> dict[bytes, Left | None]:
+    """Of what is left, what is asked next: all that goes to where the first of them goes. One batch asks one model."""
+    of = {key: whom(each.variant if each else Variant(), shard) for key, each in left.items()}
+    first = next(iter(of.values()), None)
+    return {key: left[key] for key, each in of.items() if each == first}
+
+
+def whom(variant: Variant, shard: Shard) -> tuple[ProviderName, str]:
+    """Whom a request is asked of: (provider, model); what is not asked otherwise, of the shard's own."""
     return variant.provider or shard.provider, variant.model or shard.model
