@@ -27,6 +27,8 @@ BUCKETS = ("reviews", "nightshift")
 STORE = "s3://nightshift/store"
 KEY = "sk-rehearsal"
 AWS = {"AWS_ACCESS_KEY_ID": "rehearsal", "AWS_SECRET_ACCESS_KEY": "rehearsal", "AWS_DEFAULT_REGION": "us-east-1"}
+BEDROCK_SERVICES = ("bedrock", "bedrock-runtime", "service-quotas")
+BEDROCK_ROLE_ARN = "arn:aws:iam::123456789012:role/rehearsal"
 START_SECONDS = 240
 
 
@@ -144,6 +146,8 @@ def client_env(stack: Stack) -> dict[str, str]:
         **env,
         **AWS,
         "AWS_ENDPOINT_URL": stack.aws,
+        **{f"AWS_ENDPOINT_URL_{service.upper().replace('-', '_')}": stack.provider for service in BEDROCK_SERVICES},
+        "NIGHTSHIFT_BEDROCK_ROLE_ARN": BEDROCK_ROLE_ARN,
         "OPENAI_BASE_URL": f"{stack.provider}/v1",
         "OPENAI_API_KEY": KEY,
         "NIGHTSHIFT_STORE": STORE,
@@ -162,7 +166,14 @@ def airflow_env(stack: Stack, jobs: Path | None = None) -> dict[str, str]:
         "conn_type": "aws",
         "login": AWS["AWS_ACCESS_KEY_ID"],
         "password": AWS["AWS_SECRET_ACCESS_KEY"],
-        "extra": {"region_name": AWS["AWS_DEFAULT_REGION"], "endpoint_url": stack.aws},
+        "extra": {
+            "region_name": AWS["AWS_DEFAULT_REGION"],
+            "endpoint_url": stack.aws,
+            "service_config": {
+                **{service: {"endpoint_url": stack.provider} for service in BEDROCK_SERVICES},
+                "bedrock": {"endpoint_url": stack.provider, "role_arn": BEDROCK_ROLE_ARN},
+            },
+        },
     }
     openai = {"conn_type": "openai", "host": f"{stack.provider}/v1", "password": KEY}
     env = {name: value for name, value in client_env(stack).items() if not name.startswith(("OPENAI_", "AWS_"))}

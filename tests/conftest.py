@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import time
+import urllib.request
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 
 from nightshift.job import Job, RequestSpec
 from nightshift.job_file import load_job
+from nightshift.providers.bedrock import BedrockAccess, BedrockJobs, BedrockRuntime
 from nightshift.providers.live import LiveServer, OpenAIApi
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.providers.protocol import Provider
 from nightshift.rehearsal import served
+from nightshift.rehearsal.bedrock_server import ACCESS_KEY
 from nightshift.rehearsal.served import Served
 from nightshift.runs import Site
 from nightshift.stores.objects import open_input, open_objects
 
+MINISTACK = Path(__file__).parents[1] / ".venv" / "local" / "bin" / "ministack"
+ROLE = "arn:aws:iam::123456789012:role/nightshift-bedrock"
 NOON = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 SCHEMA = {
     "type": "object",
@@ -37,6 +46,10 @@ class Rehearsal(Served):
     def access(self, key: str | None = None) -> OpenAIAccess:
         return OpenAIAccess(base_url=f"{self.url}/v1", api_key=key or self.key)
 
+    def bedrock(self, role_arn: str | None = ROLE, **changes: Any) -> BedrockAccess:
+        endpoints = tuple((service, self.url) for service in ("bedrock", "bedrock-runtime", "service-quotas"))
+        return BedrockAccess(endpoints=endpoints, role_arn=role_arn, **changes)
+
     def provider(self, endpoint: str = "/v1/chat/completions") -> OpenAIBatches:
         return OpenAIBatches(endpoint, self.access(), sleep=lambda seconds: time.sleep(min(seconds, 0.05)))
 
@@ -50,6 +63,47 @@ def rehearsal(tmp_path: Path) -> Iterator[Rehearsal]:
     server = serve(tmp_path / "provider")
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An S3 emulator; its endpoint."""
+    if not MINISTACK.exists():
+        pytest.skip("the S3 emulator is not installed: make test installs it")
+    port, state = served.free_port(), tmp_path_factory.mktemp("s3")
+    env = {**os.environ, "BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port), "MINISTACK_HOST": "127.0.0.1", "STATE_DIR": str(state)}
+    process = subprocess.Popen([str(MINISTACK)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(f"{url}/_ministack/health", timeout=1)
+            break
+        except OSError:
+            assert time.monotonic() < deadline, "the S3 emulator did not start"
+            time.sleep(0.1)
+    yield url
+    process.terminate()
+    process.wait(timeout=20)
+
+
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials that every emulator takes, and nothing else of AWS."""
+    for name in [name for name in os.environ if name.startswith("AWS_") and "CA_BUNDLE" not in name]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "rehearsal")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+
+
+@pytest.fixture
+def bucket(s3: str, aws: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bucket of its own for each test; its URI."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    boto3.client("s3", endpoint_url=s3).create_bucket(Bucket=name)
+    return f"s3://{name}"
 
 
 @dataclass
@@ -105,11 +159,16 @@ class World:
         return f"file://{path}"
 
 
-def make_world(folder: Path, rehearsal: Rehearsal, owner: str = "test", **changes: Any) -> World:
+def make_world(folder: Path, rehearsal: Rehearsal, owner: str = "test", store_uri: str | None = None, **changes: Any) -> World:
     """A world over a folder; two worlds on one folder share their store."""
-    shared, store = rehearsal.provider(), open_objects(f"file://{folder}/store")
+    shared, store = rehearsal.provider(), open_objects(store_uri or f"file://{folder}/store")
+    bedrock, quick = rehearsal.bedrock(), lambda seconds: time.sleep(min(seconds, 0.05))
 
     def open_provider(request: RequestSpec) -> Provider:
+        if request.is_on_bedrock and request.provider == "live":
+            return LiveServer(request.endpoint, store, BedrockRuntime(request.endpoint, bedrock), timeout_seconds=5.0)
+        if request.is_on_bedrock:
+            return BedrockJobs(request.endpoint, store, bedrock, sleep=quick)
         if request.provider == "live":
             return LiveServer(request.endpoint, store, OpenAIApi(request.endpoint, rehearsal.access()), timeout_seconds=5.0)
         return shared if request.endpoint == shared.endpoint else rehearsal.provider(request.endpoint)
@@ -124,6 +183,12 @@ def make_world(folder: Path, rehearsal: Rehearsal, owner: str = "test", **change
         **changes,
     )
     return World(folder=folder, rehearsal=rehearsal, site=site)
+
+
+@pytest.fixture
+def cloud(tmp_path: Path, rehearsal: Rehearsal, bucket: str) -> World:
+    """A world whose store is on S3, as Bedrock wants it."""
+    return make_world(tmp_path, rehearsal, store_uri=f"{bucket}/store")
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def test_the_example_jobs_are_valid(path):
     ("old", "new", "problem"),
     [
         pytest.param("  id: ", "  idd: ", "reviews.yaml:4: input.idd: unknown key; did you mean 'id'?", id="misspelt key"),
-        pytest.param("provider: openai", "provider: opnai", "reviews.yaml:8: request.provider: expected one of openai, live, found 'opnai'; did you mean 'openai'?", id="unknown provider"),
+        pytest.param("provider: openai", "provider: opnai", "reviews.yaml:8: request.provider: expected one of openai, bedrock, live, found 'opnai'; did you mean 'openai'?", id="unknown provider"),
         pytest.param("name: reviews\n", "", "reviews.yaml:1: name: missing, but required", id="missing key"),
         pytest.param("s3://bucket/in", "bucket/in", "reviews.yaml:3: input.uri: expected a URI", id="no scheme"),
         pytest.param("min_length: 1", "min_lenght: 1", "reviews.yaml:6: input.require.text.min_lenght: unknown key; did you mean 'min_length'?", id="in a free name"),
@@ -83,6 +83,10 @@ def test_the_example_jobs_are_valid(path):
         pytest.param("name: reviews", "name: reviews\nschedule: '@foo'", "schedule: expected a cron expression", id="no such preset"),
         pytest.param("  model: ", "  parameters: {max_output_tokens: many}\n  model: ", "max_output_tokens has to be a whole number", id="tokens in words"),
         pytest.param("in/*.jsonl", "dt={{ ds }}/*", "input.uri: uses run dates, but the job has no schedule", id="dates without a schedule"),
+        pytest.param("provider: openai", "provider: openai\n  endpoint: converse", "reviews.yaml:9: request.endpoint: converse is an endpoint of Bedrock", id="endpoint of another provider"),
+        pytest.param("provider: openai", "provider: bedrock\n  endpoint: /v1/responses", "request.endpoint: /v1/responses is an endpoint of OpenAI", id="endpoint that Bedrock has not"),
+        pytest.param("provider: openai", "provider: bedrock\n  endpoint: invoke", "request.model: 'gpt-5.4-nano': how to ask it with invoke is not known here; set endpoint: converse", id="model that invoke does not know"),
+        pytest.param("provider: openai\n  model: gpt-5.4-nano\n  prompt: prompts/p.md", "provider: bedrock\n  endpoint: invoke\n  model: amazon.nova-lite-v1:0\n  prompt: prompts/p.md\npolicy: {retry: {invalid: {model: meta.llama4-x}}}", "policy.retry: 'meta.llama4-x' is asked in other words", id="stand-in of another maker"),
         pytest.param("  model: gpt-5.4-nano", "  model: a\n  model: b", "model: this key stands twice", id="key twice"),
     ],
 )  # fmt: skip

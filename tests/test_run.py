@@ -26,6 +26,7 @@ from nightshift.errors import (
     RequestTooLarge,
 )
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
+from nightshift.providers.openai_forms import OpenAIForm
 from nightshift.rehearsal.served import free_port
 from nightshift.runs import Site
 from nightshift.shapes import Summary
@@ -492,9 +493,9 @@ def test_results_can_be_read_by_anybody(world):
 
 def test_F32_one_bad_line_does_not_condemn_its_neighbours(world, monkeypatch):
     """A batch that fails validation names its bad lines; those are errored, the rest is asked again without them."""
-    line = OpenAIBatches.line
+    line = OpenAIForm.line
     monkeypatch.setattr(
-        OpenAIBatches,
+        OpenAIForm,
         "line",
         lambda self, key, body: line(self, key, body).replace(b'"POST"', b'"PUT"') if b"number 3 " in body else line(self, key, body),
     )
@@ -504,11 +505,11 @@ def test_F32_one_bad_line_does_not_condemn_its_neighbours(world, monkeypatch):
 
 
 def test_a_batch_rejected_as_a_whole_is_told_and_can_be_tried_again(world, monkeypatch):
-    monkeypatch.setattr("nightshift.rehearsal.engine.MAX_LINES", 3)
+    monkeypatch.setattr("nightshift.rehearsal.openai_desk.MAX_LINES", 3)
     uri = world.write("in.jsonl", reviews(5))
     with pytest.raises(BatchRejected, match="too_many_tasks"):
         go(world, world.job(), uri)
-    monkeypatch.setattr("nightshift.rehearsal.engine.MAX_LINES", 50_000)
+    monkeypatch.setattr("nightshift.rehearsal.openai_desk.MAX_LINES", 50_000)
     assert go(world, world.job(), uri).outcomes["succeeded"] == 5
 
 

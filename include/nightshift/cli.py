@@ -263,10 +263,11 @@ def rehearse(
     pace: Annotated[list[str] | None, typer.Option(help="seconds, such as running=5 or window=60")] = None,
     fault: Annotated[list[str] | None, typer.Option(help="faults, such as errored=0.05 or create_500_after_accept=1")] = None,
 ) -> None:
-    """Serve the provider's API on this machine: no key, no cloud, a small real model, a bill, a menu of faults."""
+    """Serve the providers' APIs on this machine: no key, no cloud, a small real model, a bill, a menu of faults."""
     try:
         import uvicorn
 
+        from nightshift.rehearsal.bedrock_server import ACCESS_KEY
         from nightshift.rehearsal.engine import Pace
         from nightshift.rehearsal.faults import Faults
         from nightshift.rehearsal.server import build_app
@@ -280,7 +281,10 @@ def rehearse(
     except (ValueError, TypeError) as error:
         raise JobInvalid([f"{error}\nFaults: {', '.join(Faults.model_fields)}"]) from error
     people.print(
-        f"Rehearsing OpenAI at http://{host}:{port}/v1 with key {key}; bill at http://{host}:{port}/rehearsal/bill", highlight=False
+        f"Rehearsing OpenAI at http://{host}:{port}/v1 with key {key}, Bedrock at http://{host}:{port} with access key {ACCESS_KEY}; "
+        f"bill at http://{host}:{port}/rehearsal/bill",
+        highlight=False,
+        soft_wrap=True,
     )
     uvicorn.run(
         build_app(state, key=key, pace=paced, faults=faults), host=host, port=port, log_level="warning", timeout_graceful_shutdown=3

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from nightshift.errors import JobInvalid
 from nightshift.job import RETRYABLE, Expectation, Job, JobFile, Requirement, answer_fields
 from nightshift.prompts import PromptInvalid, parse_prompt
+from nightshift.providers.bedrock_forms import maker_of
 from nightshift.shapes import Outcome
 
 OWN_COLUMNS = frozenset({"_model", "_tier", "_prompt_version", "_request_key", "row", "outcome", "reason", "raw"})
@@ -73,6 +74,7 @@ def _contradictions(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
     spec, fields = job.spec, answer_fields(job.answer_schema)
     if not spec.schedule and not spec.on_upload and "{{" in spec.input.uri:
         yield ("input", "uri"), "uses run dates, but the job has no schedule; name the objects or set a schedule"
+    yield from _wrong_places(job)
     if spec.policy.on_demand and spec.request.provider == "live":
         yield ("policy", "on_demand"), "is for batches; the provider live is asked on demand already"
     cut = spec.policy.retry.truncated
@@ -99,6 +101,21 @@ def _contradictions(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
                 ("output", "expectations"),
                 f"{expectation.type} looks at {expectation.column!r}, which is not in the results{_nearest(expectation.column, readable)}",
             )
+
+
+def _wrong_places(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Providers, endpoints and models that do not belong together."""
+    spec, request = job.spec, job.spec.request
+    if request.provider == "openai" and request.is_on_bedrock:
+        yield ("request", "endpoint"), f"{request.endpoint} is an endpoint of Bedrock; set provider: bedrock, or live to ask it on demand"
+    if request.provider == "bedrock" and not request.is_on_bedrock:
+        yield ("request", "endpoint"), f"{request.endpoint} is an endpoint of OpenAI; Bedrock knows converse and invoke"
+    makers = {model: maker_of(model) for model in (request.model, *spec.stand_ins)} if request.endpoint == "invoke" else {}
+    for model, maker in makers.items():
+        if maker is None:
+            yield ("request", "model"), f"{model!r}: how to ask it with invoke is not known here; set endpoint: converse"
+        elif maker != makers[request.model]:
+            yield ("policy", "retry"), f"{model!r} is asked in other words than {request.model!r}; set endpoint: converse"
 
 
 def _parse_yaml(path: Path, text: str) -> yaml.Node:

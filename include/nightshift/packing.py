@@ -104,12 +104,12 @@ def cut(wanted: Iterable[Wanted], most: int, most_bytes: int) -> Iterator[list[W
 
 
 def balance(groups: Iterable[list[Wanted]], least: int) -> Iterator[list[Wanted]]:
-    """The groups, with a last one that is too small for a batch filled up from the one before, as far as that can spare any."""
+    """The groups, with a last one that is too small for a batch filled up from the one before, where that can spare so many."""
     before: list[Wanted] | None = None
     for group in groups:
         if before is not None:
-            spare = min(least - len(group), len(before) - least)
-            if spare > 0:
+            spare = least - len(group)
+            if 0 < spare <= len(before) - least:
                 before, group = before[:-spare], before[-spare:] + group
             yield before
         before = group

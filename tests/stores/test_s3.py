@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import time
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import boto3
 import pytest
@@ -18,43 +13,11 @@ from nightshift.errors import AccessDenied, BucketMissing, InputChanged, StoreUn
 from nightshift.rehearsal.served import free_port
 from nightshift.stores.objects import Objects, matching, open_input, open_objects
 
-MINISTACK = Path(__file__).parents[2] / ".venv" / "local" / "bin" / "ministack"
-
-
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    if not MINISTACK.exists():
-        pytest.skip("the S3 emulator is not installed: make test installs it")
-    port, state = free_port(), tmp_path_factory.mktemp("s3")
-    env = {**os.environ, "BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port), "MINISTACK_HOST": "127.0.0.1", "STATE_DIR": str(state)}
-    process = subprocess.Popen([str(MINISTACK)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            urllib.request.urlopen(f"{url}/_ministack/health", timeout=1)
-            break
-        except OSError:
-            assert time.monotonic() < deadline, "the S3 emulator did not start"
-            time.sleep(0.1)
-    yield url
-    process.terminate()
-    process.wait(timeout=20)
-
 
 @pytest.fixture
-def aws(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_") and "CA_BUNDLE" not in name]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-
-
-@pytest.fixture
-def store(endpoint: str, aws: None, monkeypatch: pytest.MonkeyPatch) -> Objects:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    client = boto3.client("s3", endpoint_url=endpoint)
+def store(s3: str, aws: None, monkeypatch: pytest.MonkeyPatch) -> Objects:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
+    client = boto3.client("s3", endpoint_url=s3)
     client.create_bucket(Bucket="bucket")
     return open_objects("s3://bucket/root")
 
@@ -95,13 +58,13 @@ def test_large_objects_are_streamed_in_ranges(store, tmp_path):
     assert store.download("large", tmp_path / "copy").read_bytes() == data
 
 
-def test_a_missing_bucket_is_told(endpoint, store):
+def test_a_missing_bucket_is_told(s3, store):
     bucket, pattern = open_input("s3://no-such-bucket/in/*.csv")
     with pytest.raises(BucketMissing, match="no-such-bucket"):
         list(matching(bucket, pattern))
 
 
-def test_a_missing_bucket_is_not_an_empty_store(endpoint, store):
+def test_a_missing_bucket_is_not_an_empty_store(s3, store):
     with pytest.raises(BucketMissing):
         open_objects("s3://no-such-bucket/root").get("x")
     with pytest.raises(BucketMissing):

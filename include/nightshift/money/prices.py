@@ -49,6 +49,11 @@ class Price:
         return Price(input=self.input * factor, cached=cached, output=self.output * factor)
 
 
+def models_of(vendor: str) -> list[str]:
+    """Every model of a vendor that has a price."""
+    return list(dict.fromkeys(model for of, model, _ in _table() if of == vendor))
+
+
 def base_model(model: str) -> str:
     """A Bedrock model's own id, from that of an inference profile or an ARN of either; any other name as it is."""
     name = model.rpartition("/")[2] if model.startswith("arn:") and "application-inference-profile" not in model else model

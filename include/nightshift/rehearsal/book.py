@@ -6,7 +6,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class StoredBatch:
     endpoint: str
     input_file_id: str
     metadata: dict[str, str] | None
+    settings: dict[str, str] = field(default_factory=dict)  # of a job of Bedrock
     created_at: float
     expires_at: float
     status: str = "validating"
@@ -163,10 +164,10 @@ class Book:
 
 
 def _batch(body: bytes | str) -> StoredBatch:
-    known = {field.name for field in fields(StoredBatch)}
+    known = {each.name for each in fields(StoredBatch)}
     return StoredBatch(**{name: value for name, value in orjson.loads(body).items() if name in known})
 
 
 def _cost(line: dict[str, Any]) -> Decimal | None:
-    price = price_of("openai", line["model"], line["tier"])
+    price = price_of("openai", line["model"], line["tier"]) or price_of("bedrock", line["model"], line["tier"])
     return price.of(Usage(input_tokens=line["input_tokens"], output_tokens=line["output_tokens"])) if price else None

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible rehearsal server: Files, Batches, Chat Completions, Responses, Embeddings, Models, and a bill.
+"""The rehearsal server: OpenAI's Files, Batches, Chat Completions, Responses, Embeddings and Models; Bedrock beside it; one bill.
 
 Fidelity is to the OpenAI API as read on 2026-11-21. What is under `/rehearsal` is ours: bill, faults, pace.
 """
@@ -9,7 +9,7 @@ import asyncio
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,14 @@ import orjson
 from fastapi import FastAPI, Request, UploadFile
 from fastapi.responses import FileResponse, HTMLResponse, Response, StreamingResponse
 
-from nightshift.rehearsal import engine, model
+from nightshift.rehearsal import model, openai_desk
+from nightshift.rehearsal.answers import broken
+from nightshift.rehearsal.bedrock_desk import BedrockDesk
+from nightshift.rehearsal.bedrock_server import add_bedrock
 from nightshift.rehearsal.book import ON_DEMAND, Book, StoredBatch
-from nightshift.rehearsal.engine import Engine, Pace, new_file_id
+from nightshift.rehearsal.engine import Desk, Engine, Pace
 from nightshift.rehearsal.faults import Faults
+from nightshift.rehearsal.openai_desk import OpenAIDesk, new_file_id
 
 BATCH_ENDPOINTS = ("/v1/chat/completions", "/v1/responses", "/v1/embeddings")
 FILE_LIFE_SECONDS = 2_592_000
@@ -42,7 +46,7 @@ class ApiError(Exception):
 def build_app(folder: Path, *, key: str = KEY, pace: Pace | None = None, faults: Faults | None = None) -> FastAPI:
     """The server over a state folder: stopped and started again on it, it goes on where it was."""
     book = Book(folder)
-    state = _State(book, key, pace or Pace(), faults or Faults())
+    state = State(book, key, pace or Pace(), faults or Faults())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -50,7 +54,7 @@ def build_app(folder: Path, *, key: str = KEY, pace: Pace | None = None, faults:
         yield
         state.engine.stop()
 
-    app = FastAPI(title="Nightshift rehearsal: OpenAI", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Nightshift rehearsal", lifespan=lifespan, docs_url=None, redoc_url=None)
 
     @app.exception_handler(ApiError)
     async def shown(request: Request, error: ApiError) -> Response:
@@ -62,15 +66,18 @@ def build_app(folder: Path, *, key: str = KEY, pace: Pace | None = None, faults:
     _models(app, state)
     _on_demand(app, state)
     _rehearsal(app, state)
+    add_bedrock(app, state)
     return app
 
 
-class _State:
+class State:
     """What the routes share."""
 
     def __init__(self, book: Book, key: str, pace: Pace, faults: Faults) -> None:
         self.book, self.key, self.faults = book, key, faults
-        self.engine = Engine(book, pace, lambda: self.faults)
+        openai, bedrock = OpenAIDesk(book, lambda: self.faults), BedrockDesk(lambda: self.faults)
+        desks: dict[str, Desk] = {**dict.fromkeys(BATCH_ENDPOINTS, openai), "converse": bedrock, "invoke": bedrock}
+        self.engine = Engine(book, pace, lambda: self.faults, desks)
         self.running, self.most_running = 0, 0  # requests on demand, now and at most
 
     def admit(self, request: Request) -> None:
@@ -82,10 +89,15 @@ class _State:
         if self.use("rate_limit"):
             raise ApiError(429, "Rate limit reached for requests.", "rate_limit_exceeded", retry_after="1")
 
+    @property
+    def is_full(self) -> bool:
+        """Whether no place is left among the requests on demand that run at once."""
+        return self.faults.live_capacity is not None and self.running >= self.faults.live_capacity
+
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
         """A place among the requests on demand that run at once, or the 503 of an overloaded server."""
-        if self.faults.live_capacity is not None and self.running >= self.faults.live_capacity:
+        if self.is_full:
             raise ApiError(503, "The engine is currently overloaded, please try again later.")
         self.running += 1
         self.most_running = max(self.most_running, self.running)
@@ -120,7 +132,7 @@ class _State:
         return found
 
 
-def _files(app: FastAPI, state: _State) -> None:
+def _files(app: FastAPI, state: State) -> None:
     @app.post("/v1/files")
     async def create_file(request: Request) -> Response:
         state.admit(request)
@@ -160,7 +172,7 @@ def _files(app: FastAPI, state: _State) -> None:
         if state.faults.results_gone or state.use("content_404"):
             raise ApiError(404, f"No such File object: {file_id}", param="id")
         if state.use("content_cut"):
-            return _broken(path.read_bytes(), path.stat().st_size)
+            return broken(path.read_bytes(), path.stat().st_size)
         if state.use("content_short"):
             return StreamingResponse(iter([path.read_bytes()[: path.stat().st_size // 2]]), media_type="application/octet-stream")
         return FileResponse(path, media_type="application/octet-stream")
@@ -173,7 +185,7 @@ def _files(app: FastAPI, state: _State) -> None:
         return _json({"id": file_id, "object": "file", "deleted": True})
 
 
-def _batches(app: FastAPI, state: _State) -> None:
+def _batches(app: FastAPI, state: State) -> None:
     @app.post("/v1/batches")
     async def create_batch(request: Request) -> Response:
         state.admit(request)
@@ -196,14 +208,16 @@ def _batches(app: FastAPI, state: _State) -> None:
         if state.use("create_500_after_accept"):
             raise ApiError(500, "The server had an error while processing your request.")
         shaped = orjson.dumps(_batch_object(state, batch))
-        return _broken(shaped, len(shaped)) if state.use("create_cut_after_accept") else Response(shaped, media_type="application/json")
+        return broken(shaped, len(shaped)) if state.use("create_cut_after_accept") else Response(shaped, media_type="application/json")
 
     @app.get("/v1/batches")
     def list_batches(request: Request, after: str | None = None, limit: int = 20) -> Response:
         state.admit(request)
         if not 1 <= limit <= 100:
             raise ApiError(400, "Invalid 'limit': must be between 1 and 100.", "invalid_value", "limit")
-        shown = [batch for batch in state.book.batches() if state.visible(batch.created_at, state.faults.list_lag_seconds)]
+        shown = [
+            batch for batch in state.book.batches() if not batch.settings and state.visible(batch.created_at, state.faults.list_lag_seconds)
+        ]
         return _json(_page([_batch_object(state, batch) for batch in shown], after, limit))
 
     @app.get("/v1/batches/{batch_id}")
@@ -227,7 +241,7 @@ def _batches(app: FastAPI, state: _State) -> None:
         return _json(_batch_object(state, batch or before))
 
 
-def _checked_batch(state: _State, body: dict[str, Any]) -> dict[str, Any]:
+def _checked_batch(state: State, body: dict[str, Any]) -> dict[str, Any]:
     """The input file of a batch about to be created, or the 400 that OpenAI answers."""
     for name in ("input_file_id", "endpoint", "completion_window"):
         if not body.get(name):
@@ -246,7 +260,7 @@ def _checked_batch(state: _State, body: dict[str, Any]) -> dict[str, Any]:
     return file
 
 
-def _models(app: FastAPI, state: _State) -> None:
+def _models(app: FastAPI, state: State) -> None:
     @app.get("/v1/models")
     def list_models(request: Request) -> Response:
         state.admit(request)
@@ -255,12 +269,12 @@ def _models(app: FastAPI, state: _State) -> None:
     @app.get("/v1/models/{name}")
     def retrieve_model(request: Request, name: str) -> Response:
         state.admit(request)
-        if not engine.known_model(name):
+        if not openai_desk.known_model(name):
             raise ApiError(404, f"The model '{name}' does not exist or you do not have access to it.", "model_not_found", "model")
         return _json(_model_object(name))
 
 
-def _on_demand(app: FastAPI, state: _State) -> None:
+def _on_demand(app: FastAPI, state: State) -> None:
     def answering(endpoint: str) -> Callable[[Request], Any]:
         async def answer(request: Request) -> Response:
             state.admit(request)
@@ -273,13 +287,13 @@ def _on_demand(app: FastAPI, state: _State) -> None:
                 return HTMLResponse("<html><body>Welcome to the proxy</body></html>")
             async with state.slot():
                 await asyncio.sleep(state.faults.live_seconds)
-                status, shaped, tokens_in, tokens_out = engine.answer(endpoint, body)
+                status, shaped, tokens_in, tokens_out = openai_desk.answer(endpoint, body)
                 if status == 200:
                     asked = request.headers.get("x-client-request-id") or secrets.token_hex(16)
                     line = (asked, str(body.get("model")), tokens_in, tokens_out)
                     state.book.charge(f"{ON_DEMAND} {secrets.token_hex(8)}", [line], "standard")
                 if state.use("live_cut"):
-                    return _broken(orjson.dumps(shaped), 1 << 20)
+                    return broken(orjson.dumps(shaped), 1 << 20)
             return _json(shaped, status)
 
         return answer
@@ -288,7 +302,7 @@ def _on_demand(app: FastAPI, state: _State) -> None:
         app.add_api_route(endpoint, answering(endpoint), methods=["POST"])
 
 
-def _rehearsal(app: FastAPI, state: _State) -> None:
+def _rehearsal(app: FastAPI, state: State) -> None:
     @app.get("/rehearsal/health")
     def health() -> dict[str, str]:
         return {"status": "ok", "model": model.NAME}
@@ -321,16 +335,6 @@ def _keep(upload: UploadFile | Any, path: Path) -> int:
     with path.open("wb") as file:
         shutil.copyfileobj(upload.file, file, 1 << 20)
     return path.stat().st_size
-
-
-def _broken(body: bytes, announced: int) -> StreamingResponse:
-    """An answer whose connection breaks in its middle."""
-
-    def pieces() -> Iterator[bytes]:
-        yield body[: announced // 2]
-        raise ConnectionAbortedError("broken on purpose")
-
-    return StreamingResponse(pieces(), headers={"content-length": str(announced)}, media_type="application/json")
 
 
 async def _body(request: Request) -> dict[str, Any]:
@@ -366,7 +370,7 @@ def _file_object(file: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _batch_object(state: _State, batch: StoredBatch) -> dict[str, Any]:
+def _batch_object(state: State, batch: StoredBatch) -> dict[str, Any]:
     running = batch.status in ("in_progress", "finalizing", "cancelling")
     done = state.engine.progress(batch, batch.cancelling_at or time.time()) if running else batch.completed
     failed = 0 if running else batch.failed
