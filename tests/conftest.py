@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import time
-import urllib.request
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from typing import Any
 import boto3
 import pytest
 
+from local.s3 import MINISTACK, served_s3
 from nightshift.job import Job, RequestSpec
 from nightshift.job_file import load_job
 from nightshift.providers.bedrock import BedrockAccess, BedrockJobs, BedrockRuntime
@@ -29,7 +28,6 @@ from nightshift.rehearsal.served import Served
 from nightshift.runs import Site
 from nightshift.stores.objects import open_input, open_objects
 
-MINISTACK = Path(__file__).parents[1] / ".venv" / "local" / "bin" / "ministack"
 ROLE = "arn:aws:iam::123456789012:role/nightshift-bedrock"
 NOON = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 SCHEMA = {
@@ -70,21 +68,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An S3 emulator; its endpoint."""
     if not MINISTACK.exists():
         pytest.skip("the S3 emulator is not installed: make test installs it")
-    port, state = served.free_port(), tmp_path_factory.mktemp("s3")
-    env = {**os.environ, "BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port), "MINISTACK_HOST": "127.0.0.1", "STATE_DIR": str(state)}
-    process = subprocess.Popen([str(MINISTACK)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            urllib.request.urlopen(f"{url}/_ministack/health", timeout=1)
-            break
-        except OSError:
-            assert time.monotonic() < deadline, "the S3 emulator did not start"
-            time.sleep(0.1)
-    yield url
-    process.terminate()
-    process.wait(timeout=20)
+    with served_s3(tmp_path_factory.mktemp("s3")) as url:
+        yield url
 
 
 @pytest.fixture

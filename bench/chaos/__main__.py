@@ -22,10 +22,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bench.chaos.machine import Lives
-from bench.chaos.matrix import Matrix, Verdict, cases_of, create_points, summarise
+from bench.chaos.matrix import REQUESTS, Matrix, Verdict, cases_of, create_points, served_aws, summarise
+from nightshift.shapes import ProviderName
 
 RESULT = Path(__file__).resolve().parent.parent / "chaos.json"
-COLUMNS = ("crash_points", "duplicate_batches", "lost_rows", "double_outcomes", "torn_partitions", "stuck", "bill_ratio")
+COLUMNS = (
+    "crash_points",
+    "duplicate_batches",
+    "lost_rows",
+    "double_outcomes",
+    "torn_partitions",
+    "stuck",
+    "repeated_requests",
+    "bill_ratio",
+)
 console = Console(highlight=False)
 
 
@@ -35,12 +45,14 @@ def main() -> None:
     logging.getLogger("obstore").setLevel(logging.ERROR)
     started = time.monotonic()
     sections: dict[str, dict[str, Any]] = {}
-    with TemporaryDirectory(prefix="nightshift-chaos-") as folder:
-        verdicts, ideal = _matrix(Path(folder), options)
-    for scenario in dict.fromkeys(verdict.scenario for verdict in verdicts):
-        sections[scenario] = summarise([verdict for verdict in verdicts if verdict.scenario == scenario], ideal)
-    stuck = [f"{verdict.scenario}: {verdict.stuck}" for verdict in verdicts if verdict.stuck]
-    _keep(options, sections, stuck)  # what follows takes minutes: what is known by now is kept
+    stuck: list[str] = []
+    for provider in options.providers:
+        with TemporaryDirectory(prefix="nightshift-chaos-") as folder, served_aws(Path(folder) / "s3"):
+            verdicts, ideal = _matrix(Path(folder), provider, options)
+        for scenario in dict.fromkeys(verdict.scenario for verdict in verdicts):
+            sections[f"{provider}: {scenario}"] = summarise([verdict for verdict in verdicts if verdict.scenario == scenario], ideal)
+        stuck += [f"{provider}: {verdict.scenario}: {verdict.stuck}" for verdict in verdicts if verdict.stuck]
+        _keep(options, sections, stuck)  # what follows takes minutes: what is known by now is kept
     if options.examples:
         sections["random lives"] = _random(options.examples)
         _keep(options, sections, stuck)
@@ -65,6 +77,7 @@ def _keep(options: argparse.Namespace, sections: dict[str, dict[str, Any]], stuc
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
+    parser.add_argument("--providers", nargs="+", default=list(REQUESTS), choices=list(REQUESTS), help="whose matrix to run")
     parser.add_argument("--seed", type=int, default=1, help="of the random moments")
     parser.add_argument("--at-once", type=int, default=2, help="cases side by side")
     parser.add_argument("--timed", type=int, default=25, help="deaths at a random moment")
@@ -76,17 +89,20 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _matrix(folder: Path, options: argparse.Namespace) -> tuple[list[Verdict], float]:
-    matrix = Matrix(folder, workers=2 * options.at_once)
+def _matrix(folder: Path, provider: ProviderName, options: argparse.Namespace) -> tuple[list[Verdict], float]:
+    """The matrix of one provider; of those after the first only every third crash point, for most are the store's and not theirs."""
+    matrix = Matrix(folder, workers=2 * options.at_once, provider=provider)
+    sample = options.sample or (1 if provider == options.providers[0] else 3)
     try:
         points, ideal = matrix.points()
-        create = create_points(points)
+        create = create_points(points, provider)
         firsts = [next(point for point in create if point.startswith(word)) for word in ("before", "after")]
         successors = {point: matrix.successors_points(point) for point in firsts}
-        cases = cases_of(points, successors, seed=options.seed, rivals=options.rivals, timed=options.timed)[:: options.sample or 1]
+        every = cases_of(points, successors, seed=options.seed, rivals=options.rivals, timed=options.timed, provider=provider)
+        cases = [case for number, case in enumerate(every) if number % sample == 0 or (case.die_at in create and not case.then_at)]
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            task = progress.add_task("crash matrix", total=len(cases))
+            task = progress.add_task(f"crash matrix, {provider}", total=len(cases))
             return matrix.run(cases, options.at_once, _advancing(progress, task)), ideal
     finally:
         matrix.stop()
@@ -115,13 +131,15 @@ def _random(examples: int) -> dict[str, Any]:
         "double_outcomes": 0,
         "torn_partitions": 0,
         "stuck": 0,
+        "repeated_requests": 0,
         "bill_ratio": 1.0,
     }
 
 
 def _totals(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
     counted = {name: sum(section[name] for section in sections.values()) for name in COLUMNS if name != "bill_ratio"}
-    weights = [(section["bill_ratio"], section["crash_points"]) for section in sections.values() if section["crash_points"]]
+    batches = [section for name, section in sections.items() if not name.startswith("live:")]  # what was in flight on demand is asked again
+    weights = [(section["bill_ratio"], section["crash_points"]) for section in batches if section["crash_points"]]
     total = sum(weight for _, weight in weights)
     return {**counted, "bill_ratio": round(sum(ratio * weight for ratio, weight in weights) / total, 4) if total else None}
 

@@ -20,18 +20,28 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import httpx2
 import pyarrow.parquet as pq
 
 from bench.chaos.worker import Order
+from local.s3 import served_s3
+from local.stack import AWS
 from nightshift.rehearsal.served import Served, serve
+from nightshift.shapes import ProviderName
 
-JOB = {
+JOB: dict[str, Any] = {
     "name": "reviews",
     "input": {"uri": "file:///set/by/the/order", "id": "id", "require": {"text": {"min_length": 1}}},
     "request": {"provider": "openai", "model": "gpt-5.4-nano", "prompt": "prompt.md", "parameters": {"max_output_tokens": 60}},
     "output": {"schema": "schema.json"},
     "policy": {"publish_at_least": 0.5, "max_requests_per_shard": 9, "retry": {"errored": 3}},
 }
+REQUESTS: dict[ProviderName, dict[str, Any]] = {
+    "openai": {},
+    "bedrock": {"provider": "bedrock", "model": "amazon.nova-lite-v1:0"},
+    "live": {"provider": "live"},
+}
+CREATE_CALLS: dict[ProviderName, str] = {"openai": "POST /v1/batches #", "bedrock": "POST /model-invocation-job #", "live": "put live/"}
 PROMPT = "system:\nJudge the review.\n\nuser:\n{{ text }}\n"
 SCHEMA = {
     "type": "object",
@@ -67,6 +77,7 @@ class Verdict:
     torn: bool = False  # a reader in between saw neither the old partition nor the new one
     stuck: str | None = None
     usd: float = 0.0
+    repeated: int = 0  # requests on demand that were in flight when somebody died, and were asked again
 
 
 class Worker:
@@ -97,8 +108,8 @@ class Worker:
 class Matrix:
     """A job, an input that replaces an older one, and the state in which every case begins."""
 
-    def __init__(self, folder: Path, workers: int) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, workers: int, provider: ProviderName = "openai") -> None:
+        self._folder, self.provider = folder, provider
         self._job, self._input, self._ids = folder / "jobs" / "reviews.yaml", folder / "input" / "reviews.jsonl", _ids(_rows())
         self._workers: SimpleQueue[Worker] = SimpleQueue()
         self._all = [Worker(folder / "workers.log") for _ in range(workers)]
@@ -119,7 +130,7 @@ class Matrix:
         with self._place("clean") as place:
             status = self._live(place, "clean")
             assert status == 0, f"the run without a death ended with {status}: see workers.log in {self._folder}"
-            points = list(dict.fromkeys((place.folder / "clean.log").read_text().splitlines()))
+            points = _points(place.folder / "clean.log")
             return points, self._judge(place, Case(scenario="clean"), died=False, torn=False, stuck=None).usd
 
     def successors_points(self, die_at: str) -> list[str]:
@@ -127,7 +138,7 @@ class Matrix:
         with self._place("successor") as place:
             self._live(place, "first", Case(scenario="first", die_at=die_at))
             self._live(place, "second", ahead=AHEAD_SECONDS)
-            return list(dict.fromkeys((place.folder / "second.log").read_text().splitlines()))
+            return _points(place.folder / "second.log")
 
     def run(self, cases: Iterable[Case], at_once: int, seen: Callable[[Verdict], None]) -> list[Verdict]:
         """Every case, several at once; `seen` is told of each."""
@@ -172,7 +183,7 @@ class Matrix:
         order = Order(
             store=f"file://{place.store}", provider=place.server.url, key=place.server.key, job=str(self._job),
             input=f"file://{self._input}", owner=name, log=str(place.folder / f"{name}.log"),
-            die_at=case.die_at if case else None, ahead_seconds=ahead,
+            die_at=case.die_at if case else None, ahead_seconds=ahead, files=f"s3://{BUCKET}/{place.folder.name}",
         )  # fmt: skip
         worker = self._workers.get()
         try:
@@ -182,15 +193,18 @@ class Matrix:
 
     def _judge(self, place: Place, case: Case, *, died: bool, torn: bool, stuck: str | None) -> Verdict:
         bill = place.server.bill()
-        known = {json.loads(path.read_bytes())["batch_id"] for path in (place.store / "shards").glob("*/receipt-*.json")}
+        receipts = [json.loads(path.read_bytes())["batch_id"] for path in (place.store / "shards").glob("*/receipt-*.json")]
+        known = {name.rpartition("/")[2] for name in receipts}  # of Bedrock's ARN the id
         paid_again = sum(times - 1 for times in bill["by_request"].values())
-        orphans = sum(1 for line in bill["by_batch"] if line["batch_id"] not in known)
+        orphans = sum(1 for line in bill["by_batch"] if line["tier"] == "batch" and line["batch_id"] not in known)
+        in_flight = httpx2.get(f"{place.server.url}/rehearsal/load").json()["most_running"] * max(1, LIVES if stuck else 2)
         outcomes = Counter(_outcome_ids(place.store))
         wanted = self._ids["succeeded"] | self._ids["rejected"]
         return Verdict(
             scenario=case.scenario,
             died=died,
-            duplicate_batches=orphans + (paid_again > 0),
+            duplicate_batches=orphans + (paid_again > (in_flight if self.provider == "live" else 0)),
+            repeated=paid_again if self.provider == "live" else 0,
             lost_rows=len(wanted - set(outcomes)),
             double_outcomes=sum(1 for times in outcomes.values() if times > 1),
             torn=torn,
@@ -212,7 +226,7 @@ class Matrix:
 
     def _write_job(self) -> None:
         self._job.parent.mkdir()
-        self._job.write_text(json.dumps(JOB))
+        self._job.write_text(json.dumps({**JOB, "request": {**JOB["request"], **REQUESTS[self.provider]}}))
         (self._job.parent / "prompt.md").write_text(PROMPT)
         (self._job.parent / "schema.json").write_text(json.dumps(SCHEMA))
 
@@ -222,6 +236,7 @@ class Matrix:
         self._input.write_bytes(_lines(rows))
         (self._begin / "store").mkdir(parents=True)
         server = serve(self._begin / "provider")
+        server.faults(minimum_records=FAULTS["minimum_records"])
         try:
             place = Place(folder=self._begin, store=self._begin / "store", server=server)
             status = self._live(place, "old")
@@ -229,6 +244,17 @@ class Matrix:
             self._usd_before = _usd(server.bill())
         finally:
             server.stop()
+
+
+@contextmanager
+def served_aws(state: Path) -> Iterator[None]:
+    """An S3 with a bucket, found in the environment by this process and all its workers."""
+    import boto3
+
+    with served_s3(state) as url:
+        os.environ.update({**AWS, "AWS_ENDPOINT_URL": url})
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        yield
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,22 +266,37 @@ class Place:
     server: Served
 
 
-FAULTS = {"errored_once": 0.3}  # so that some shards are driven twice
+FAULTS: dict[str, Any] = {"errored_once": 0.3, "minimum_records": 1}  # so that some shards are driven twice, all of them in batches
+BUCKET = "chaos"
 
 
-def create_points(points: list[str]) -> list[str]:
+def _points(log: Path) -> list[str]:
+    """The effects of a life, in order; of the many looks at a batch, which are not so many each time, only the first."""
+    lines = dict.fromkeys(log.read_text().splitlines())
+    return [line for line in lines if " GET " not in line or line.endswith(("#1", "#2"))]
+
+
+def create_points(points: list[str], provider: ProviderName = "openai") -> list[str]:
     """The points around the calls that cost."""
-    return [point for point in points if "POST /v1/batches #" in point]
+    return [point for point in points if CREATE_CALLS[provider] in point]
 
 
-def cases_of(points: list[str], successors: dict[str, list[str]], *, seed: int, rivals: int, timed: int) -> list[Case]:
+def cases_of(
+    points: list[str], successors: dict[str, list[str]], *, seed: int, rivals: int, timed: int, provider: ProviderName = "openai"
+) -> list[Case]:
     """The matrix: every point; every point of the life after a death; lost answers, each with and without a death;
 
     deaths at any moment; rivals at one shard. `successors`: points of the second life, by the point at which the first ended.
     """
     draw = random.Random(seed)
-    create = create_points(points)
-    lost = [{"create_500_after_accept": 1}, {"create_cut_after_accept": 1}, {"create_500_after_accept": 1, "list_lag_seconds": 3.0}]
+    create = create_points(points, provider)
+    lost: list[dict[str, Any]] = [
+        {"create_500_after_accept": 1},
+        {"create_cut_after_accept": 1},
+        {"create_500_after_accept": 1, "list_lag_seconds": 3.0},
+    ]
+    if provider == "live":
+        lost = [{"live_cut": 2}]
     return [
         *(Case(scenario="killed at an effect", die_at=point) for point in points),
         *(Case(scenario="killed twice", die_at=first, then_at=second) for first, seconds in successors.items() for second in seconds),
@@ -330,5 +371,6 @@ def summarise(verdicts: list[Verdict], ideal_usd: float) -> dict[str, Any]:
         "double_outcomes": sum(verdict.double_outcomes for verdict in verdicts),
         "torn_partitions": sum(verdict.torn for verdict in verdicts),
         "stuck": sum(verdict.stuck is not None for verdict in verdicts),
+        "repeated_requests": sum(verdict.repeated for verdict in verdicts),
         "bill_ratio": round(sum(verdict.usd for verdict in verdicts) / (ideal_usd * len(verdicts)), 4) if verdicts and ideal_usd else None,
     }

@@ -184,6 +184,7 @@ def _judge(stack: Stack, deaths: int, state: str) -> dict[str, Any]:
         "double_outcomes": max(0, rows - ROWS),
         "torn_partitions": 0,
         "stuck": int(state != "success"),
+        "repeated_requests": 0,
         "bill_ratio": round(bill["requests"] / bill["unique_requests"], 4) if bill["unique_requests"] else None,
         "log": tail(Path(stack.folder), "airflow", 20) if state != "success" else None,
     }

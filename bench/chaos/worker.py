@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,15 +20,23 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import boto3  # noqa: F401 — everything is loaded before the first fork
 import httpx2
 import openai
 
-import nightshift.steps.audit  # noqa: F401 — everything is loaded before the first fork
+import nightshift.steps.audit  # noqa: F401
+from local.stack import BEDROCK_ROLE_ARN
 from nightshift.drive import begin, drive
+from nightshift.job import RequestSpec
 from nightshift.job_file import load_job
+from nightshift.providers.bedrock import BedrockAccess, BedrockJobs, BedrockRuntime
+from nightshift.providers.live import LiveServer, OpenAIApi
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
+from nightshift.providers.protocol import Provider
 from nightshift.runs import Site, utc_now
 from nightshift.stores.objects import Objects, open_input, open_objects
+
+NAMED_ANEW = re.compile(r"^(live/[^/]+|bedrock/[^/]+/out)/.+")  # what has another name in every life
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +46,7 @@ class Order:
     store: str  # URI
     provider: str  # base URL of the server
     key: str
+    files: str  # URI of the folder on S3 that Bedrock's requests and results go through
     job: str  # path of the job file
     input: str  # URI
     owner: str
@@ -89,11 +100,11 @@ class MortalObjects(Objects):
         return bool(self._effects.around(f"create {key}", lambda: super(MortalObjects, self).create(key, data)))
 
     def put(self, key: str, data: bytes | Path) -> None:
-        self._effects.around(f"put {key}", lambda: super(MortalObjects, self).put(key, data))
+        self._effects.around(f"put {_same(key)}", lambda: super(MortalObjects, self).put(key, data))
 
     def delete(self, keys: list[str]) -> None:
         if keys:
-            self._effects.around(f"delete {keys[0]}", lambda: super(MortalObjects, self).delete(keys))
+            self._effects.around(f"delete {_same(keys[0])}", lambda: super(MortalObjects, self).delete(keys))
 
 
 def mortal_client(effects: Effects) -> httpx2.Client:
@@ -108,21 +119,76 @@ def mortal_client(effects: Effects) -> httpx2.Client:
     return openai.DefaultHttpxClient(event_hooks={"request": [before], "response": [after]})
 
 
+def _same(key: str) -> str:
+    """A key, with a star for what is named anew in every life."""
+    return NAMED_ANEW.sub(r"\1/*", key)
+
+
 def _pattern(url: str) -> str:
     """A path without ids, so that it is the same in every life."""
     parts = urlsplit(url).path.split("/")
-    return "/".join("*" if part.startswith(("file-", "batch_")) else part for part in parts)
+    return "/".join("*" if part.startswith(("file-", "batch_", "arn%3A")) else part for part in parts)
+
+
+class MortalBedrock(BedrockAccess):
+    """An access whose every call of the control plane is an effect."""
+
+    def __init__(self, effects: Effects, **given: Any) -> None:
+        super().__init__(**given)
+        object.__setattr__(self, "_effects", effects)
+
+    def client(self, service: str, **config: Any) -> Any:
+        """See BedrockAccess."""
+        client, effects = super().client(service, **config), vars(self)["_effects"]
+        running = threading.local()
+
+        def before(request: Any, **_: Any) -> None:
+            running.effect = effects.before(f"{request.method} {_pattern(request.url)}")
+
+        def after(**_: Any) -> None:
+            effects.after(running.effect)
+
+        client.meta.events.register("before-send", before)
+        client.meta.events.register("response-received", after)
+        return client
+
+
+def mortal_provider(order: Order, request: RequestSpec, store: Objects, effects: Effects) -> Provider:
+    """The provider that a job names, each of whose calls can be the last."""
+    if request.is_on_bedrock:
+        endpoints = tuple((service, order.provider) for service in ("bedrock", "bedrock-runtime", "service-quotas"))
+        access = MortalBedrock(
+            effects, endpoints=endpoints, role_arn=BEDROCK_ROLE_ARN, files=MortalObjects(open_objects(order.files), effects)
+        )
+        if request.provider == "live":
+            return LiveServer(request.endpoint, store, BedrockRuntime(request.endpoint, access))
+        return BedrockJobs(request.endpoint, store, access)
+    access = OpenAIAccess(base_url=f"{order.provider}/v1", api_key=order.key, http_client=mortal_client(effects))
+    if request.provider == "live":
+        return LiveServer(request.endpoint, store, OpenAIApi(request.endpoint, access))
+    return OpenAIBatches(request.endpoint, access)
+
+
+def cached(open_provider: Callable[[RequestSpec], Provider]) -> Callable[[RequestSpec], Provider]:
+    """One provider of each name."""
+    opened: dict[str, Provider] = {}
+
+    def open_once(request: RequestSpec) -> Provider:
+        if request.provider not in opened:
+            opened[request.provider] = open_provider(request)
+        return opened[request.provider]
+
+    return open_once
 
 
 def live(order: Order) -> None:
     """Take the run the whole way, or die on it."""
     effects = Effects(Path(order.log), order.die_at)
-    access = OpenAIAccess(base_url=f"{order.provider}/v1", api_key=order.key, http_client=mortal_client(effects))
-    provider = OpenAIBatches("/v1/chat/completions", access)
+    store = MortalObjects(open_objects(order.store), effects)
     site = Site(
-        store=MortalObjects(open_objects(order.store), effects),
+        store=store,
         open_input=open_input,
-        open_provider=lambda request: provider,
+        open_provider=cached(lambda request: mortal_provider(order, request, store, effects)),
         owner=order.owner,
         poll_seconds=0.05,
         scratch_folder=Path(order.log).parent,

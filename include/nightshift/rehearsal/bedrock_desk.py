@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -12,7 +13,7 @@ import orjson
 
 from nightshift.errors import NightshiftError
 from nightshift.money.prices import base_model, price_of
-from nightshift.providers.bedrock_forms import maker_of
+from nightshift.providers.bedrock_forms import TITAN, maker_of
 from nightshift.rehearsal import model
 from nightshift.rehearsal.book import StoredBatch
 from nightshift.rehearsal.engine import Line, Results
@@ -21,6 +22,7 @@ from nightshift.stores.objects import Objects, open_objects
 
 MAX_RECORDS = 50_000
 ACCOUNT = "123456789012"
+TITAN_SIZE = 1024
 NO_ACCESS = "no-access"  # in the name of a role that may not read and write S3
 NOT_IN_BATCH = ("toolConfig", "tools", "tool_choice", "guardrailConfig", "outputConfig", "response_format", "cachePoint", "cache_control")
 SCHEMA_MARK = "JSON Schema:\n"
@@ -100,7 +102,7 @@ class BedrockDesk:
         lines, faults = [*results.output, *results.errors], self._faults()
         if not lines or faults.results_gone:
             return None, None
-        folder, _ = _folder(f"{batch.settings['output'].rstrip('/')}/{batch.id}")
+        bucket, folder = _folder(f"{batch.settings['output'].rstrip('/')}/{batch.id}")
         name = f"{batch.input_file_id.rpartition('/')[2]}.out"
         manifest = {
             "totalRecordCount": batch.total,
@@ -112,9 +114,9 @@ class BedrockDesk:
         }
 
         def put() -> None:
-            folder.put(name, b"".join(line + b"\n" for line in lines))
+            bucket.put(f"{folder}/{name}", b"".join(line + b"\n" for line in lines))
             if not faults.no_manifest:
-                folder.put("manifest.json.out", orjson.dumps(manifest))
+                bucket.put(f"{folder}/manifest.json.out", orjson.dumps(manifest))
 
         if faults.results_lag_seconds:
             threading.Timer(faults.results_lag_seconds, put).start()
@@ -133,6 +135,9 @@ def answer(
 ) -> tuple[int, dict[str, Any], int, int]:
     """(status, model output, input tokens, output tokens) of one request, in a job or on demand."""
     shape = "converse" if endpoint == "converse" else str(maker_of(name))
+    if shape == TITAN and isinstance(body.get("inputText"), str):
+        tokens, size = model.count_tokens(body["inputText"]), int(body.get("dimensions") or TITAN_SIZE)
+        return 200, {"embedding": model.embed(body["inputText"], size), "inputTextTokenCount": tokens}, tokens, 0
     text = _asked_text(body, shape)
     if text is None:
         return 400, _wrong(f"Malformed input request for {name}: nothing that the model can read."), 0, 0
@@ -220,11 +225,15 @@ def _records(uri: str) -> Iterable[bytes]:
 
 
 def _folder(uri: str) -> tuple[Objects, str]:
-    """The store that holds an object or a prefix, and its key there."""
+    """The bucket that holds an object or a prefix, and its key there."""
     parts = urlsplit(uri)
-    if uri.endswith(".jsonl"):
-        return open_objects(f"{parts.scheme}://{parts.netloc}"), parts.path.lstrip("/")
-    return open_objects(uri), ""
+    return _bucket(f"{parts.scheme}://{parts.netloc}"), parts.path.strip("/")
+
+
+@cache
+def _bucket(root: str) -> Objects:
+    """A bucket, opened once: a session of boto3 takes half a second."""
+    return open_objects(root)
 
 
 def _asked_text(body: Mapping[str, Any], shape: str) -> str | None:
