@@ -87,6 +87,8 @@ def test_the_example_jobs_are_valid(path):
         pytest.param("provider: openai", "provider: bedrock\n  endpoint: /v1/responses", "request.endpoint: /v1/responses is an endpoint of OpenAI", id="endpoint that Bedrock has not"),
         pytest.param("provider: openai", "provider: bedrock\n  endpoint: invoke", "request.model: 'gpt-5.4-nano': how to ask it with invoke is not known here; set endpoint: converse", id="model that invoke does not know"),
         pytest.param("provider: openai\n  model: gpt-5.4-nano\n  prompt: prompts/p.md", "provider: bedrock\n  endpoint: invoke\n  model: amazon.nova-lite-v1:0\n  prompt: prompts/p.md\npolicy: {retry: {invalid: {model: meta.llama4-x}}}", "policy.retry: 'meta.llama4-x' is asked in other words", id="stand-in of another maker"),
+        pytest.param("provider: openai", "provider: openai\n  endpoint: /v1/embeddings", "output.schema: an embedding has no schema", id="schema of an embedding"),
+        pytest.param("provider: openai", "provider: openai\n  endpoint: /v1/embeddings", "how many numbers an embedding of 'gpt-5.4-nano' has is not known here; set output.dimensions", id="embedding of unknown length"),
         pytest.param("  model: gpt-5.4-nano", "  model: a\n  model: b", "model: this key stands twice", id="key twice"),
     ],
 )  # fmt: skip

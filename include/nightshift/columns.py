@@ -7,6 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from nightshift.job import Job
+
 SCALARS: dict[str, pa.DataType] = {
     "string": pa.string(),
     "integer": pa.int64(),
@@ -65,7 +67,14 @@ def needs_fitting(schema: Any) -> bool:
     return any(needs_fitting(part) for part in inner)
 
 
-def answers_schema(schema: Mapping[str, Any] | None) -> pa.Schema:
+def output_type(job: Job) -> pa.DataType:
+    """The struct that an answer of a job fills: the fields of its schema, or a vector of fixed length."""
+    if job.dimensions is not None:
+        return pa.struct([("embedding", pa.list_(pa.float32(), job.dimensions))])
+    return answer_type(job.answer_schema)
+
+
+def answers_schema(job: Job) -> pa.Schema:
     """Columns of an answers file: one line per request."""
     return pa.schema(
         [
@@ -73,7 +82,7 @@ def answers_schema(schema: Mapping[str, Any] | None) -> pa.Schema:
             ("outcome", pa.string()),
             ("reason", pa.string()),
             ("text", pa.string()),  # raw answer; null where `output` holds it
-            ("output", answer_type(schema)),
+            ("output", output_type(job)),
             ("paid", pa.bool_()),
             ("again", pa.string()),  # how it is asked again (a Variant as JSON), null where this is the last word
             ("shard", pa.string()),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
 from datetime import date, timedelta
 from decimal import Decimal
 from functools import cached_property
@@ -27,6 +26,12 @@ RESERVED_PARAMETERS = (
     "model", "messages", "input", "instructions", "stream", "n", "response_format", "text", "tools", "system", "prompt", "toolConfig",
     "guardrailConfig", "outputConfig", "anthropic_version", "schemaVersion", "inputText",
 )  # fmt: skip
+DIMENSIONS = {
+    "text-embedding-3-small": 1536,
+    "text-embedding-3-large": 3072,
+    "text-embedding-ada-002": 1536,
+    "amazon.titan-embed-text-v2:0": 1024,
+}  # where the request does not ask for fewer
 BEDROCK_ENDPOINTS: tuple[Endpoint, ...] = ("converse", "invoke")
 
 
@@ -95,6 +100,11 @@ class RequestSpec(Section):
         """Whether the endpoint is one of Bedrock's."""
         return self.endpoint in BEDROCK_ENDPOINTS
 
+    @property
+    def is_embedding(self) -> bool:
+        """Whether the answer is a vector."""
+        return self.endpoint == "/v1/embeddings" or (self.endpoint == "invoke" and "titan-embed" in self.model)
+
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_provider(cls, given: Any) -> Any:
@@ -128,6 +138,7 @@ class OutputSpec(Section):
     answer_schema: str | None = Field(None, alias="schema", description="JSON Schema file of the answer")
     keep: list[str] = Field(default_factory=list, description="input columns carried along")
     expectations: str | None = Field(None, description="Great Expectations suite file, audited before publication")
+    dimensions: int | None = Field(None, ge=1, le=16_384, description="numbers of an embedding, where neither model nor parameters tell")
     partition: str | None = Field(None, description="partition name; default dt={{ ds }} or the name of the input")
 
 
@@ -315,6 +326,22 @@ class Job(Wire):
         return limit if isinstance(limit, int) else None
 
     @property
+    def dimensions(self) -> int | None:
+        """How many numbers an embedding has; None where the job asks for no embeddings, or where that is not known."""
+        request = self.spec.request
+        if not request.is_embedding:
+            return None
+        asked = request.parameters.get("dimensions")
+        return self.spec.output.dimensions or (asked if isinstance(asked, int) else None) or DIMENSIONS.get(request.model)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the columns that an answer fills."""
+        if self.spec.request.is_embedding:
+            return ("embedding",)
+        return ("answer",) if self.answer_schema is None else tuple(self.answer_schema.get("properties", {}))
+
+    @property
     def patience(self) -> timedelta:
         """How long a batch may take before it is cancelled and harvested."""
         return timedelta(hours=self.spec.policy.deadline_hours)
@@ -324,8 +351,3 @@ def job_schema() -> dict[str, Any]:
     """JSON Schema of the job file, for editors."""
     schema = JobFile.model_json_schema(by_alias=True)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Nightshift job", **schema}
-
-
-def answer_fields(schema: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Names of the columns that an answer under this schema fills."""
-    return ("answer",) if schema is None else tuple(schema.get("properties", {}))

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from nightshift.errors import JobInvalid
-from nightshift.job import RETRYABLE, Expectation, Job, JobFile, Requirement, answer_fields
+from nightshift.job import RETRYABLE, Expectation, Job, JobFile, Requirement
 from nightshift.prompts import PromptInvalid, parse_prompt
 from nightshift.providers.bedrock_forms import maker_of
 from nightshift.shapes import Outcome
@@ -71,7 +71,7 @@ def redriven(names: Iterable[str]) -> tuple[Outcome, ...]:
 
 def _contradictions(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
     """Parts that are fine alone and do not fit each other: (keys of the job file, what to mend)."""
-    spec, fields = job.spec, answer_fields(job.answer_schema)
+    spec, fields = job.spec, job.fields
     if not spec.schedule and not spec.on_upload and "{{" in spec.input.uri:
         yield ("input", "uri"), "uses run dates, but the job has no schedule; name the objects or set a schedule"
     yield from _wrong_places(job)
@@ -110,12 +110,27 @@ def _wrong_places(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("request", "endpoint"), f"{request.endpoint} is an endpoint of Bedrock; set provider: bedrock, or live to ask it on demand"
     if request.provider == "bedrock" and not request.is_on_bedrock:
         yield ("request", "endpoint"), f"{request.endpoint} is an endpoint of OpenAI; Bedrock knows converse and invoke"
+    if request.is_embedding:
+        yield from _wrong_embedding(job)
     makers = {model: maker_of(model) for model in (request.model, *spec.stand_ins)} if request.endpoint == "invoke" else {}
     for model, maker in makers.items():
         if maker is None:
             yield ("request", "model"), f"{model!r}: how to ask it with invoke is not known here; set endpoint: converse"
         elif maker != makers[request.model]:
             yield ("policy", "retry"), f"{model!r} is asked in other words than {request.model!r}; set endpoint: converse"
+
+
+def _wrong_embedding(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What a job cannot ask of a model that answers with a vector."""
+    if job.answer_schema is not None:
+        yield ("output", "schema"), "an embedding has no schema; remove it"
+    if job.prompt.system:
+        yield ("request", "prompt"), "an embedding is made of the user part alone; remove the system part"
+    if job.dimensions is None:
+        why = f"how many numbers an embedding of {job.spec.request.model!r} has is not known here; set output.dimensions"
+        yield ("request", "model"), why
+    if job.spec.stand_ins:
+        yield ("policy", "retry"), "the vectors of two models do not compare; remove the other model"
 
 
 def _parse_yaml(path: Path, text: str) -> yaml.Node:

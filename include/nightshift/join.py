@@ -38,7 +38,7 @@ def join(site: Site, job: Job, folder: Path, database: duckdb.DuckDBPyConnection
     files = site.answers(plan.fingerprint).download([*plan.answers, *own], folder)
     if not files:  # every row was rejected; the columns are still those of an answer
         files = [folder / "answers-none.parquet"]
-        pq.write_table(answers_schema(job.answer_schema).empty_table(), files[0])
+        pq.write_table(answers_schema(job).empty_table(), files[0])
     database.execute(f"CREATE VIEW rows AS SELECT * FROM read_parquet({_paths(rows)}, union_by_name = true)")
     database.execute(
         f"""CREATE VIEW everything AS SELECT * FROM read_parquet({_paths(files)}, filename = true, file_row_number = true)

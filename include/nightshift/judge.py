@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,6 +35,8 @@ class Answer:
 def judge_for(job: Job) -> Callable[[Reply], Answer]:
     """The function that validates a reply under the job's schema; parsing and validating happen once, here."""
     schema = job.answer_schema
+    if job.dimensions is not None:
+        return partial(_judge_vector, job.dimensions)
     if schema is None:
         return lambda reply: Answer(
             reply=replace(reply, text=None) if reply.outcome == "succeeded" else reply,
@@ -62,9 +66,21 @@ def judge_for(job: Job) -> Callable[[Reply], Answer]:
     return judge
 
 
+def _judge_vector(dimensions: int, reply: Reply) -> Answer:
+    """An embedding of the right length whose numbers are numbers (F81)."""
+    if reply.outcome != "succeeded":
+        return Answer(reply=reply)
+    vector = np.frombuffer(reply.vectors[0] if reply.vectors else b"", np.dtype("<f4"))
+    if len(vector) != dimensions:
+        return Answer(reply=replace(reply, outcome="invalid", reason=f"{len(vector)} numbers in place of {dimensions}"))
+    if not np.isfinite(vector).all():
+        return Answer(reply=replace(reply, outcome="invalid", reason="a number of the embedding is none"))
+    return Answer(reply=reply, output={"embedding": vector})
+
+
 def write_answers(path: Path, job: Job, answers: Iterable[tuple[bytes, Answer]], origin: Mapping[str, Any]) -> None:
     """Write an answers file, one line per request; `origin`: the columns that are the same in every line."""
-    schema = answers_schema(job.answer_schema)
+    schema = answers_schema(job)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         batch: list[dict[str, Any]] = []
         for key, answer in answers:

@@ -133,7 +133,7 @@ def asked_from(provider: ProviderName, count: int, least: int) -> ProviderName:
 def estimate_shards(site: Site, job: Job, shards: Iterable[Shard]) -> Estimate:
     """What shards cost, as their requests are asked: anew, or again in the way that each says; in batches, or on demand."""
     estimates: list[Estimate] = []
-    least = site.limits(job.spec.request).least
+    least = site.limits(job).least
     for shard in shards:
         seed = seed_of(site.store, shard)
         again = [] if seed is None else map(Variant.model_validate_json, seed.column("again").to_pylist())

@@ -85,7 +85,7 @@ def draft_redrive(site: Site, run: Run) -> Plan:
         mended = mark_answered(database, answers, files, job.spec.stand_ins, MENDED)
         adopted_shards = mark_in_flight(site, database, in_flight)
         shards = []
-        for group in groups(database, job.spec.policy, site.limits(job.spec.request)):
+        for group in groups(database, job.spec.policy, site.limits(job)):
             seed = _seed(database, job, [item.key for item in group])
             shards.append(freeze(site, job.spec.request, before.fingerprint, spool, group, salt=salt_of(run), before=seed))
         counts = dict(database.execute("SELECT coalesce(known, ''), count(*) FROM requests GROUP BY 1").fetchall())

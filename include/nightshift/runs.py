@@ -23,6 +23,7 @@ from nightshift.stores.answers import AnswerStore
 from nightshift.stores.ledger import Ledger
 from nightshift.stores.objects import Objects
 
+VECTOR_BYTES = 64 << 20  # of a shard's embeddings: some copies of them are in memory when it is harvested and settled
 UNSAFE = re.compile(r"[^A-Za-z0-9._=-]+")
 
 
@@ -53,12 +54,13 @@ class Site:
         """The ledger of this store."""
         return Ledger(self.store)
 
-    def limits(self, request: RequestSpec) -> Limits:
-        """What one batch may hold: as the job says, else as the provider does."""
-        given = request.limits
+    def limits(self, job: Job) -> Limits:
+        """What one batch may hold: as the job says, else as the provider does; of embeddings, what fits into memory."""
+        request, given = job.spec.request, job.spec.request.limits
         found = self.open_provider(request).limits(request.model)
+        most = VECTOR_BYTES // (4 * job.dimensions) if job.dimensions else found.requests
         return Limits(
-            requests=given.max_requests or found.requests,
+            requests=given.max_requests or min(found.requests, most),
             request_bytes=given.max_bytes or found.request_bytes,
             least=given.min_requests or found.least,
         )

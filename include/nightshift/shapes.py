@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 ProviderName = Literal["openai", "bedrock", "live"]
 Tier = Literal["batch", "on_demand"]
-Endpoint = Literal["/v1/chat/completions", "/v1/responses", "converse", "invoke"]
+Endpoint = Literal["/v1/chat/completions", "/v1/responses", "/v1/embeddings", "converse", "invoke"]
 Outcome = Literal[
     "succeeded", "invalid", "truncated", "refused", "filtered", "errored", "expired", "cancelled", "missing", "rejected"
 ]  # fmt: skip
@@ -67,6 +67,7 @@ class Variant(Wire):
     model: str | None = None  # None: the model that the job names
     max_output_tokens: int | None = None  # None: the limit that the job sets
     repair: bool = False  # the model is shown its answer and what is wrong with it
+    alone: bool = False  # in a line of its own, where several requests share one
 
 
 class Usage(Wire):

@@ -25,7 +25,7 @@ def estimate_requests(job: Job, requests: int, request_bytes: int, *, asked_as: 
     """The estimate for some requests of a job; `request_bytes` counts their whole lines. `asked_as`: where they are asked again."""
     request, asked_as = job.spec.request, asked_as or Variant()
     provider, model = asked_as.provider or request.provider, asked_as.model or request.model
-    limit = asked_as.max_output_tokens or job.token_limit or DEFAULT_OUTPUT_TOKENS
+    limit = 0 if request.is_embedding else asked_as.max_output_tokens or job.token_limit or DEFAULT_OUTPUT_TOKENS
     repair_bytes = int(limit * ANSWERED_SHARE * BYTES_PER_TOKEN) + REPAIR_BYTES if asked_as.repair else 0
     text_bytes = max(0, request_bytes - requests * (ENVELOPE_BYTES - repair_bytes))
     input_tokens = int(text_bytes / BYTES_PER_TOKEN) + requests * MESSAGE_TOKENS

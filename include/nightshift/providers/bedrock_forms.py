@@ -6,13 +6,13 @@ asked for in words. What a model answers tells which maker's shape it is, so rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
 import orjson
 
-from nightshift.providers.openai_forms import wrong
+from nightshift.providers.openai_forms import as_vector, wrong
 from nightshift.providers.protocol import Garbage, Reply
 from nightshift.shapes import Outcome, Variant
 
@@ -86,6 +86,8 @@ class ModelOutput(msgspec.Struct, gc=False):
     prompt_token_count: int | None = None
     generation_token_count: int | None = None
     choices: list[Choice] | None = None  # Mistral, gpt-oss
+    embedding: list[float] | None = None  # Titan
+    inputTextTokenCount: int | None = None
     usage: Usage | None = None
 
 
@@ -104,6 +106,12 @@ class Record(msgspec.Struct, gc=False):
 
 class BedrockForm:
     """What both ways have in common: the lines of a job's files."""
+
+    inputs_per_line = 1  # Titan, too, embeds one text per record
+
+    def fold(self, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """See Form."""
+        return bodies[0]
 
     def __init__(self) -> None:
         self._decode = msgspec.json.Decoder(Record).decode
@@ -132,6 +140,16 @@ class BedrockForm:
         if record.error is not None or record.modelOutput is None:
             return _failed(record.recordId, record.error)
         said = record.modelOutput
+        if said.embedding is not None:
+            tokens, vectors = said.inputTextTokenCount, (as_vector(said.embedding),)
+            return Reply(
+                custom_id=record.recordId,
+                outcome="succeeded",
+                paid=True,
+                input_tokens=tokens,
+                output_tokens=None if tokens is None else 0,
+                vectors=vectors,
+            )
         text, ending = _said(said)
         outcome, reason = ENDINGS.get(ending or "", ("succeeded", None))
         if outcome == "succeeded" and not text:
@@ -260,12 +278,32 @@ class _Mistral:
         return _with_turns(_with_limit(body, variant, "max_tokens"), variant, answer, reason, _plain_turn)
 
 
-MAKERS: dict[str, _Maker] = {"anthropic": _Anthropic(), "amazon": _Nova(), "meta": _Llama(), "mistral": _Mistral(), "openai": _Mistral()}
+class _Titan:
+    """Amazon Titan Text Embeddings: one text a record."""
+
+    def body(self, system: str | None, user: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        return {"inputText": user, **parameters}
+
+    def vary(self, body: dict[str, Any], variant: Variant, answer: str | None, reason: str | None) -> dict[str, Any]:
+        return dict(body)
+
+
+TITAN = "titan-embed"  # in the id of a model that embeds
+MAKERS: dict[str, _Maker] = {
+    TITAN: _Titan(),
+    "anthropic": _Anthropic(),
+    "amazon": _Nova(),
+    "meta": _Llama(),
+    "mistral": _Mistral(),
+    "openai": _Mistral(),
+}
 
 
 def maker_of(model: str) -> str | None:
     """Whose body a model wants: from its id, that of an inference profile, or an ARN of either; None where it is not known."""
     name = model.rpartition("/")[2]
+    if TITAN in name:
+        return TITAN
     return next((maker for maker in MAKERS if name.startswith(f"{maker}.") or f".{maker}." in name), None)
 
 
@@ -274,6 +312,8 @@ def _maker_of_body(body: Mapping[str, Any]) -> str:
         return "anthropic"
     if "schemaVersion" in body:
         return "amazon"
+    if "inputText" in body:
+        return TITAN
     return "meta" if "prompt" in body else "mistral"
 
 

@@ -7,13 +7,14 @@ from collections.abc import Callable
 import orjson
 
 from nightshift.providers.bedrock_forms import ConverseForm, InvokeForm
-from nightshift.providers.openai_forms import ChatForm, ResponsesForm
+from nightshift.providers.openai_forms import ChatForm, EmbeddingsForm, ResponsesForm
 from nightshift.providers.protocol import Form
 from nightshift.shapes import Endpoint, Variant
 
 FORMS: dict[Endpoint, Callable[[], Form]] = {
     "/v1/chat/completions": ChatForm,
     "/v1/responses": ResponsesForm,
+    "/v1/embeddings": EmbeddingsForm,
     "converse": ConverseForm,
     "invoke": InvokeForm,
 }

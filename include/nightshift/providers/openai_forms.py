@@ -5,7 +5,9 @@ Shapes: contracts of the OpenAI API as read on 2026-11-21 (openai 3.54.0). Unkno
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import struct
+from base64 import b64decode
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -82,6 +84,29 @@ class ResponsesBody(msgspec.Struct, gc=False):
     incomplete_details: Incomplete | None = None
 
 
+class Vector(msgspec.Struct, gc=False):
+    index: int
+    embedding: str | list[float] | None = None
+
+
+class EmbeddingsBody(msgspec.Struct, gc=False):
+    data: list[Vector] = []
+    usage: ChatUsage | None = None
+    model: str | None = None
+    error: Error | None = None
+
+
+class EmbeddingsResponse(msgspec.Struct, gc=False):
+    status_code: int = 0
+    body: EmbeddingsBody | None = None
+
+
+class EmbeddingsLine(msgspec.Struct, gc=False):
+    custom_id: str
+    response: EmbeddingsResponse | None = None
+    error: Error | None = None
+
+
 class ChatResponse(msgspec.Struct, gc=False):
     status_code: int = 0
     body: ChatBody | None = None
@@ -108,6 +133,11 @@ class OpenAIForm:
     """What the endpoints have in common: the lines of a batch's files."""
 
     endpoint: Endpoint
+    inputs_per_line = 1
+
+    def fold(self, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """See Form."""
+        return bodies[0]
 
     def line(self, custom_id: str, body: bytes) -> bytes:
         """See Form."""
@@ -228,6 +258,61 @@ class ResponsesForm(OpenAIForm):
             cached_tokens=_cached(usage.input_tokens_details if usage else None),
             output_tokens=usage.output_tokens if usage else None,
         )
+
+
+class EmbeddingsForm(OpenAIForm):
+    """`/v1/embeddings`. Vectors come as base64: a third of the bytes, and exactly the numbers."""
+
+    endpoint: Endpoint = "/v1/embeddings"
+    inputs_per_line = 32  # so many inputs of 8,192 tokens are below the 300,000 of one request
+
+    def __init__(self) -> None:
+        self._decode = msgspec.json.Decoder(EmbeddingsLine).decode
+
+    def body(
+        self, *, model: str, system: str | None, user: str, parameters: Mapping[str, Any], schema: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """The request body: one input."""
+        return {"model": model, "input": user, "encoding_format": "base64", **parameters}
+
+    def fold(self, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """See Form."""
+        return {**bodies[0], "input": [body["input"] for body in bodies]}
+
+    def vary(self, body: dict[str, Any], variant: Variant, answer: str | None, reason: str | None) -> dict[str, Any]:
+        """A body as it is asked again."""
+        return {**body, "model": variant.model} if variant.model else dict(body)
+
+    def read(self, line: bytes) -> Reply | Garbage:
+        """One line of a result file, with the vectors of all its inputs, in their order."""
+        try:
+            decoded = self._decode(line)
+        except msgspec.DecodeError as error:
+            return _unreadable(line, error)
+        response, key = decoded.response, decoded.custom_id
+        if decoded.error is not None or response is None:
+            return _not_run(key, decoded.error)
+        body = response.body
+        if response.status_code != 200 or body is None or body.error is not None:
+            return _api_error(key, response.status_code, body.error if body else None)
+        vectors = {each.index: as_vector(each.embedding) for each in body.data if each.embedding is not None}
+        return Reply(
+            custom_id=key,
+            outcome="succeeded",
+            paid=True,
+            model=body.model,
+            input_tokens=body.usage.prompt_tokens if body.usage else None,
+            output_tokens=0 if body.usage else None,
+            vectors=tuple(vectors.get(index, b"") for index in range(max(vectors, default=-1) + 1)),
+        )
+
+
+def as_vector(given: str | Sequence[float]) -> bytes:
+    """An embedding as float32, little endian; nothing where it is no embedding."""
+    try:
+        return b64decode(given, validate=True) if isinstance(given, str) else struct.pack(f"<{len(given)}f", *given)
+    except (ValueError, OverflowError, struct.error):
+        return b""
 
 
 def is_strict(schema: Mapping[str, Any]) -> bool:

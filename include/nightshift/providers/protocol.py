@@ -53,6 +53,8 @@ class Reply:
     input_tokens: int | None = None
     cached_tokens: int = 0
     output_tokens: int | None = None
+    is_shared: bool = False  # the reply to a line that several requests share
+    vectors: tuple[bytes, ...] = ()  # of an embedding: float32, little endian, one for each input of the line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,13 @@ class Garbage:
 
 class Form(Protocol):
     """How one kind of model is asked and answers: bodies of requests, lines of input files and of result files."""
+
+    @property
+    def inputs_per_line(self) -> int:
+        """How many requests share one line, and so one call: 1, but for embeddings that take several inputs at once."""
+
+    def fold(self, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The bodies of requests that share a line, as one."""
 
     def body(
         self, *, model: str, system: str | None, user: str, parameters: Mapping[str, Any], schema: Mapping[str, Any] | None

@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 
+from nightshift.job import DIMENSIONS
 from nightshift.money.prices import price_of
 from nightshift.providers.openai_forms import is_strict
 from nightshift.rehearsal import model
@@ -19,6 +20,7 @@ from nightshift.rehearsal.engine import Line, Results, error_body
 from nightshift.rehearsal.faults import Faults
 
 MAX_LINES = 50_000
+MAX_INPUTS = 2_048
 MAX_BYTES = 200_000_000
 EXPIRED = {"code": "batch_expired", "message": "This request could not be executed before the completion window expired."}
 CANCELLED = {"code": "batch_cancelled", "message": "This request could not be executed because the batch was cancelled."}
@@ -220,7 +222,14 @@ def _response(name: str, text: str, ending: str, tokens_in: int, tokens_out: int
 def _embeddings(body: Mapping[str, Any], tokens_in: int) -> tuple[int, dict[str, Any], int, int]:
     texts = body.get("input", "")
     texts = [texts] if isinstance(texts, str) else texts
-    size = int(body.get("dimensions") or model.EMBEDDING_SIZE)
+    if len(texts) > MAX_INPUTS or not all(texts):
+        return (
+            400,
+            error_body("'$.input' is invalid: between 1 and 2,048 texts, none of them empty.", "invalid_request_error", "input"),
+            0,
+            0,
+        )
+    size = int(body.get("dimensions") or DIMENSIONS.get(str(body.get("model")), model.EMBEDDING_SIZE))
     vectors = [_encoded(model.embed(str(text), size), body.get("encoding_format")) for text in texts]
     data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
     usage = {"prompt_tokens": tokens_in, "total_tokens": tokens_in}

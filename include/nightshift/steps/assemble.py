@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nightshift.errors import CountsDisagree
-from nightshift.job import Job, answer_fields
+from nightshift.job import Job
 from nightshift.join import join, reconcile, settled
 from nightshift.runs import Run, Site
 from nightshift.shapes import OUTCOMES, Assembled, Outcome, Plan, Settled
@@ -93,7 +93,8 @@ def _kept(job: Job) -> str:
 
 
 def _succeeded_query(job: Job) -> str:
-    fields = "".join(f", answers.output.{_quoted(name)} AS {_quoted(name)}" for name in answer_fields(job.answer_schema))
+    kind = f"::FLOAT[{job.dimensions}]" if job.dimensions is not None else ""  # Parquet itself knows no lists of fixed length
+    fields = "".join(f", answers.output.{_quoted(name)}{kind} AS {_quoted(name)}" for name in job.fields)
     return f"""SELECT {_kept(job)}{fields}, answers.model AS _model, answers.tier AS _tier, '{job.prompt.version}' AS _prompt_version,
                       lower(hex(rows.request_key)) AS _request_key
                FROM rows JOIN answers USING (request_key) WHERE answers.outcome = 'succeeded' ORDER BY rows.ordinal"""

@@ -7,7 +7,7 @@ provider returned none for it, or two.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from nightshift.errors import BatchLost, BatchRejected, BatchUnknown, NightshiftError, ProviderUnavailable, ResultsGone
 from nightshift.judge import AS_IT_WAS, Answer, judge_for, write_answers
 from nightshift.money.prices import tier_of
+from nightshift.providers.forms import form_of
 from nightshift.providers.protocol import Garbage, Provider, Reply, Snapshot
 from nightshift.purse import Purse, purse_of
 from nightshift.runs import Run, Site
@@ -25,7 +26,7 @@ from nightshift.settle import RANK, settle
 from nightshift.shapes import Settled
 from nightshift.steps.submit import open_where, payer_of
 from nightshift.stores.ledger import Attach, Attempt, Done, Ended, is_stuck, next_move
-from nightshift.stores.shards import Left, answers_key, asked, pending
+from nightshift.stores.shards import Left, answers_key, asked, pending, shared_lines
 
 LOST_AFTER = timedelta(minutes=2)  # from the first "not known" here; the wait before has looked for longer
 FILES_GRACE = timedelta(minutes=10)  # after its end, for a completed batch to show its result files
@@ -80,7 +81,8 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
     target = answers_key(shard, attempt.number)
     with site.scratch() as folder:
         try:
-            found, alarms = match_replies(list(left), provider.replies(snapshot, Path(folder)))
+            groups = shared_lines(left, form_of(facts.endpoint).inputs_per_line)
+            found, alarms = match_replies(list(left), unfold(provider.replies(snapshot, Path(folder)), groups))
         except ResultsGone as error:
             if snapshot.ended_at is None or site.now() - snapshot.ended_at < FILES_GRACE:
                 raise  # they can lag behind the status; 30 days later they are gone (F61)
@@ -168,6 +170,33 @@ def _end_without_answers(site: Site, shard: str, attempt: Attempt, attempts: lis
         raise BatchRejected(_batch_of(attempt), snapshot.reasons)
 
 
+def unfold(replies: Iterable[Reply | Garbage], groups: Iterable[Sequence[bytes]]) -> Iterator[Reply | Garbage]:
+    """Replies to lines that several requests share, as one reply each. `groups`: the keys of each line, under the id of the first.
+
+    The tokens of a line are divided among its requests. A line that was refused is asked again, each of its requests alone: one of
+    them may be to blame, the others are not.
+    """
+    shared = {group[0]: group for group in groups if len(group) > 1}
+    for reply in replies:
+        keys = shared.get(_key_of(reply.custom_id) or b"") if isinstance(reply, Reply) else None
+        if keys is None or isinstance(reply, Garbage):
+            yield reply
+            continue
+        for place, key in enumerate(keys):
+            yield replace(
+                reply,
+                custom_id=key.hex(),
+                vectors=reply.vectors[place : place + 1],
+                is_shared=True,
+                input_tokens=_part(reply.input_tokens, place, len(keys)),
+                output_tokens=_part(reply.output_tokens, place, len(keys)),
+            )
+
+
+def _part(tokens: int | None, place: int, count: int) -> int | None:
+    return None if tokens is None else tokens // count + (place < tokens % count)
+
+
 def match_replies(keys: list[bytes], replies: Iterable[Reply | Garbage]) -> tuple[dict[bytes, Reply], dict[str, int]]:
     """Replies by request key, and the oddities met: lines twice, lines nobody asked for, lines that cannot be read.
 
@@ -217,6 +246,8 @@ def _again_for(
         if rushed and is_late:  # the batch's time is over: the rest is finished on demand
             variant = asked_as.model_copy(update={"provider": "live"})
             return replace(answer, again=variant) if purse.pays(variant) else answer
+        if reply.outcome == "errored" and reply.is_shared and not reply.retryable:
+            return replace(answer, again=asked_as.model_copy(update={"alone": True}))
         hopeless = (reply.outcome == "errored" and not reply.retryable) or (reply.outcome == "cancelled" and overdue)
         if hopeless or not retry.allows(reply.outcome, history.get(key, Counter())[reply.outcome] + 1):
             return answer

@@ -51,7 +51,7 @@ def plan(site: Site, run: Run, *, progress: Progress = lambda rows: None) -> Pla
 
 def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows: None) -> Plan:
     """A plan. With `keep` its row indexes and shards are written to the store, without it nothing is."""
-    job, encoder, limits = run.job, Encoder(run.job), site.limits(run.job.spec.request)
+    job, encoder, limits = run.job, Encoder(run.job), site.limits(run.job)
     with site.scratch() as folder, open_database(Path(folder)) as database:
         spool = _Spool(Path(folder), database, encoder, limits, progress)
         for index, pinned in enumerate(run.input.objects):

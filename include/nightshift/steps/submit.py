@@ -11,7 +11,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
+
+import orjson
 
 from nightshift.errors import BudgetExceeded, LedgerCorrupt, Permanent, QueueFull, ShardHeld, SubmissionInDoubt, Transient, WrongPlace
 from nightshift.money.estimate import sum_estimates
@@ -38,7 +41,7 @@ from nightshift.stores.ledger import (
     portion,
     token_for,
 )
-from nightshift.stores.shards import Left, asked, harvested, key_of_line, next_asked, pending, requests_key, whom
+from nightshift.stores.shards import Left, asked, harvested, key_of_line, next_asked, pending, requests_key, shared_lines, whom
 
 OWNER_PAUSE = timedelta(seconds=60)  # between two looks at a shard that another run has reserved and has not sent
 OWNER_PATIENCE = timedelta(hours=6)
@@ -160,7 +163,7 @@ def _next_claim(site: Site, run: Run, shard: str, number: int, attempts: list[At
         raise LedgerCorrupt(f"shards/{shard}", "its attempts leave nothing to ask, and none of them says so")
     count, first = len(left), next(iter(left.values()))
     name, model = whom(first.variant if first else Variant(), facts)
-    name = asked_from(name, count, site.limits(run.job.spec.request).least if name == facts.provider else 1)
+    name = asked_from(name, count, site.limits(run.job).least if name == facts.provider else 1)
     provider = _provider(site, run, name)
     most = min(portion(attempts) or count, provider.limits(model).requests)
     return Claim(
@@ -230,13 +233,24 @@ def _write_requests(site: Site, shard: str, claim: Claim, folder: Path) -> Path:
     """The lines of one attempt as a local file: the shard's as they stand, or those to be asked again, as they are asked now."""
     path = site.store.download(requests_key(shard), folder / "requests.jsonl")
     facts = site.ledger.shard(shard)
-    if not claim.after and claim.asked == facts.request_count:
+    form = form_of(facts.endpoint)
+    if not claim.after and claim.asked == facts.request_count and form.inputs_per_line == 1:
         return path
-    chosen, form = asked(site.store, facts, claim), form_of(facts.endpoint)
+    chosen = asked(site.store, facts, claim)
     rest = folder / "rest.jsonl"
     with path.open("rb") as source, rest.open("wb") as target:
-        target.writelines(_line(line, chosen[key], form) for line in source if (key := key_of_line(line)) in chosen)
+        lines = (_line(line, chosen[key], form) for line in source if (key := key_of_line(line)) in chosen)
+        for group in shared_lines(chosen, form.inputs_per_line):
+            target.write(_folded(list(islice(lines, len(group))), form))
     return rest
+
+
+def _folded(lines: list[bytes], form: Form) -> bytes:
+    """Lines of requests as the one that they share; it goes by the id of the first."""
+    if len(lines) == 1:
+        return lines[0]
+    opened = [form.opened(line) for line in lines]
+    return form.line(opened[0][0], orjson.dumps(form.fold([body for _, body in opened]))) + b"\n"
 
 
 def _line(line: bytes, left: Left | None, form: Form) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -86,6 +86,22 @@ def key_of_line(line: bytes) -> bytes:
 def same_of_line(line: bytes) -> bytes:
     """A line of `requests.jsonl` less its request key: what lines of requests that are alike have in common."""
     return line[line.index(b'":"') + 3 + 2 * KEY_BYTES :]
+
+
+def shared_lines(asked: Mapping[bytes, Left | None], per_line: int) -> Iterator[list[bytes]]:
+    """The requests of an attempt, in groups that share a line of its input file, in order."""
+    group: list[bytes] = []
+    for key, left in asked.items():
+        is_alone = left is not None and left.variant.alone
+        if group and (is_alone or len(group) == per_line):
+            yield group
+            group = []
+        group.append(key)
+        if is_alone:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def harvested(attempts: Iterable[Attempt]) -> tuple[int, ...]:
