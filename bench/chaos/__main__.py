@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bench.chaos.machine import Lives
-from bench.chaos.matrix import REQUESTS, Matrix, Verdict, cases_of, create_points, served_aws, summarise
+from bench.chaos.matrix import CHANGES, Matrix, Verdict, cases_of, create_points, served_aws, summarise
 from nightshift.shapes import ProviderName
 
 RESULT = Path(__file__).resolve().parent.parent / "chaos.json"
@@ -77,7 +77,7 @@ def _keep(options: argparse.Namespace, sections: dict[str, dict[str, Any]], stuc
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
-    parser.add_argument("--providers", nargs="+", default=list(REQUESTS), choices=list(REQUESTS), help="whose matrix to run")
+    parser.add_argument("--providers", nargs="+", default=list(CHANGES), choices=list(CHANGES), help="whose matrix to run")
     parser.add_argument("--seed", type=int, default=1, help="of the random moments")
     parser.add_argument("--at-once", type=int, default=2, help="cases side by side")
     parser.add_argument("--timed", type=int, default=25, help="deaths at a random moment")

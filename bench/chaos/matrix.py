@@ -20,12 +20,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import httpx2
 import pyarrow.parquet as pq
 
 from bench.chaos.worker import Order
 from local.s3 import served_s3
 from local.stack import AWS
+from nightshift.providers.window import START
 from nightshift.rehearsal.served import Served, serve
 from nightshift.shapes import ProviderName
 
@@ -36,11 +36,13 @@ JOB: dict[str, Any] = {
     "output": {"schema": "schema.json"},
     "policy": {"publish_at_least": 0.5, "max_requests_per_shard": 9, "retry": {"errored": 3}},
 }
-REQUESTS: dict[ProviderName, dict[str, Any]] = {
+CHANGES: dict[ProviderName, dict[str, dict[str, Any]]] = {
     "openai": {},
-    "bedrock": {"provider": "bedrock", "model": "amazon.nova-lite-v1:0"},
-    "live": {"provider": "live"},
-}
+    "bedrock": {"request": {"provider": "bedrock", "model": "amazon.nova-lite-v1:0"}},
+    "live": {"request": {"provider": "live"}, "policy": {"max_requests_per_shard": 100}},
+}  # of the job, section by section
+ROWS: dict[ProviderName, int] = {"openai": 24, "bedrock": 24, "live": 80}  # on demand more than are in flight at a time
+IN_FLIGHT = 2 * int(START)  # on demand at a time: the window begins with START and has not doubled by the end of so few
 CREATE_CALLS: dict[ProviderName, str] = {"openai": "POST /v1/batches #", "bedrock": "POST /model-invocation-job #", "live": "put live/"}
 PROMPT = "system:\nJudge the review.\n\nuser:\n{{ text }}\n"
 SCHEMA = {
@@ -110,15 +112,19 @@ class Matrix:
 
     def __init__(self, folder: Path, workers: int, provider: ProviderName = "openai") -> None:
         self._folder, self.provider = folder, provider
-        self._job, self._input, self._ids = folder / "jobs" / "reviews.yaml", folder / "input" / "reviews.jsonl", _ids(_rows())
+        self._job, self._input, self._ids = (
+            folder / "jobs" / "reviews.yaml",
+            folder / "input" / "reviews.jsonl",
+            _ids(_rows(ROWS[provider])),
+        )
         self._workers: SimpleQueue[Worker] = SimpleQueue()
         self._all = [Worker(folder / "workers.log") for _ in range(workers)]
         for worker in self._all:
             self._workers.put(worker)
         self._write_job()
         self._begin = folder / "begin"
-        self._begin_with(_old_rows())
-        self._input.write_bytes(_lines(_rows()))
+        self._begin_with(_old_rows(ROWS[provider]))
+        self._input.write_bytes(_lines(_rows(ROWS[provider])))
 
     def stop(self) -> None:
         """Let the workers go."""
@@ -197,13 +203,13 @@ class Matrix:
         known = {name.rpartition("/")[2] for name in receipts}  # of Bedrock's ARN the id
         paid_again = sum(times - 1 for times in bill["by_request"].values())
         orphans = sum(1 for line in bill["by_batch"] if line["tier"] == "batch" and line["batch_id"] not in known)
-        in_flight = httpx2.get(f"{place.server.url}/rehearsal/load").json()["most_running"] * max(1, LIVES if stuck else 2)
+        allowed = IN_FLIGHT * (2 if case.then_at else 1) if self.provider == "live" else 0
         outcomes = Counter(_outcome_ids(place.store))
         wanted = self._ids["succeeded"] | self._ids["rejected"]
         return Verdict(
             scenario=case.scenario,
             died=died,
-            duplicate_batches=orphans + (paid_again > (in_flight if self.provider == "live" else 0)),
+            duplicate_batches=orphans + (paid_again > allowed),
             repeated=paid_again if self.provider == "live" else 0,
             lost_rows=len(wanted - set(outcomes)),
             double_outcomes=sum(1 for times in outcomes.values() if times > 1),
@@ -226,7 +232,7 @@ class Matrix:
 
     def _write_job(self) -> None:
         self._job.parent.mkdir()
-        self._job.write_text(json.dumps({**JOB, "request": {**JOB["request"], **REQUESTS[self.provider]}}))
+        self._job.write_text(json.dumps({**JOB, **{name: {**JOB[name], **changed} for name, changed in CHANGES[self.provider].items()}}))
         (self._job.parent / "prompt.md").write_text(PROMPT)
         (self._job.parent / "schema.json").write_text(json.dumps(SCHEMA))
 
@@ -307,14 +313,14 @@ def cases_of(
     ]
 
 
-def _rows() -> list[dict[str, Any]]:
-    """27 rows: 24 to be asked, 8 of them answered before, one asked twice, two rejected."""
-    rows: list[dict[str, Any]] = [{"id": f"r{i}", "text": f"Room {i} was {'lovely' if i % 2 else 'awful'}."} for i in range(24)]
+def _rows(count: int) -> list[dict[str, Any]]:
+    """Rows to be asked, 8 of them answered before, one asked twice, two rejected."""
+    rows: list[dict[str, Any]] = [{"id": f"r{i}", "text": f"Room {i} was {'lovely' if i % 2 else 'awful'}."} for i in range(count)]
     return [*rows, {"id": "twice", "text": rows[20]["text"]}, {"id": "empty", "text": ""}, {"id": "none", "text": None}]
 
 
-def _old_rows() -> list[dict[str, Any]]:
-    return [*_rows()[:8], {"id": "gone", "text": "A row that the new file does not have."}]
+def _old_rows(count: int) -> list[dict[str, Any]]:
+    return [*_rows(count)[:8], {"id": "gone", "text": "A row that the new file does not have."}]
 
 
 def _ids(rows: list[dict[str, Any]]) -> dict[str, frozenset[str]]:
