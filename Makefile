@@ -35,7 +35,7 @@ env:             ## what to export so that the nightshift command talks to the l
 	@$(BIN)/python -m local.stack env
 
 lock: $(UV)      ## resolve pyproject.toml into requirements.txt again
-	$(UV) pip compile -q --universal --all-extras --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" pyproject.toml -o requirements.txt
+	$(UV) pip compile -q --universal --extra airflow --extra rehearsal --extra dev --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" pyproject.toml -o requirements.txt
 	$(UV) pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" local/requirements.in -o local/requirements.txt
 
 schema: $(VENV)/installed    ## write the JSON Schema and the page of job files again

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-BUCKETS = ("reviews", "nightshift")
+BUCKETS = ("reviews", "pictures", "nightshift")
 STORE = "s3://nightshift/store"
 KEY = "sk-rehearsal"
 AWS = {"AWS_ACCESS_KEY_ID": "rehearsal", "AWS_SECRET_ACCESS_KEY": "rehearsal", "AWS_DEFAULT_REGION": "us-east-1"}

@@ -7,7 +7,8 @@ render, one escape and one hash.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -15,10 +16,23 @@ from jinja2 import Template, TemplateError
 
 from nightshift.contract import compile_contract
 from nightshift.job import Job
+from nightshift.money.estimate import BYTES_PER_TOKEN
+from nightshift.pictures import Picture
 from nightshift.prompts import NullInPrompt
 from nightshift.providers.forms import form_of
+from nightshift.providers.protocol import PICTURES
 
+PLACE = b"\x00"  # of the pictures, among the parts of a body: no JSON holds it
 SYSTEM, USER = "\x00SYSTEM\x00", "\x00USER\x00"  # placeholders that no prompt file can hold: they are control characters
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked about one row."""
+
+    key: bytes
+    body: bytes
+    weight: int  # bytes, with a picture counted as the text that costs as much
 
 
 class Encoder:
@@ -39,19 +53,22 @@ class Encoder:
             user=USER,
             parameters=request.parameters,
             schema=job.answer_schema,
+            pictures=request.images is not None,
         )
         self._pieces, order = _split(orjson.dumps(body))
-        self._renders = [_renderer(parts[mark].template) for mark in order]
+        self._renders = [None if mark == PICTURES else _renderer(parts[mark].template) for mark in order]
         self._checks = compile_contract(job.spec.input.require)
         self._variables = tuple(sorted(prompt.variables))
         head = orjson.dumps([request.provider, request.endpoint, request.model])
+        if request.images is not None:
+            head += orjson.dumps([request.images.longest_side, request.images.format])
         self._seed = hashlib.sha256(head + b"\n")
         self.fingerprint = hashlib.sha256(
             head + b"\n".join([*self._pieces, orjson.dumps(job.answer_schema, option=orjson.OPT_SORT_KEYS)])
         ).hexdigest()
 
-    def body(self, row: Mapping[str, Any]) -> bytes | str:
-        """The request body of a row, or why the row is rejected."""
+    def encode(self, row: Mapping[str, Any], pictures: Sequence[Picture] = ()) -> Request | str:
+        """The request of a row, or why the row is rejected."""
         for column, check in self._checks.items():
             reason = check(row[column])
             if reason:
@@ -60,7 +77,7 @@ class Encoder:
         parts = [self._pieces[0]]
         for render, piece in zip(self._renders, self._pieces[1:], strict=True):
             try:
-                parts.append(orjson.dumps(render(values))[1:-1])
+                parts.append(PLACE if render is None else orjson.dumps(render(values))[1:-1])
             except NullInPrompt:
                 nulls = ", ".join(name for name, value in values.items() if value is None)
                 return f"the prompt prints a null ({nulls or 'computed'})"
@@ -70,9 +87,20 @@ class Encoder:
                 # orjson refuses lone surrogates with a TypeError; filters raise the rest on values they cannot take.
                 return f"the prompt cannot be rendered: {error}"
             parts.append(piece)
-        return b"".join(parts)
+        if not pictures:
+            body = b"".join(parts)
+            return Request(key=self._key(body), body=body, weight=len(body))
+        return self._with_pictures(parts, pictures)
 
-    def key(self, body: bytes) -> bytes:
+    def _with_pictures(self, parts: list[bytes], pictures: Sequence[Picture]) -> Request:
+        """A request that shows pictures. It is known by what they are, not by how an encoder of today has written them."""
+        place = parts.index(PLACE)
+        told = b"".join([*parts[:place], *(picture.digest for picture in pictures), *parts[place + 1 :]])
+        parts[place] = b",".join(orjson.dumps(self.form.picture(picture.media_type, picture.base64)) for picture in pictures)
+        read = sum(picture.tokens for picture in pictures)
+        return Request(key=self._key(told), body=b"".join(parts), weight=len(told) + int(read * BYTES_PER_TOKEN))
+
+    def _key(self, body: bytes) -> bytes:
         """The request key: sha256(provider, endpoint, model, body), 32 bytes."""
         digest = self._seed.copy()
         digest.update(body)
@@ -91,7 +119,7 @@ def _renderer(template: Template) -> Callable[[Mapping[str, Any]], str]:
 
 def _split(body: bytes) -> tuple[list[bytes], list[str]]:
     """The constant bytes around the placeholders, and the placeholders in the order in which they stand."""
-    marks = {orjson.dumps(mark)[1:-1]: mark for mark in (SYSTEM, USER)}
+    marks = {orjson.dumps(SYSTEM)[1:-1]: SYSTEM, orjson.dumps(USER)[1:-1]: USER, orjson.dumps(PICTURES): PICTURES}
     found = sorted((body.index(raw), raw, mark) for raw, mark in marks.items() if raw in body)
     pieces, at = [], 0
     for position, raw, _ in found:

@@ -12,18 +12,20 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import orjson
 
 from nightshift.errors import InputUnreadable
-from nightshift.shapes import Compression, Format
+from nightshift.shapes import Compression, Format, PinnedObject
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH_ROWS = 2048  # measured best: larger batches leave the processor's cache
+PICTURE_ROWS = 16  # in a batch, where the columns may hold pictures
 MAX_LINE_BYTES = 16 << 20  # one longer line is a fault of that row, not of the machine's memory (catalogue F15)
 RAW_KEPT = 2000  # characters of a broken row that quarantine shows
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # how surrogateescape spells a byte that is not UTF-8
@@ -31,6 +33,9 @@ SUFFIXES: dict[str, Format] = {
     ".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
 }  # fmt: skip
 PACKED: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
+
+
+FILE_COLUMNS = ("uri", "name", "size", "etag")  # of a row that is an object of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,9 @@ def guess_format(key: str) -> tuple[Format | None, Compression | None]:
     return SUFFIXES.get((path.with_suffix("") if packed else path).suffix), packed
 
 
-def read_rows(file: IO[bytes], uri: str, fmt: Format, compression: Compression | None, wanted: Sequence[str]) -> Iterator[Rows]:
+def read_rows(
+    file: IO[bytes], uri: str, fmt: Format, compression: Compression | None, wanted: Sequence[str], batch_rows: int = BATCH_ROWS
+) -> Iterator[Rows]:
     """The rows of one object in order, `wanted` columns only. Memory: one batch.
 
     Raises InputUnreadable for a file that is truncated, in the wrong format, or (Parquet, CSV) lacks a wanted column.
@@ -67,13 +74,26 @@ def read_rows(file: IO[bytes], uri: str, fmt: Format, compression: Compression |
             case "parquet":
                 if compression:
                     raise InputUnreadable(uri, "compressed Parquet cannot be read in parts; Parquet compresses its own pages")
-                yield from _parquet(file, uri, wanted)
+                yield from _parquet(file, uri, wanted, batch_rows)
             case "csv":
                 yield from _csv(_unpack(file, uri, compression), uri, wanted)
             case "jsonl":
                 yield from _jsonl(_unpack(file, uri, compression), wanted)
     except (EOFError, zlib.error, OSError) as error:
         raise InputUnreadable(uri, f"{compression or fmt} data is damaged or cut off ({error})") from error
+
+
+def file_rows(objects: Iterable[PinnedObject], wanted: Sequence[str]) -> Iterator[Rows]:
+    """Objects as rows, one each, in order."""
+    todo = iter(objects)
+    while found := list(islice(todo, BATCH_ROWS)):
+        values: dict[str, Sequence[Any]] = {
+            "uri": [each.uri for each in found],
+            "name": [each.uri.rpartition("/")[2] for each in found],
+            "size": [each.size for each in found],
+            "etag": [each.etag for each in found],
+        }
+        yield Rows(count=len(found), columns={name: values[name] for name in wanted})
 
 
 def column_types(file: IO[bytes], uri: str) -> dict[str, pa.DataType]:
@@ -103,7 +123,7 @@ def _parquet_file(file: IO[bytes], uri: str) -> Any:
         raise InputUnreadable(uri, f"not a whole Parquet file ({str(error).splitlines()[0]})") from error
 
 
-def _parquet(file: IO[bytes], uri: str, wanted: Sequence[str]) -> Iterator[Rows]:
+def _parquet(file: IO[bytes], uri: str, wanted: Sequence[str], batch_rows: int) -> Iterator[Rows]:
     import pyarrow as pa
 
     parquet = _parquet_file(file, uri)
@@ -114,7 +134,7 @@ def _parquet(file: IO[bytes], uri: str, wanted: Sequence[str]) -> Iterator[Rows]
         if known.count(name) > 1:
             raise InputUnreadable(uri, f"column {name!r} stands twice in its schema")
     try:
-        for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=list(wanted), use_threads=False):
+        for batch in parquet.iter_batches(batch_size=batch_rows, columns=list(wanted), use_threads=False):
             columns = {name: _to_list(batch.column(name)) for name in wanted}
             yield Rows(count=batch.num_rows, columns=columns)
     except (pa.ArrowInvalid, OSError) as error:

@@ -59,7 +59,9 @@ class InputSpec(Section):
     uri: str = Field(description="object, pattern or folder; may use {{ ds }} and other run dates")
     id: str = Field(description="the column that names a row; unique in one run")
     require: dict[str, Requirement] = Field(default_factory=dict, description="the input contract, by column")
-    format: Format | None = Field(None, description="only where the file name does not tell")
+    format: Format | None = Field(
+        None, description="only where the file name does not tell; files: each object is a row (uri, name, size, etag)"
+    )
     compression: Compression | None = Field(None, description="only where the file name does not tell")
     connection: str = Field("aws_default", description="Airflow connection of the bucket")
     required: bool = Field(False, description="whether a scheduled run without input fails instead of ending as nothing to do")
@@ -70,6 +72,37 @@ class InputSpec(Section):
         if not URI.match(uri):
             raise ValueError("expected a URI such as s3://bucket/prefix/*.parquet or file:///folder/*.jsonl")
         return uri
+
+
+class ImagesSpec(Section):
+    """Pictures that are asked about. A column's name alone says where they are."""
+
+    columns: list[str] = Field(min_length=1, description="each holds an object's URI, an http(s) address, bytes, or a list of those")
+    longest_side: int = Field(1024, ge=16, le=8000, description="in pixels; what is larger is made smaller before it is sent")
+    format: Literal["jpeg", "png", "webp"] = Field("jpeg", description="that pictures are sent in")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_alone(cls, given: Any) -> Any:
+        columns = [given] if isinstance(given, str) else given
+        return {"columns": columns} if isinstance(columns, list) else given
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, handler(core)]}
+
+
+class RenditionSpec(Section):
+    """A smaller copy of each row's first picture, published beside the results."""
+
+    width: int = Field(ge=16, le=8000, description="in pixels, at most")
+    format: Literal["webp", "avif", "jpeg", "png"] = "webp"
+    quality: int = Field(80, ge=1, le=100)
+
+    @property
+    def name(self) -> str:
+        """What its column is called."""
+        return f"rendition_{self.width}_{self.format}"
 
 
 class LimitsSpec(Section):
@@ -93,7 +126,10 @@ class RequestSpec(Section):
     parameters: dict[str, Any] = Field(
         default_factory=dict, description="sampling parameters: max_output_tokens, temperature, top_p and what else the model knows"
     )
-    limits: LimitsSpec = LimitsSpec()
+    images: ImagesSpec | None = Field(
+        None, description="column or columns of pictures: URI, address, bytes or a list; or {columns, longest_side: 1024, format: jpeg}"
+    )
+    limits: LimitsSpec = Field(default_factory=LimitsSpec)
 
     @property
     def is_on_bedrock(self) -> bool:
@@ -138,6 +174,10 @@ class OutputSpec(Section):
     answer_schema: str | None = Field(None, alias="schema", description="JSON Schema file of the answer")
     keep: list[str] = Field(default_factory=list, description="input columns carried along")
     expectations: str | None = Field(None, description="Great Expectations suite file, audited before publication")
+    renditions: list[RenditionSpec] = Field(
+        default_factory=list,
+        description="copies of each first picture: {width: 480, format: webp, quality: 80}; formats webp, avif, jpeg, png",
+    )
     dimensions: int | None = Field(None, ge=1, le=16_384, description="numbers of an embedding, where neither model nor parameters tell")
     partition: str | None = Field(None, description="partition name; default dt={{ ds }} or the name of the input")
 
@@ -315,9 +355,16 @@ class Job(Wire):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Every input column the job reads: id, contract, prompt, kept; each once."""
-        spec = self.spec
-        return tuple(dict.fromkeys([spec.input.id, *spec.input.require, *sorted(self.prompt.variables), *spec.output.keep]))
+        """Every input column the job reads: id, contract, prompt, pictures, kept; each once."""
+        spec, images = self.spec, self.spec.request.images
+        named = [spec.input.id, *spec.input.require, *sorted(self.prompt.variables), *(images.columns if images else ()), *spec.output.keep]
+        return tuple(dict.fromkeys(named))
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Columns that are carried along to the results: the id, those of the input, and where the renditions are."""
+        output = self.spec.output
+        return tuple(dict.fromkeys([self.spec.input.id, *output.keep, *(each.name for each in output.renditions)]))
 
     @property
     def token_limit(self) -> int | None:

@@ -13,9 +13,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from nightshift.errors import JobInvalid
+from nightshift.formats import FILE_COLUMNS
 from nightshift.job import RETRYABLE, Expectation, Job, JobFile, Requirement
 from nightshift.prompts import PromptInvalid, parse_prompt
-from nightshift.providers.bedrock_forms import maker_of
+from nightshift.providers.bedrock_forms import MAKERS_THAT_SEE, maker_of
 from nightshift.shapes import Outcome
 
 OWN_COLUMNS = frozenset({"_model", "_tier", "_prompt_version", "_request_key", "row", "outcome", "reason", "raw"})
@@ -75,12 +76,13 @@ def _contradictions(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
     if not spec.schedule and not spec.on_upload and "{{" in spec.input.uri:
         yield ("input", "uri"), "uses run dates, but the job has no schedule; name the objects or set a schedule"
     yield from _wrong_places(job)
+    yield from _wrong_pictures(job)
     if spec.policy.on_demand and spec.request.provider == "live":
         yield ("policy", "on_demand"), "is for batches; the provider live is asked on demand already"
     cut = spec.policy.retry.truncated
     if cut.times and not cut.model and job.token_limit is None:
         yield ("policy", "retry", "truncated"), "would ask the same again: set request.parameters.max_output_tokens, or another model"
-    kept = dict.fromkeys([spec.input.id, *spec.output.keep])
+    kept = job.kept
     for column in sorted(set(kept) & set(fields)):
         yield ("output", "keep"), f"{column!r} is an input column and an answer field too; rename one of them"
     seen: dict[str, str] = {}
@@ -90,7 +92,7 @@ def _contradictions(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
         if column.casefold() in OWN_COLUMNS or not column:
             yield ("output",), f"{column!r} is a name that Nightshift's own columns have; rename it"
         seen[column.casefold()] = column
-    readable = [*fields, *spec.output.keep, spec.input.id]
+    readable = [*fields, *kept]
     for key in ("drift", "charts"):
         for column in getattr(spec.report, key):
             if column not in readable:
@@ -118,6 +120,19 @@ def _wrong_places(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
             yield ("request", "model"), f"{model!r}: how to ask it with invoke is not known here; set endpoint: converse"
         elif maker != makers[request.model]:
             yield ("policy", "retry"), f"{model!r} is asked in other words than {request.model!r}; set endpoint: converse"
+
+
+def _wrong_pictures(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Pictures that nobody can be asked about, or that are not there."""
+    spec, request = job.spec, job.spec.request
+    if request.images and (request.is_embedding or (request.endpoint == "invoke" and maker_of(request.model) not in MAKERS_THAT_SEE)):
+        yield ("request", "images"), f"how {request.model!r} is shown pictures at {request.endpoint} is not known here; try converse"
+    if spec.output.renditions and not request.images:
+        yield ("output", "renditions"), "are made of the pictures of request.images, and there are none"
+    if spec.input.format == "files":
+        unknown = sorted(set(job.columns) - set(FILE_COLUMNS))
+        if unknown:
+            yield ("input", "format"), f"rows of files have no column {unknown[0]!r}; they have {', '.join(FILE_COLUMNS)}"
 
 
 def _wrong_embedding(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -1,6 +1,6 @@
 """Requests into shards: which of them somebody has paid for or is about to, and what fits into one batch.
 
-Everything works on a DuckDB table `requests (key, ordinal, start, size, known)`: one line per distinct request, with the
+Everything works on a DuckDB table `requests (key, ordinal, start, size, weight, known)`: one line per distinct request, with the
 place of its line in a local spool file, and `known` once somebody else has it.
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import duckdb
 
 ANSWERED, IN_FLIGHT = "answered", "in flight"
-REQUESTS = "(key BLOB, ordinal BIGINT, start BIGINT, size INTEGER, known VARCHAR)"
+REQUESTS = "(key BLOB, ordinal BIGINT, start BIGINT, size INTEGER, weight INTEGER, known VARCHAR)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +39,7 @@ class Wanted:
     key: bytes
     start: int
     size: int  # bytes, with the newline
+    weight: int  # the same, with a picture counted as the text that costs as much
     ordinal: int
 
 
@@ -83,10 +84,10 @@ def _mark(database: duckdb.DuckDBPyConnection, table: str, word: str) -> int:
 def wanted(database: duckdb.DuckDBPyConnection) -> Iterator[Wanted]:
     """The requests that nobody else has, in row order."""
     cursor = database.cursor()
-    cursor.execute("SELECT key, start, size, ordinal FROM requests WHERE known IS NULL ORDER BY ordinal")
+    cursor.execute("SELECT key, start, size, weight, ordinal FROM requests WHERE known IS NULL ORDER BY ordinal")
     while rows := cursor.fetchmany(4096):
-        for key, start, size, ordinal in rows:
-            yield Wanted(key=bytes(key), start=start, size=size, ordinal=ordinal)
+        for key, start, size, weight, ordinal in rows:
+            yield Wanted(key=bytes(key), start=start, size=size, weight=weight, ordinal=ordinal)
 
 
 def cut(wanted: Iterable[Wanted], most: int, most_bytes: int) -> Iterator[list[Wanted]]:
@@ -174,7 +175,7 @@ def freeze(
         endpoint=request.endpoint,
         model=request.model,
         request_count=len(group),
-        request_bytes=sum(item.size for item in group),
+        request_bytes=sum(item.weight for item in group),
         seeded=before is not None,
     )
     if keep and site.store.get_shape(f"shards/{shard.key}/shard.json", Shard) is None:

@@ -138,18 +138,18 @@ def _gather_lines(site: Site, folder: Path, database: duckdb.DuckDBPyConnection)
                 bytes(key): ordinal
                 for key, ordinal in database.execute("SELECT request_key, ordinal FROM failed WHERE shard = ?", [shard]).fetchall()
             }
-            places = []
+            places, facts = [], site.ledger.shard(shard)
             with site.store.download(requests_key(shard), folder / "requests.jsonl").open("rb") as lines:
                 for line in lines:
                     if (key := key_of_line(line)) in chosen:
                         target.write(line)
-                        places.append((key, chosen[key], end, len(line)))
+                        places.append((key, chosen[key], end, len(line), facts.request_bytes // facts.request_count))
                         end += len(line)
             if len(places) < len(chosen):
                 raise InputMissing(site.store.uri_of(requests_key(shard)), "it no longer holds all of its requests; run the job again")
-            names = ("key", "ordinal", "start", "size")
+            names = ("key", "ordinal", "start", "size", "weight")
             found = pa.table(dict(zip(names, map(list, zip(*places, strict=True)), strict=True)))
-            database.execute("INSERT INTO requests SELECT key, ordinal, start, size, NULL FROM found")
+            database.execute("INSERT INTO requests SELECT key, ordinal, start, size, weight, NULL FROM found")
             del found
     return spool
 

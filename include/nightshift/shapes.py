@@ -14,7 +14,7 @@ Endpoint = Literal["/v1/chat/completions", "/v1/responses", "/v1/embeddings", "c
 Outcome = Literal[
     "succeeded", "invalid", "truncated", "refused", "filtered", "errored", "expired", "cancelled", "missing", "rejected"
 ]  # fmt: skip
-Format = Literal["parquet", "csv", "jsonl"]
+Format = Literal["parquet", "csv", "jsonl", "files"]
 Compression = Literal["gzip", "zstd"]
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -48,7 +48,7 @@ class Shard(Wire):
     endpoint: Endpoint
     model: str
     request_count: int
-    request_bytes: int
+    request_bytes: int  # of its lines; a picture counts as the text that costs as much
     seeded: bool = False  # `answers-0` holds what became of its requests before, and how they are asked now
 
 

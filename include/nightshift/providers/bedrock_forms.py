@@ -13,7 +13,7 @@ import msgspec
 import orjson
 
 from nightshift.providers.openai_forms import as_vector, wrong
-from nightshift.providers.protocol import Garbage, Reply
+from nightshift.providers.protocol import PICTURES, Garbage, Reply
 from nightshift.shapes import Outcome, Variant
 
 ANTHROPIC_VERSION = "bedrock-2023-05-31"
@@ -109,6 +109,10 @@ class BedrockForm:
 
     inputs_per_line = 1  # Titan, too, embeds one text per record
 
+    def picture(self, media_type: str, base64: str) -> dict[str, Any]:
+        """See Form."""
+        return {"image": {"format": media_type.rpartition("/")[2], "source": {"bytes": base64}}}
+
     def fold(self, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """See Form."""
         return bodies[0]
@@ -172,11 +176,18 @@ class ConverseForm(BedrockForm):
     """`converse`: one shape for every model that answers in words."""
 
     def body(
-        self, *, model: str, system: str | None, user: str, parameters: Mapping[str, Any], schema: Mapping[str, Any] | None
+        self,
+        *,
+        model: str,
+        system: str | None,
+        user: str,
+        parameters: Mapping[str, Any],
+        schema: Mapping[str, Any] | None,
+        pictures: bool = False,
     ) -> dict[str, Any]:
         """The body of a Converse call, less the model. What Converse has no word for goes on to the model as it is."""
         inference, others = _renamed(parameters, CONVERSE_PLAIN)
-        body: dict[str, Any] = {"messages": [_turn("user", user)]}
+        body: dict[str, Any] = {"messages": [_seeing(_turn("user", user), pictures)]}
         if told := _system(system, schema):
             body["system"] = [{"text": told}]
         if inference:
@@ -194,13 +205,27 @@ class InvokeForm(BedrockForm):
     """`invoke`: the bodies of InvokeModel, each maker's own."""
 
     def body(
-        self, *, model: str, system: str | None, user: str, parameters: Mapping[str, Any], schema: Mapping[str, Any] | None
+        self,
+        *,
+        model: str,
+        system: str | None,
+        user: str,
+        parameters: Mapping[str, Any],
+        schema: Mapping[str, Any] | None,
+        pictures: bool = False,
     ) -> dict[str, Any]:
         """The body for the model's maker. Raises ValueError where Nightshift does not know how to ask it."""
         maker = maker_of(model)
         if maker is None:
             raise ValueError(f"nobody here knows the body of {model!r}; use endpoint: converse, or one of {', '.join(MAKERS)}")
-        return MAKERS[maker].body(_system(system, schema), user, parameters)
+        body = MAKERS[maker].body(_system(system, schema), user, parameters)
+        if pictures:
+            body["messages"] = [_seeing(turn, pictures) for turn in body["messages"]]
+        return body
+
+    def picture(self, media_type: str, base64: str) -> dict[str, Any]:
+        """See Form. In Anthropic's words; Nova's are those of Converse, which only its bodies have."""
+        return {"type": "image", "source": {"type": "base64", "media_type": media_type, "data": base64}}
 
     def vary(self, body: dict[str, Any], variant: Variant, answer: str | None, reason: str | None) -> dict[str, Any]:
         """A body as it is asked again, by the maker whose body it is."""
@@ -299,6 +324,9 @@ MAKERS: dict[str, _Maker] = {
 }
 
 
+MAKERS_THAT_SEE = ("anthropic",)  # with invoke; the others are shown pictures with converse
+
+
 def maker_of(model: str) -> str | None:
     """Whose body a model wants: from its id, that of an inference profile, or an ARN of either; None where it is not known."""
     name = model.rpartition("/")[2]
@@ -332,6 +360,11 @@ def _renamed(parameters: Mapping[str, Any], words: Mapping[str, str]) -> tuple[d
     """A job's parameters in a maker's words, and those that are passed on as they are."""
     named = {words[name]: value for name, value in parameters.items() if name in words}
     return named, {name: value for name, value in parameters.items() if name not in words}
+
+
+def _seeing(turn: dict[str, Any], pictures: bool) -> dict[str, Any]:
+    """A turn of the user with a place for pictures."""
+    return {**turn, "content": [*turn["content"], PICTURES]} if pictures else turn
 
 
 def _turn(role: str, text: str) -> dict[str, Any]:

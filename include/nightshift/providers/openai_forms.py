@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import orjson
 
-from nightshift.providers.protocol import Garbage, Reply
+from nightshift.providers.protocol import PICTURES, Garbage, Reply
 from nightshift.shapes import Endpoint, Outcome, Variant
 
 NEVER_RUN: dict[str, Outcome] = {"batch_expired": "expired", "batch_cancelled": "cancelled", "batch_canceled": "cancelled"}
@@ -139,6 +139,10 @@ class OpenAIForm:
         """See Form."""
         return bodies[0]
 
+    def picture(self, media_type: str, base64: str) -> dict[str, Any]:
+        """See Form."""
+        return {"type": "image_url", "image_url": {"url": f"data:{media_type};base64,{base64}"}}
+
     def line(self, custom_id: str, body: bytes) -> bytes:
         """See Form."""
         return b'{"custom_id":"%b","method":"POST","url":"%b","body":%b}' % (custom_id.encode(), self.endpoint.encode(), body)
@@ -162,11 +166,19 @@ class ChatForm(OpenAIForm):
         self._decode = msgspec.json.Decoder(ChatLine).decode
 
     def body(
-        self, *, model: str, system: str | None, user: str, parameters: Mapping[str, Any], schema: Mapping[str, Any] | None
+        self,
+        *,
+        model: str,
+        system: str | None,
+        user: str,
+        parameters: Mapping[str, Any],
+        schema: Mapping[str, Any] | None,
+        pictures: bool = False,
     ) -> dict[str, Any]:
         """The request body; `max_output_tokens` goes under this endpoint's own name."""
         messages = [] if system is None else [{"role": "system", "content": system}]
-        body = {"model": model, "messages": [*messages, {"role": "user", "content": user}], **_renamed(parameters)}
+        content = [{"type": "text", "text": user}, PICTURES] if pictures else user
+        body = {"model": model, "messages": [*messages, {"role": "user", "content": content}], **_renamed(parameters)}
         if schema is not None:
             body["response_format"] = {
                 "type": "json_schema",
@@ -211,14 +223,26 @@ class ResponsesForm(OpenAIForm):
 
     endpoint: Endpoint = "/v1/responses"
 
+    def picture(self, media_type: str, base64: str) -> dict[str, Any]:
+        """See Form."""
+        return {"type": "input_image", "image_url": f"data:{media_type};base64,{base64}"}
+
     def __init__(self) -> None:
         self._decode = msgspec.json.Decoder(ResponsesLine).decode
 
     def body(
-        self, *, model: str, system: str | None, user: str, parameters: Mapping[str, Any], schema: Mapping[str, Any] | None
+        self,
+        *,
+        model: str,
+        system: str | None,
+        user: str,
+        parameters: Mapping[str, Any],
+        schema: Mapping[str, Any] | None,
+        pictures: bool = False,
     ) -> dict[str, Any]:
         """The request body. `store` is off: answers live in our store, not in the provider's."""
-        body: dict[str, Any] = {"model": model, "input": [{"role": "user", "content": user}], "store": False, **parameters}
+        content = [{"type": "input_text", "text": user}, PICTURES] if pictures else user
+        body: dict[str, Any] = {"model": model, "input": [{"role": "user", "content": content}], "store": False, **parameters}
         if system is not None:
             body["instructions"] = system
         if schema is not None:
@@ -270,7 +294,14 @@ class EmbeddingsForm(OpenAIForm):
         self._decode = msgspec.json.Decoder(EmbeddingsLine).decode
 
     def body(
-        self, *, model: str, system: str | None, user: str, parameters: Mapping[str, Any], schema: Mapping[str, Any] | None
+        self,
+        *,
+        model: str,
+        system: str | None,
+        user: str,
+        parameters: Mapping[str, Any],
+        schema: Mapping[str, Any] | None,
+        pictures: bool = False,
     ) -> dict[str, Any]:
         """The request body: one input."""
         return {"model": model, "input": user, "encoding_format": "base64", **parameters}

@@ -10,6 +10,8 @@ from typing import Any, Literal, Protocol
 
 from nightshift.shapes import Outcome, Receipt, Variant
 
+PICTURES = "\x00PICTURES\x00"  # stands in a body's content where a row's pictures come: no prompt file can hold it
+
 BatchState = Literal["running", "ended", "failed"]
 
 
@@ -76,9 +78,22 @@ class Form(Protocol):
         """The bodies of requests that share a line, as one."""
 
     def body(
-        self, *, model: str, system: str | None, user: str, parameters: Mapping[str, Any], schema: Mapping[str, Any] | None
+        self,
+        *,
+        model: str,
+        system: str | None,
+        user: str,
+        parameters: Mapping[str, Any],
+        schema: Mapping[str, Any] | None,
+        pictures: bool = False,
     ) -> dict[str, Any]:
-        """The request body. `system` and `user` may hold placeholders, which have to stand in it once, as they are."""
+        """The request body. `system` and `user` may hold placeholders, which have to stand in it once, as they are.
+
+        With `pictures`, PICTURES stands in its content as an element of its own.
+        """
+
+    def picture(self, media_type: str, base64: str) -> dict[str, Any]:
+        """A picture as a part of a body's content."""
 
     def vary(self, body: dict[str, Any], variant: Variant, answer: str | None, reason: str | None) -> dict[str, Any]:
         """A body as it is asked again: of another model, with another limit, or with what is wrong with the last answer."""

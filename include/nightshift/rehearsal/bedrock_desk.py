@@ -14,7 +14,7 @@ import orjson
 from nightshift.errors import NightshiftError
 from nightshift.money.prices import base_model, price_of
 from nightshift.providers.bedrock_forms import TITAN, maker_of
-from nightshift.rehearsal import model
+from nightshift.rehearsal import eyes, model
 from nightshift.rehearsal.book import StoredBatch
 from nightshift.rehearsal.engine import Line, Results
 from nightshift.rehearsal.faults import Faults, drawn
@@ -61,7 +61,7 @@ class BedrockDesk:
 
     def tokens(self, line: Line) -> int:
         """See Desk."""
-        return model.count_tokens(_read_text(line.body))
+        return _tokens(line.body)
 
     def model_of(self, batch: StoredBatch, line: Line) -> str:
         """See Desk."""
@@ -141,7 +141,7 @@ def answer(
     text = _asked_text(body, shape)
     if text is None:
         return 400, _wrong(f"Malformed input request for {name}: nothing that the model can read."), 0, 0
-    tokens_in = model.count_tokens(_read_text(body))
+    tokens_in = _tokens(body)
     said = "I would say that this guest had a stay like any other." if hit("invalid") else model.answer(text, _schema_of(body))
     limit, tokens_out = _limit(body), model.count_tokens(said)
     cut = hit("truncated") or tokens_out > limit
@@ -247,6 +247,8 @@ def _asked_text(body: Mapping[str, Any], shape: str) -> str | None:
     typed = shape == "anthropic"
     if shape in ("mistral", "openai") or not content or any(("type" in part) != typed for part in content):
         return None
+    if seen := list(eyes.pictures_in(content)):
+        return " ".join(map(eyes.describe, seen))
     return " ".join(str(part.get("text", "")) for part in content)
 
 
@@ -264,9 +266,11 @@ def _schema_of(body: Mapping[str, Any]) -> dict[str, Any] | None:
     return schema
 
 
-def _read_text(body: Mapping[str, Any]) -> str:
-    read = [body.get("system"), body.get("messages"), body.get("prompt"), body.get("inputText")]
-    return "".join(part if isinstance(part, str) else orjson.dumps(part).decode() for part in read if part)
+def _tokens(body: Mapping[str, Any]) -> int:
+    """Everything the model is billed for reading, and for looking at."""
+    read = [body.get("system"), eyes.without_pictures(body.get("messages")), body.get("prompt"), body.get("inputText")]
+    text = "".join(part if isinstance(part, str) else orjson.dumps(part).decode() for part in read if part)
+    return model.count_tokens(text) + sum(map(eyes.tokens, eyes.pictures_in(body.get("messages"))))
 
 
 def _limit(body: Mapping[str, Any]) -> int:

@@ -14,7 +14,7 @@ import orjson
 from nightshift.job import DIMENSIONS
 from nightshift.money.prices import price_of
 from nightshift.providers.openai_forms import is_strict
-from nightshift.rehearsal import model
+from nightshift.rehearsal import eyes, model
 from nightshift.rehearsal.book import Book, StoredBatch
 from nightshift.rehearsal.engine import Line, Results, error_body
 from nightshift.rehearsal.faults import Faults
@@ -40,7 +40,7 @@ class OpenAIDesk:
 
     def tokens(self, line: Line) -> int:
         """See Desk."""
-        return model.count_tokens(_text(line.body))
+        return _tokens(line.body)
 
     def model_of(self, batch: StoredBatch, line: Line) -> str:
         """See Desk."""
@@ -138,7 +138,7 @@ def answer(endpoint: str, body: Mapping[str, Any], hit: Callable[[str], bool] = 
     name = body.get("model")
     if not known_model(name):
         return 404, error_body(f"The model `{name}` does not exist or you do not have access to it.", "model_not_found"), 0, 0
-    tokens_in = model.count_tokens(_text(body))
+    tokens_in = _tokens(body)
     if endpoint == "/v1/embeddings":
         return _embeddings(body, tokens_in)
     schema, strict = _schema_of(endpoint, body)
@@ -248,10 +248,15 @@ def _schema_of(endpoint: str, body: Mapping[str, Any]) -> tuple[dict[str, Any] |
     return form.get("schema"), bool(form.get("strict"))
 
 
-def _text(body: Mapping[str, Any]) -> str:
-    """Everything the model is billed for reading."""
+def _tokens(body: Mapping[str, Any]) -> int:
+    """Everything the model is billed for reading, and for looking at."""
     schema = body.get("response_format") or body.get("text")
-    read = [body.get("instructions"), body.get("messages"), body.get("input"), schema]
+    turns = [body.get("messages"), body.get("input")]
+    read = [body.get("instructions"), *eyes.without_pictures(turns), schema]
+    return model.count_tokens(_joined(read)) + sum(map(eyes.tokens, eyes.pictures_in(turns)))
+
+
+def _joined(read: list[Any]) -> str:
     return "".join(part if isinstance(part, str) else orjson.dumps(part).decode() for part in read if part)
 
 
@@ -263,6 +268,8 @@ def _asked_text(endpoint: str, body: Mapping[str, Any]) -> str:
     content = next((each.get("content") for each in messages or [] if each.get("role") == "user"), "")
     if isinstance(content, str):
         return content
+    if seen := list(eyes.pictures_in(content)):
+        return " ".join(map(eyes.describe, seen))
     return " ".join(str(part.get("text", "")) for part in content or [])
 
 

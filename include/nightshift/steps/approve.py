@@ -135,7 +135,7 @@ def _load_keys(site: Site, database: duckdb.DuckDBPyConnection, shards: list[Sha
     database.execute(f"CREATE TABLE requests {REQUESTS}")
     for number, shard in enumerate(shards):
         found = pa.table({"key": pa.array(request_keys(site.store, shard.key), pa.binary(32))})
-        database.execute(f"INSERT INTO requests SELECT key, {number}, 0, 0, NULL FROM found")
+        database.execute(f"INSERT INTO requests SELECT key, {number}, 0, 0, 0, NULL FROM found")
         del found
 
 
@@ -154,7 +154,7 @@ def _without_known(site: Site, run: Run, folder: Path, database: duckdb.DuckDBPy
     with spool.open("rb") as lines:
         for line in lines:
             if (key := key_of_line(line)) not in known:
-                group.append(Wanted(key=key, start=start, size=len(line), ordinal=start))
+                group.append(Wanted(key=key, start=start, size=len(line), weight=shard.request_bytes // shard.request_count, ordinal=start))
             start += len(line)
     if not group:
         return None

@@ -88,8 +88,7 @@ def _parts(folder: Path, kind: str, reader: pa.RecordBatchReader) -> Iterator[Pa
 
 
 def _kept(job: Job) -> str:
-    names = dict.fromkeys([job.spec.input.id, *job.spec.output.keep])
-    return ", ".join(f"rows.{_quoted(f'keep_{name}')} AS {_quoted(name)}" for name in names)
+    return ", ".join(f"rows.{_quoted(f'keep_{name}')} AS {_quoted(name)}" for name in job.kept)
 
 
 def _succeeded_query(job: Job) -> str:

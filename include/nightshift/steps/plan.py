@@ -7,7 +7,8 @@ requests are new; their lines are then copied from the spool into shards. Memory
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nightshift.contract import typed
-from nightshift.encode import Encoder
+from nightshift.encode import Encoder, Request
 from nightshift.errors import InputUnreadable, RequestTooLarge
-from nightshift.formats import Fault, Rows, column_types, read_rows
+from nightshift.formats import BATCH_ROWS, PICTURE_ROWS, Fault, Rows, column_types, file_rows, read_rows
 from nightshift.job import Job
 from nightshift.money.estimate import estimate_requests
 from nightshift.packing import ANSWERED, IN_FLIGHT, REQUESTS, estimate_shards, freeze, groups, mark_answered, mark_in_flight
+from nightshift.pictures import Pictures
 from nightshift.providers.protocol import Limits
 from nightshift.redrive import draft_redrive
 from nightshift.runs import Run, Site, salt_of
@@ -34,7 +36,16 @@ if TYPE_CHECKING:
     import duckdb
 
 DECLARED = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
-SPOOLED = pa.schema([("ordinal", pa.int64()), ("id", pa.string()), ("key", pa.binary(32)), ("start", pa.int64()), ("size", pa.int32())])
+SPOOLED = pa.schema(
+    [
+        ("ordinal", pa.int64()),
+        ("id", pa.string()),
+        ("key", pa.binary(32)),
+        ("start", pa.int64()),
+        ("size", pa.int32()),
+        ("weight", pa.int32()),
+    ]
+)
 
 Progress = Callable[[int], None]  # rows read so far
 
@@ -52,10 +63,14 @@ def plan(site: Site, run: Run, *, progress: Progress = lambda rows: None) -> Pla
 def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows: None) -> Plan:
     """A plan. With `keep` its row indexes and shards are written to the store, without it nothing is."""
     job, encoder, limits = run.job, Encoder(run.job), site.limits(run.job)
-    with site.scratch() as folder, open_database(Path(folder)) as database:
-        spool = _Spool(Path(folder), database, encoder, limits, progress)
-        for index, pinned in enumerate(run.input.objects):
-            spool.read(site, job, pinned, f"rows-{index:05d}")
+    with ExitStack() as stack, site.scratch() as folder, open_database(Path(folder)) as database:
+        pictures = stack.enter_context(Pictures(site, job, keep=keep)) if job.spec.request.images else None
+        spool = _Spool(Path(folder), database, encoder, limits, pictures, progress)
+        if job.spec.input.format == "files":
+            spool.take(job, file_rows(run.input.objects, job.columns), "rows-00000", _slice_schema(job, {"size": pa.int64()}))
+        else:
+            for index, pinned in enumerate(run.input.objects):
+                spool.read(site, job, pinned, f"rows-{index:05d}")
         doubled = _reject_doubled_ids(database)
         if doubled:
             spool.mark_doubled()
@@ -98,8 +113,17 @@ def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows:
 class _Spool:
     """Lines of every request on local disk, and what DuckDB needs to choose among them."""
 
-    def __init__(self, folder: Path, database: duckdb.DuckDBPyConnection, encoder: Encoder, limits: Limits, progress: Progress) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        database: duckdb.DuckDBPyConnection,
+        encoder: Encoder,
+        limits: Limits,
+        pictures: Pictures | None,
+        progress: Progress,
+    ) -> None:
         self._folder, self._database, self._encoder, self._limits, self._progress = folder, database, encoder, limits, progress
+        self._pictures = pictures
         self.path = folder / "spool.jsonl"
         self._file = self.path.open("wb", buffering=1 << 20)
         self._end = 0
@@ -107,21 +131,25 @@ class _Spool:
         self.slices: list[Path] = []
         self._schema: pa.Schema | None = None
         self.reasons: Counter[str] = Counter()
-        database.execute("CREATE TABLE spool (ordinal BIGINT, id VARCHAR, key BLOB, start BIGINT, size INTEGER)")
+        database.execute("CREATE TABLE spool (ordinal BIGINT, id VARCHAR, key BLOB, start BIGINT, size INTEGER, weight INTEGER)")
 
     def read(self, site: Site, job: Job, pinned: PinnedObject, name: str) -> None:
         """Encode the rows of one pinned object; its row index becomes one slice."""
         bucket, key = site.open_input(pinned.uri)
-        schema = _slice_schema(job, bucket.open(key, etag=pinned.etag, version=pinned.version), pinned)
+        opened = bucket.open(key, etag=pinned.etag, version=pinned.version)
+        schema = _slice_schema(job, column_types(opened, pinned.uri) if pinned.format == "parquet" else {})
         if self._schema is not None and not self._schema.equals(schema):
             raise InputUnreadable(pinned.uri, "its kept columns have other types than in the objects before it")
         self._schema = schema
+        with bucket.open(key, etag=pinned.etag, version=pinned.version) as file:
+            batch_rows = PICTURE_ROWS if self._pictures else BATCH_ROWS
+            self.take(job, read_rows(file, pinned.uri, pinned.format, pinned.compression, job.columns, batch_rows), name, schema)
+
+    def take(self, job: Job, batches: Iterable[Rows], name: str, schema: pa.Schema) -> None:
+        """Encode rows; their row index becomes one slice."""
         path = self._folder / f"{name}.parquet"
-        with (
-            bucket.open(key, etag=pinned.etag, version=pinned.version) as file,
-            pq.ParquetWriter(path, schema, compression="zstd") as writer,
-        ):
-            for rows in read_rows(file, pinned.uri, pinned.format, pinned.compression, job.columns):
+        with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+            for rows in batches:
                 self._encode(job, rows, writer, schema)
                 self._progress(self.rows)
         self._file.flush()
@@ -133,43 +161,65 @@ class _Spool:
         reasons: list[str | None] = []
         starts: list[int] = []
         sizes: list[int] = []
-        for row_id, body in zip(ids, self._bodies(rows), strict=True):
-            if isinstance(body, Fault | str) or row_id is None:
-                reason = body.reason if isinstance(body, Fault) else body if isinstance(body, str) else "the id is missing"
+        weights: list[int] = []
+        renditions: dict[str, list[str | None]] = {each.name: [] for each in job.spec.output.renditions}
+        for row_id, (request, made) in zip(ids, self._requests(rows), strict=True):
+            for rendition, uris in renditions.items():
+                uris.append(made.get(rendition))
+            if isinstance(request, Fault | str) or row_id is None:
+                reason = request.reason if isinstance(request, Fault) else request if isinstance(request, str) else "the id is missing"
                 self.reasons[reason] += 1
                 reasons.append(reason)
                 keys.append(None)
                 starts.append(0)
                 sizes.append(0)
+                weights.append(0)
                 continue
-            key = self._encoder.key(body)
-            line = self._encoder.form.line(key.hex(), body)
+            line = self._encoder.form.line(request.key.hex(), request.body)
             self._file.write(line)
             self._file.write(b"\n")
             size = len(line) + 1
             if size > self._limits.request_bytes:
                 raise RequestTooLarge(self.rows + len(keys), size, self._limits.request_bytes)
-            keys.append(key)
+            keys.append(request.key)
             reasons.append(None)
             starts.append(self._end)
             sizes.append(size)
+            weights.append(size - len(request.body) + request.weight)
             self._end += size
         ordinals = range(self.rows, self.rows + rows.count)
         raws = [rows.faults[i].raw if i in rows.faults else None for i in range(rows.count)]
-        kept = [_kept(job, name, rows.columns[name], schema.field(f"keep_{name}").type) for name in _kept_columns(job)]
+        kept = [_kept(job, name, renditions.get(name) or rows.columns[name], schema.field(f"keep_{name}").type) for name in job.kept]
         values = [ordinals, ids, keys, reasons, raws]
         arrays = [pa.array(value, field.type) for value, field in zip(values, schema, strict=False)]
         writer.write_batch(pa.RecordBatch.from_arrays([*arrays, *kept], schema=schema))
-        spooled = [arrays[0], arrays[1], arrays[2], pa.array(starts, pa.int64()), pa.array(sizes, pa.int32())]
+        spooled = [
+            arrays[0],
+            arrays[1],
+            arrays[2],
+            pa.array(starts, pa.int64()),
+            pa.array(sizes, pa.int32()),
+            pa.array(weights, pa.int32()),
+        ]
         batch = pa.Table.from_arrays(spooled, schema=SPOOLED)  # DuckDB finds it by its name in this scope
         self._database.execute("INSERT INTO spool SELECT * FROM batch")
         del batch
         self.rows += rows.count
 
-    def _bodies(self, rows: Rows) -> Iterator[bytes | str | Fault]:
-        names, faults, body = list(rows.columns), rows.faults, self._encoder.body
-        for i, values in enumerate(zip(*rows.columns.values(), strict=True)):
-            yield faults[i] if i in faults else body(dict(zip(names, values, strict=True)))
+    def _requests(self, rows: Rows) -> Iterator[tuple[Request | str | Fault, Mapping[str, str]]]:
+        """What is asked about each row, or why nothing is; and where the renditions of its picture are."""
+        names, faults, encode = list(rows.columns), rows.faults, self._encoder.encode
+        found = (
+            faults.get(i) or dict(zip(names, values, strict=True)) for i, values in enumerate(zip(*rows.columns.values(), strict=True))
+        )
+        if self._pictures is None:
+            yield from ((row if isinstance(row, Fault) else encode(row), {}) for row in found)
+            return
+        for row, shown in self._pictures.of(found):
+            if isinstance(row, Fault) or isinstance(shown, str):
+                yield row if isinstance(row, Fault) else str(shown), {}
+            else:
+                yield encode(row, shown.pictures), shown.renditions
 
     def mark_doubled(self) -> None:
         """Write the late discovery that an id stands twice into the row indexes."""
@@ -184,15 +234,10 @@ class _Spool:
             marked.replace(path)
 
 
-def _kept_columns(job: Job) -> list[str]:
-    return list(dict.fromkeys([job.spec.input.id, *job.spec.output.keep]))
-
-
-def _slice_schema(job: Job, file: Any, pinned: PinnedObject) -> pa.Schema:
+def _slice_schema(job: Job, known: Mapping[str, pa.DataType]) -> pa.Schema:
     """Columns of a row index: the row's place, its id, its request or why it has none, and the columns carried along."""
-    known = column_types(file, pinned.uri) if pinned.format == "parquet" else {}
     declared = {name: DECLARED[requirement.type] for name, requirement in job.spec.input.require.items()}
-    kept = [(f"keep_{name}", known.get(name) or declared.get(name) or pa.string()) for name in _kept_columns(job)]
+    kept = [(f"keep_{name}", known.get(name) or declared.get(name) or pa.string()) for name in job.kept]
     fixed = [("ordinal", pa.int64()), ("id", pa.string()), ("request_key", pa.binary(32)), ("reason", pa.string()), ("raw", pa.string())]
     return pa.schema([*fixed, *kept])
 
@@ -235,14 +280,16 @@ def _collapse(database: duckdb.DuckDBPyConnection) -> None:
     """Rows that ask the same become one request, which stands where its first row stands."""
     database.execute(f"CREATE TABLE requests {REQUESTS}")
     database.execute(
-        """INSERT INTO requests SELECT key, min(ordinal), arg_min(start, ordinal), arg_min(size, ordinal), NULL
+        """INSERT INTO requests SELECT key, min(ordinal), arg_min(start, ordinal), arg_min(size, ordinal), arg_min(weight, ordinal), NULL
            FROM spool WHERE key IS NOT NULL GROUP BY key"""
     )
 
 
 def _counts(database: duckdb.DuckDBPyConnection) -> dict[str, int]:
-    asked, asked_bytes = database.execute("SELECT count(*), coalesce(sum(size), 0)::BIGINT FROM spool WHERE key IS NOT NULL").fetchall()[0]
-    found = database.execute("SELECT coalesce(known, 'new'), count(*), sum(size)::BIGINT FROM requests GROUP BY 1").fetchall()
+    asked, asked_bytes = database.execute("SELECT count(*), coalesce(sum(weight), 0)::BIGINT FROM spool WHERE key IS NOT NULL").fetchall()[
+        0
+    ]
+    found = database.execute("SELECT coalesce(known, 'new'), count(*), sum(weight)::BIGINT FROM requests GROUP BY 1").fetchall()
     by = {word: (count, size) for word, count, size in found}
     return {
         "asked": asked,
