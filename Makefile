@@ -14,7 +14,7 @@ help:            ## this list
 demo: $(VENV)/installed $(VENV)/local-installed    ## upload a sample to a local S3; see it come out as a dataset and a report
 	$(BIN)/python -m local.demo
 
-test: $(VENV)/installed $(VENV)/local-installed    ## every test; starts what it needs itself
+test: $(VENV)/installed $(VENV)/local-installed $(VENV)/llm-batch-installed    ## every test; starts what it needs itself
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed    ## ruff, and mypy --strict on the core
@@ -37,6 +37,7 @@ env:             ## what to export so that the nightshift command talks to the l
 lock: $(UV)      ## resolve pyproject.toml into requirements.txt again
 	$(UV) pip compile -q --universal --extra airflow --extra rehearsal --extra dev --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" pyproject.toml -o requirements.txt
 	$(UV) pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" local/requirements.in -o local/requirements.txt
+	$(UV) pip compile -q --universal --no-deps --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" local/llm-batch.in -o local/llm-batch.txt
 
 schema: $(VENV)/installed    ## write the JSON Schema and the page of job files again
 	$(BIN)/nightshift schema > docs/job.schema.json
@@ -59,4 +60,9 @@ $(VENV)/installed: requirements.txt pyproject.toml | $(UV)
 $(VENV)/local-installed: local/requirements.txt | $(UV)
 	$(UV) venv -q --allow-existing --python $(PYTHON) $(VENV)/local
 	$(UV) pip sync -q --python $(VENV)/local/bin/python --require-hashes local/requirements.txt
+	touch $@
+
+# Airflow's own @task.llm_batch, for the tests of our adapter: in a folder beside the environment, not in it.
+$(VENV)/llm-batch-installed: local/llm-batch.txt $(VENV)/installed | $(UV)
+	$(UV) pip install -q --python $(BIN)/python --target $(VENV)/llm-batch --no-deps --require-hashes -r local/llm-batch.txt
 	touch $@

@@ -11,6 +11,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+RUN = """
+import json, logging, os, sys
+from airflow.dag_processing.bundles.manager import DagBundlesManager
+from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
+logging.disable(logging.WARNING)
+bag = DagBag(dag_folder=os.environ["AIRFLOW__CORE__DAGS_FOLDER"])
+DagBundlesManager().sync_bundles_to_db()
+sync_bag_to_db(bag, "dags-folder", None)
+dag = bag.dags[%r]
+run = dag.test(run_conf=%r)
+print("RESULT" + json.dumps({"state": str(run.state), "tasks": {f"{t.task_id}[{t.map_index}]": str(t.state) for t in run.get_task_instances()}}))
+"""
 
 
 def airflow_env(home: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.airflow.conftest import ROOT, in_airflow
+from tests.airflow.conftest import ROOT, RUN, in_airflow
 from tests.conftest import Rehearsal, make_world, reviews
 
 BAG = """
@@ -87,20 +87,6 @@ print("RESULT", [m for m in ("openai", "pandas", "great_expectations", "duckdb",
 """
     loaded = in_airflow(migrated, code).rpartition("RESULT")[2].strip()
     assert loaded == "[]"
-
-
-RUN = """
-import json, logging, os, sys
-from airflow.dag_processing.bundles.manager import DagBundlesManager
-from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
-logging.disable(logging.WARNING)
-bag = DagBag(dag_folder=os.environ["AIRFLOW__CORE__DAGS_FOLDER"])
-DagBundlesManager().sync_bundles_to_db()
-sync_bag_to_db(bag, "dags-folder", None)
-dag = bag.dags[%r]
-run = dag.test(run_conf=%r)
-print("RESULT" + json.dumps({"state": str(run.state), "tasks": {f"{t.task_id}[{t.map_index}]": str(t.state) for t in run.get_task_instances()}}))
-"""
 
 
 def run_dag(home: Path, dag: str, conf: dict, rehearsal: Rehearsal, jobs: Path, **env: str) -> dict:

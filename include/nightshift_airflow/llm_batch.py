@@ -1,0 +1,169 @@
+"""`bedrock:` models for Airflow's own `@task.llm_batch`, through this project's engine.
+
+Found by apache-airflow-providers-common-ai (1.0.0, experimental there) through the entry point group
+`airflow.providers.common.ai.batch_adapters`. Its connection is of type `pydanticai`, whose host names the AWS connection.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+import orjson
+from airflow.providers.common.ai.batch.base import (
+    BatchAdapter,
+    BatchRequest,
+    BatchState,
+    BatchStatus,
+    ExtractedOutput,
+    RawResultItem,
+    SubmitResult,
+)
+from airflow.providers.common.ai.batch.output_schema import OutputSpec
+from airflow.providers.common.ai.exceptions import LLMBatchLimitExceededError, LLMBatchModelMismatchError
+
+from nightshift.providers.bedrock import LIMITS, BedrockJobs
+from nightshift.providers.bedrock_forms import ConverseForm
+from nightshift.providers.protocol import Reply, Snapshot
+from nightshift_airflow.site import bedrock_access, open_store
+
+DEFAULT_CONNECTION = "aws_default"
+ENDED: dict[str, BatchStatus] = {
+    "Completed": "completed",
+    "PartiallyCompleted": "expired",  # what was not reached in time; what was is still fetched
+    "Expired": "expired",
+    "Stopped": "cancelled",
+    "Failed": "failed",
+}
+ITEMS = {"errored": "errored", "expired": "expired", "cancelled": "cancelled"}  # every other outcome is an answer
+
+
+class BedrockBatchAdapter(BatchAdapter):
+    """Bedrock's model invocation jobs, asked by Converse; see BatchAdapter."""
+
+    name: ClassVar[str] = "bedrock"
+    max_requests: ClassVar[int] = LIMITS.requests
+    max_payload_bytes: ClassVar[int] = LIMITS.request_bytes
+    allows_per_request_model: ClassVar[bool] = False
+
+    def __init__(self, *, api_key: str | None = None, base_url: str | None = None, client: BedrockJobs | None = None) -> None:
+        """`base_url`, which a connection calls its host, is the id of an AWS connection. There is no key: AWS has its own."""
+        super().__init__(client=client or BedrockJobs("converse", open_store(), bedrock_access(base_url or DEFAULT_CONNECTION)))
+        self._form = ConverseForm()
+
+    def validate_requests(
+        self, requests: list[BatchRequest], *, model: str, output_spec: OutputSpec, idempotency_key: str, **kwargs: Any
+    ) -> None:
+        """See BatchAdapter. A job of Bedrock has a smallest size as well."""
+        self.check_custom_id_length(idempotency_key, len(requests))
+        limits = self._client.limits(model)
+        if not limits.least <= len(requests) <= limits.requests:
+            raise LLMBatchLimitExceededError(
+                f"A batch of {model} on Bedrock holds between {limits.least} and {limits.requests} requests; got {len(requests)}. "
+                "Split the input with .expand(), or ask so few with @task.llm."
+            )
+        for index, request in enumerate(requests):
+            if self.resolve_request_model(request.get("model"), default_bare_model=model, request_index=index) != model:
+                raise LLMBatchModelMismatchError(f"A job of Bedrock asks one model; request {index} names another one.")
+        size = sum(len(line) + 1 for line in self._lines(requests, model, idempotency_key, output_spec, kwargs))
+        if size > limits.request_bytes:
+            raise LLMBatchLimitExceededError(
+                f"A job of Bedrock takes {limits.request_bytes:,} bytes of requests; these are {size:,}. Split the input with .expand()."
+            )
+
+    def submit(
+        self,
+        requests: list[BatchRequest],
+        *,
+        model: str,
+        idempotency_key: str,
+        input_fingerprint: str,
+        output_spec: OutputSpec,
+        **kwargs: Any,
+    ) -> SubmitResult:
+        """See BatchAdapter. The same key and input are the same job, however often this is called."""
+        token = token_of(idempotency_key, input_fingerprint)
+        with TemporaryDirectory(prefix="nightshift-") as folder:
+            path = Path(folder) / "requests.jsonl"
+            with path.open("wb") as file:
+                file.writelines(line + b"\n" for line in self._lines(requests, model, idempotency_key, output_spec, kwargs))
+            uploaded = self._client.upload(f"llm-batch-{token}", path)
+        labels = {"idempotency-key": idempotency_key, "input": input_fingerprint[:16]}
+        receipt = self._client.create(uploaded, model, token, labels, lambda: True)
+        return SubmitResult(batch_id=receipt.batch_id, provider_input_ref=uploaded)
+
+    def get_batch(self, batch_id: str) -> BatchState:
+        """See BatchAdapter. Counts come from the results, not from Bedrock's counters."""
+        snapshot: Snapshot = self._client.poll(batch_id)
+        return BatchState(status=ENDED.get(snapshot.status, "in_progress"), counts=None, error_message="; ".join(snapshot.reasons) or None)
+
+    def cancel_batch(self, batch_id: str) -> None:
+        """See BatchAdapter."""
+        self._client.cancel(batch_id)
+
+    def iter_results(self, batch_id: str) -> Iterator[RawResultItem]:
+        """See BatchAdapter."""
+        return self._results(self._client.poll(batch_id))
+
+    def _results(self, snapshot: Snapshot) -> Iterator[RawResultItem]:
+        with TemporaryDirectory(prefix="nightshift-") as folder:
+            for reply in self._client.replies(snapshot, Path(folder)):
+                if isinstance(reply, Reply):
+                    yield _item(reply)
+
+    def build_output_directive(self, spec: OutputSpec) -> dict[str, Any]:
+        """See BatchAdapter. Batches of Bedrock know no structured output: the schema is asked for in words."""
+        return {"schema": spec.json_schema} if spec.is_structured else {}
+
+    def extract_output(self, raw: RawResultItem, spec: OutputSpec) -> ExtractedOutput:
+        """See BatchAdapter."""
+        text = raw.raw.text
+        if text is None:
+            return ExtractedOutput(kind="absent")
+        return ExtractedOutput(kind="json_text" if spec.is_structured else "text", text=text)
+
+    def find_orphaned_batch(self, idempotency_key: str, input_fingerprint: str, not_before: str) -> str | None:
+        """See BatchAdapter."""
+        since = datetime.fromisoformat(not_before)
+        receipt = self._client.find([token_of(idempotency_key, input_fingerprint)], since)
+        return receipt.batch_id if receipt else None
+
+    def _lines(
+        self, requests: list[BatchRequest], model: str, idempotency_key: str, spec: OutputSpec, batch: dict[str, Any]
+    ) -> Iterator[bytes]:
+        """The records of a job, one at a time. What a request says counts before what the batch says."""
+        for index, request in enumerate(requests):
+            limit = request.get("max_tokens") or batch.get("max_tokens")
+            parameters = {**(batch.get("request_params") or {}), **(request.get("params") or {})}
+            body = self._form.body(
+                model=model,
+                system=request.get("system_prompt") or batch.get("system_prompt") or None,
+                user=request["prompt"],
+                parameters={**parameters, "max_output_tokens": limit} if limit else parameters,
+                schema=self.build_output_directive(spec).get("schema"),
+            )
+            yield self._form.line(f"{idempotency_key}-{index}", orjson.dumps(body))
+
+
+def token_of(idempotency_key: str, input_fingerprint: str) -> str:
+    """A job's token: one task instance's one input."""
+    return hashlib.sha256(f"{idempotency_key}/{input_fingerprint}".encode()).hexdigest()[:32]
+
+
+def _item(reply: Reply) -> RawResultItem:
+    status: Any = ITEMS.get(reply.outcome, "success")
+    usage = {"input_tokens": reply.input_tokens or 0, "output_tokens": reply.output_tokens or 0} if reply.paid else None
+    return RawResultItem(
+        custom_id=reply.custom_id,
+        index=int(reply.custom_id.rpartition("-")[2]),
+        provider_status=status,
+        model=reply.model,
+        usage=usage,
+        finish_reason=None if reply.outcome == "succeeded" else reply.outcome,
+        error=None if status == "success" else {"message": reply.reason},
+        raw=reply,
+    )
