@@ -111,7 +111,7 @@ def test_a_picture_is_known_by_what_it_is_and_not_by_where(world):
     assert go(world, job, world.write("a.jsonl", rows)).requests.submitted == 1
 
 
-def test_pictures_come_from_the_web_from_bytes_and_in_lists(world, httpserver: HTTPServer):
+def test_F84_pictures_come_from_the_web_from_bytes_and_in_lists(world, httpserver: HTTPServer):
     httpserver.expect_request("/blue.png").respond_with_data(picture((48, 64), "blue"), content_type="image/png")
     httpserver.expect_request("/none.png").respond_with_data("no", status=404)
     job = picture_job(world, {})

@@ -61,7 +61,7 @@ def jobs_of(world: World) -> BedrockJobs:
         ("invoke", "openai.gpt-oss-20b-1:0"),
     ],
 )
-def test_an_unchanged_job_goes_the_whole_way(cloud, endpoint, model):
+def test_F87_F88_F92_F96_an_unchanged_job_goes_the_whole_way(cloud, endpoint, model):
     job = cloud.job(
         request={"provider": "bedrock", "model": model, "endpoint": endpoint, "parameters": {"temperature": 0, "max_output_tokens": 90}}
     )
@@ -269,6 +269,33 @@ def test_a_dead_endpoint_and_one_that_answers_html_are_told(cloud, rehearsal: Re
     dead = replace(rehearsal.bedrock(), endpoints=(("bedrock", "http://127.0.0.1:9"),))
     with pytest.raises(ProviderUnavailable, match=r"127\.0\.0\.1:9"):
         BedrockJobs("converse", cloud.site.store, dead).check(HAIKU)
+
+
+def test_F95_a_profile_that_this_region_does_not_have_is_told(cloud):
+    with pytest.raises(ModelNotFound, match="could not be found"):
+        jobs_of(cloud).check("eu.anthropic.claude-99")
+
+
+def test_F43_a_job_that_never_began_is_asked_again(cloud):
+    cloud.rehearsal.faults(never_run=1.0)
+    job = cloud.job(request=BEDROCK, policy={"retry": {"expired": 1}, "publish_at_least": 0})
+    run, shard = begun(cloud, job)
+    submit(cloud.site, run, shard)
+    for pause in pauses(cloud.site, run, shard):
+        time.sleep(pause)
+    assert collect(cloud.site, run, shard) is None
+    cloud.rehearsal.faults()
+    summary, bill = drive(cloud.site, run, ask=lambda run, planned: True), cloud.rehearsal.bill()
+    assert (summary.outcomes["succeeded"], bill["requests"], bill["batches"]) == (120, 120, 2)
+
+
+def test_F94_a_job_that_runs_names_no_result_files(cloud):
+    cloud.rehearsal.pace(validating=0.0, running=30.0, finalizing=0.0, cancelling=0.05)
+    run, shard = begun(cloud, cloud.job(request=BEDROCK))
+    receipt = submit(cloud.site, run, shard)
+    cloud.site.store.put(f"bedrock/nightshift-{shard[:12]}-1/out/{receipt.batch_id.rpartition('/')[2]}/requests.jsonl.out", b"{")
+    look = jobs_of(cloud).poll(receipt.batch_id)
+    assert (look.state, look.result_files) == ("running", ())
 
 
 def test_F46_a_job_nobody_knows_is_not_called_ended(cloud):
