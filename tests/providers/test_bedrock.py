@@ -14,6 +14,7 @@ from nightshift.errors import (
     BatchRejected,
     BatchUnknown,
     JobInvalid,
+    ModelNotFound,
     ProviderUnavailable,
     QueueFull,
     ShardHeld,
