@@ -10,12 +10,14 @@ import pytest
 
 from nightshift.drive import begin, drive
 from nightshift.job import Job
+from nightshift.providers.openai_forms import OpenAIForm
 from nightshift.providers.protocol import Reply
 from nightshift.rehearsal import model, openai_desk
 from nightshift.rehearsal.engine import error_body
 from nightshift.shapes import Summary, Variant
 from nightshift.steps.collect import unfold
 from nightshift.stores.shards import Left, shared_lines
+from nightshift.vectors import with_vectors
 from tests.conftest import World, make_world, reviews
 
 SMALL = {"model": "text-embedding-3-small", "endpoint": "/v1/embeddings", "parameters": {"dimensions": 64}}
@@ -81,6 +83,32 @@ def test_a_line_that_is_refused_is_asked_again_each_input_alone(world, monkeypat
     summary = go(world, embedding_job(world, {"provider": "openai", **SMALL}), world.write("a.jsonl", reviews(40)))
     assert (summary.outcomes["succeeded"], summary.outcomes["errored"]) == (39, 1)
     assert summary.cost_usd.actual == pytest.approx(world.rehearsal.bill()["usd"], abs=2e-6)
+
+
+def test_F32_a_bad_line_that_several_inputs_share_condemns_none_of_the_others(world, monkeypatch):
+    """A batch that fails validation names its bad lines: lines are counted, not the requests in them."""
+    line = OpenAIForm.line
+
+    def spoiled(self, key, body):
+        return line(self, key, body).replace(b'"POST"', b'"PUT"') if b"number 70 " in body else line(self, key, body)
+
+    monkeypatch.setattr(OpenAIForm, "line", spoiled)
+    summary = go(world, embedding_job(world, {"provider": "openai", **SMALL}), world.write("a.jsonl", reviews(96)))
+    assert (summary.outcomes["succeeded"], summary.outcomes["errored"]) == (95, 1)
+
+
+def test_vectors_are_found_wherever_their_lines_are(tmp_path, monkeypatch):
+    """Over several files and row groups, in any order, with fewer groups in memory than there are."""
+    monkeypatch.setattr("nightshift.vectors.GROUPS_KEPT", 2)
+    kind = pa.struct([("embedding", pa.list_(pa.float32(), 3))])
+    for number in range(3):
+        rows = [{"embedding": [number, i, 0.5]} if i % 7 else None for i in range(50)]
+        pq.write_table(pa.table({"output": pa.array(rows, kind)}), tmp_path / f"{number}.parquet", row_group_size=8)
+    wanted = [(number, i) for i in (49, 1, 20, 8, 9, 33) for number in (2, 0, 1)]
+    line = pa.array([{"file": str(tmp_path / f"{number}.parquet"), "row": i} for number, i in wanted])
+    batch = pa.record_batch({"id": pa.array(range(len(wanted))), "_line": line})
+    [found] = with_vectors(pa.RecordBatchReader.from_batches(batch.schema, [batch]), 3)
+    assert found.column("embedding").to_pylist() == [[number, i, 0.5] if i % 7 else [0, 0, 0] for number, i in wanted]
 
 
 def test_F81_a_vector_of_another_length_is_invalid(world):

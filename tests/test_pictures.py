@@ -17,6 +17,7 @@ from nightshift.job import ImagesSpec, Job, RenditionSpec
 from nightshift.job_file import load_job
 from nightshift.pictures import PictureUnreadable, prepare, render
 from nightshift.providers.forms import form_of
+from nightshift.providers.protocol import Question
 from nightshift.shapes import Summary
 from nightshift.steps.approve import approve
 from nightshift.steps.discover import discover
@@ -209,7 +210,7 @@ def test_a_bomb_is_not_opened(monkeypatch):
 def test_a_picture_stands_in_the_body_as_the_provider_wants_it(request_):
     endpoint = request_.get("endpoint", "converse" if request_["provider"] == "bedrock" else "/v1/chat/completions")
     form = form_of(endpoint)
-    body = form.body(model=request_["model"], system="S", user="U", parameters={}, schema=None, pictures=True)
+    body = form.body(Question(model=request_["model"], system="S", user="U", parameters={}, schema=None, pictures=True))
     assert orjson.dumps(body).count(b"PICTURES") == 1
     part = form.picture("image/jpeg", "AAAA")
     wanted = {

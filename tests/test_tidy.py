@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -15,6 +16,7 @@ from nightshift.steps.approve import approve
 from nightshift.steps.discover import discover
 from nightshift.steps.plan import plan
 from nightshift.steps.submit import submit
+from nightshift.steps.wait import pauses
 from nightshift.stores.answers import AnswerStore
 from nightshift.tidy import GRACE, MERGE_AT, forget, tidy
 from tests.conftest import World, reviews
@@ -181,3 +183,21 @@ def test_merging_keeps_what_each_model_has_answered(world):
     tidy(later(world, seconds=GRACE.total_seconds() + 10), keep=None)
     assert len(answers_files(world)) == 1
     assert go(world, plain, uri).requests.reused == go(world, other, uri).requests.reused == 40
+
+
+def test_what_an_unsettled_shard_counts_on_is_not_dropped(cloud):
+    """Requests and paid results of a job that nobody has collected yet, however old."""
+    cloud.rehearsal.faults(minimum_records=1)
+    job = cloud.job(request={"provider": "bedrock", "model": "amazon.nova-lite-v1:0"})
+    run = discover(cloud.site, job, pattern=cloud.write("a.jsonl", reviews(10)), label="x", run="r", dates={})
+    [shard] = approve(cloud.site, run, plan(cloud.site, run), ask=lambda: True).shards
+    submit(cloud.site, run, shard)
+    for pause in pauses(cloud.site, run, shard):
+        time.sleep(pause)
+    cloud.site.store.put("live/nobodys/answers.jsonl", b"{}")
+    cloud.site.store.put("bedrock/nobodys/x/requests.jsonl", b"{}")
+    tidy(later(cloud, days=40), keep=timedelta(days=30))
+    assert list(cloud.site.store.scan("live")) == []
+    assert {found.key.split("/")[1] for found in cloud.site.store.scan("bedrock")} == {cloud.site.ledger.token(shard, 1)}
+    assert drive(cloud.site, run, ask=lambda run, planned: True).outcomes["succeeded"] == 10
+    assert cloud.rehearsal.bill()["requests"] == 10

@@ -22,7 +22,7 @@ from obstore.store import MemoryStore
 
 from nightshift.errors import BatchUnknown, SubmissionInDoubt, Transient
 from nightshift.job import Job, JobFile
-from nightshift.providers.protocol import Garbage, Limits, Reply, Snapshot
+from nightshift.providers.protocol import WINDOW, Garbage, Limits, Reply, Snapshot
 from nightshift.runs import Run, Site
 from nightshift.shapes import Receipt
 from nightshift.steps.approve import approve
@@ -171,11 +171,13 @@ class InMemory:
     def limits(self, model: str) -> Limits:
         return Limits(requests=50, request_bytes=1_000_000)
 
-    def upload(self, name: str, path: Path) -> str:
-        self._uploads[name] = [orjson.loads(line)["custom_id"] for line in path.read_bytes().splitlines()]
-        return name
+    def upload(self, token: str, path: Path) -> str:
+        self._uploads[token] = [orjson.loads(line)["custom_id"] for line in path.read_bytes().splitlines()]
+        return token
 
-    def create(self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool]) -> Receipt:
+    def create(
+        self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool], window: timedelta = WINDOW
+    ) -> Receipt:
         self._life.effect()
         if not may_send():
             raise Transient("lapsed")
@@ -214,7 +216,7 @@ class InMemory:
             else:
                 yield Reply(custom_id=custom_id, outcome="succeeded", text="yes", paid=True, input_tokens=1, output_tokens=1)
 
-    def clean(self, batch_id: str) -> None:
+    def clean(self, token: str, batch_id: str | None) -> None:
         return
 
     def cancel(self, batch_id: str) -> None:

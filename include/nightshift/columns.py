@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from nightshift.job import Job
 
+VECTOR_BATCH_BYTES = 4 << 20
 SCALARS: dict[str, pa.DataType] = {
     "string": pa.string(),
     "integer": pa.int64(),
@@ -72,6 +73,19 @@ def output_type(job: Job) -> pa.DataType:
     if job.dimensions is not None:
         return pa.struct([("embedding", pa.list_(pa.float32(), job.dimensions))])
     return answer_type(job.answer_schema)
+
+
+def rows_at_once(schema: pa.Schema, rows: int) -> int:
+    """How many lines of answers are handled at once: of vectors, as many as a few megabytes hold."""
+    length = vector_length(schema)
+    return rows if length is None else min(rows, max(1, VECTOR_BATCH_BYTES // (4 * length)))
+
+
+def vector_length(schema: pa.Schema) -> int | None:
+    """How many numbers the vectors of an answers file have; None where its answers are none."""
+    kind = schema.field("output").type
+    first = kind.field(0).type if kind.num_fields else None
+    return int(first.list_size) if first is not None and pa.types.is_fixed_size_list(first) else None
 
 
 def answers_schema(job: Job) -> pa.Schema:

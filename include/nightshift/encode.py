@@ -20,7 +20,7 @@ from nightshift.money.estimate import BYTES_PER_TOKEN
 from nightshift.pictures import Picture
 from nightshift.prompts import NullInPrompt
 from nightshift.providers.forms import form_of
-from nightshift.providers.protocol import PICTURES
+from nightshift.providers.protocol import PICTURES, Question
 
 PLACE = b"\x00"  # of the pictures, among the parts of a body: no JSON holds it
 SYSTEM, USER = "\x00SYSTEM\x00", "\x00USER\x00"  # placeholders that no prompt file can hold: they are control characters
@@ -47,7 +47,7 @@ class Encoder:
             system, parts[SYSTEM] = SYSTEM, prompt.system
         elif prompt.system:
             system = prompt.system.template.render()
-        body = self.form.body(
+        asked = Question(
             model=request.model,
             system=system,
             user=USER,
@@ -55,7 +55,7 @@ class Encoder:
             schema=job.answer_schema,
             pictures=request.images is not None,
         )
-        self._pieces, order = _split(orjson.dumps(body))
+        self._pieces, order = _split(orjson.dumps(self.form.body(asked)))
         self._renders = [None if mark == PICTURES else _renderer(parts[mark].template) for mark in order]
         self._checks = compile_contract(job.spec.input.require)
         self._variables = tuple(sorted(prompt.variables))
@@ -63,8 +63,9 @@ class Encoder:
         if request.images is not None:
             head += orjson.dumps([request.images.longest_side, request.images.format])
         self._seed = hashlib.sha256(head + b"\n")
+        length = [] if job.dimensions is None else [str(job.dimensions).encode()]  # a vector of another length is another answer
         self.fingerprint = hashlib.sha256(
-            head + b"\n".join([*self._pieces, orjson.dumps(job.answer_schema, option=orjson.OPT_SORT_KEYS)])
+            head + b"\n".join([*self._pieces, orjson.dumps(job.answer_schema, option=orjson.OPT_SORT_KEYS), *length])
         ).hexdigest()
 
     def encode(self, row: Mapping[str, Any], pictures: Sequence[Picture] = ()) -> Request | str:

@@ -144,6 +144,9 @@ def _wrong_embedding(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
     if job.dimensions is None:
         why = f"how many numbers an embedding of {job.spec.request.model!r} has is not known here; set output.dimensions"
         yield ("request", "model"), why
+    asked, told = job.spec.request.parameters.get("dimensions"), job.spec.output.dimensions
+    if asked is not None and told is not None and asked != told:
+        yield ("output", "dimensions"), f"{told} is not what request.parameters.dimensions asks for, {asked}; remove it"
     if job.spec.stand_ins:
         yield ("policy", "retry"), "the vectors of two models do not compare; remove the other model"
 

@@ -29,7 +29,7 @@ def settled(site: Site, shard: str) -> Settled:
 
 
 def join(site: Site, job: Job, folder: Path, database: duckdb.DuckDBPyConnection, plan: Plan) -> None:
-    """A run's rows and answers as the views `rows` and `answers`, over local copies of its files.
+    """A run's rows and answers as the views `rows` and `answers` (`lines`: with the place of each), over local copies of its files.
 
     Of several answers to one request a success wins, then a paid one, then the latest.
     """
@@ -50,9 +50,10 @@ def join(site: Site, job: Job, folder: Path, database: duckdb.DuckDBPyConnection
            FROM everything SEMI JOIN rows USING (request_key) GROUP BY request_key"""
     )
     database.execute(
-        """CREATE VIEW answers AS SELECT everything.* EXCLUDE (filename, file_row_number) FROM everything JOIN chosen
+        """CREATE VIEW lines AS SELECT everything.*, chosen.line FROM everything JOIN chosen
            ON everything.request_key = chosen.request_key AND filename = line.file AND file_row_number = line.row"""
     )
+    database.execute("CREATE VIEW answers AS SELECT * EXCLUDE (filename, file_row_number, line) FROM lines")
 
 
 def _paths(paths: list[Path]) -> str:

@@ -13,12 +13,12 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nightshift.columns import answers_schema, fit, needs_fitting
+from nightshift.columns import answers_schema, fit, needs_fitting, rows_at_once
 from nightshift.job import Job
 from nightshift.providers.protocol import Reply
 from nightshift.shapes import Variant
 
-WRITE_ROWS = 8192
+WRITE_ROWS = 8192  # of answers in words
 AS_IT_WAS = Variant()
 
 
@@ -81,11 +81,12 @@ def _judge_vector(dimensions: int, reply: Reply) -> Answer:
 def write_answers(path: Path, job: Job, answers: Iterable[tuple[bytes, Answer]], origin: Mapping[str, Any]) -> None:
     """Write an answers file, one line per request; `origin`: the columns that are the same in every line."""
     schema = answers_schema(job)
+    rows = rows_at_once(schema, WRITE_ROWS)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         batch: list[dict[str, Any]] = []
         for key, answer in answers:
             batch.append({**_line(key, answer), **origin})
-            if len(batch) == WRITE_ROWS:
+            if len(batch) == rows:
                 writer.write_batch(_as_batch(batch, schema))
                 batch = []
         if batch:

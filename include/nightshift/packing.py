@@ -23,6 +23,7 @@ from nightshift.providers.protocol import Limits
 from nightshift.runs import Site
 from nightshift.shapes import PAID_OUTCOMES, Estimate, Outcome, ProviderName, Shard, Variant
 from nightshift.stores.answers import AnswerStore
+from nightshift.stores.objects import Objects
 from nightshift.stores.shards import keep_shard, request_keys, seed_of, shard_key, whom
 
 if TYPE_CHECKING:
@@ -131,12 +132,11 @@ def asked_from(provider: ProviderName, count: int, least: int) -> ProviderName:
     return "live" if count < least else provider
 
 
-def estimate_shards(site: Site, job: Job, shards: Iterable[Shard]) -> Estimate:
+def estimate_shards(store: Objects, job: Job, shards: Iterable[Shard]) -> Estimate:
     """What shards cost, as their requests are asked: anew, or again in the way that each says; in batches, or on demand."""
     estimates: list[Estimate] = []
-    least = site.limits(job).least
     for shard in shards:
-        seed = seed_of(site.store, shard)
+        seed = seed_of(store, shard)
         again = [] if seed is None else map(Variant.model_validate_json, seed.column("again").to_pylist())
         variants = Counter(again) or Counter({Variant(): shard.request_count})
         asked: Counter[tuple[ProviderName, str]] = Counter()
@@ -145,7 +145,7 @@ def estimate_shards(site: Site, job: Job, shards: Iterable[Shard]) -> Estimate:
         bought: dict[Variant, int] = {}
         for variant, count in variants.items():
             provider, _ = of = whom(variant, shard)
-            as_bought = variant.model_copy(update={"provider": asked_from(provider, asked[of], least)})
+            as_bought = variant.model_copy(update={"provider": asked_from(provider, asked[of], shard.least)})
             bought[as_bought] = bought.get(as_bought, 0) + count
         estimates += estimate_variants(job, bought, shard)
     return sum_estimates(job, estimates)
@@ -158,6 +158,7 @@ def freeze(
     spool: Path,
     group: list[Wanted],
     *,
+    least: int,
     salt: str = "",
     before: pa.Table | None = None,
     keep: bool = True,
@@ -176,6 +177,7 @@ def freeze(
         model=request.model,
         request_count=len(group),
         request_bytes=sum(item.weight for item in group),
+        least=least,
         seeded=before is not None,
     )
     if keep and site.store.get_shape(f"shards/{shard.key}/shard.json", Shard) is None:

@@ -46,7 +46,7 @@ def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], re
         if attempt.is_harvested:
             spent += _cost(attempt.claim, usage_of(pq.read_table(site.store.open(answers_key(facts.key, attempt.number)))))
 
-    is_dear = site.limits(run.job).least > 1  # what is asked again may be too little for a batch
+    is_dear = facts.least > 1  # what is asked again may be too little for a batch
 
     @cache
     def price(asked_as: Variant) -> Decimal | None:

@@ -84,10 +84,12 @@ def draft_redrive(site: Site, run: Run) -> Plan:
         files = answers.files()
         mended = mark_answered(database, answers, files, job.spec.stand_ins, MENDED)
         adopted_shards = mark_in_flight(site, database, in_flight)
-        shards = []
-        for group in groups(database, job.spec.policy, site.limits(job)):
+        shards, limits = [], site.limits(job)
+        for group in groups(database, job.spec.policy, limits):
             seed = _seed(database, job, [item.key for item in group])
-            shards.append(freeze(site, job.spec.request, before.fingerprint, spool, group, salt=salt_of(run), before=seed))
+            shards.append(
+                freeze(site, job.spec.request, before.fingerprint, spool, group, least=limits.least, salt=salt_of(run), before=seed)
+            )
         counts = dict(database.execute("SELECT coalesce(known, ''), count(*) FROM requests GROUP BY 1").fetchall())
     submitted, adopted = counts.get("", 0), counts.get(IN_FLIGHT, 0)
     if not counts:
@@ -101,7 +103,7 @@ def draft_redrive(site: Site, run: Run) -> Plan:
             "shards": (*(shard.key for shard in shards), *adopted_shards),
             "adopted_shards": tuple(adopted_shards),
             "answers": tuple(dict.fromkeys([*before.answers, *own, *mended])),
-            "estimate": estimate_shards(site, job, shards),
+            "estimate": estimate_shards(site.store, job, shards),
             "saved_usd": None,
             "approved_at": None,
             "seen": seen(files, in_flight),

@@ -20,10 +20,10 @@ from nightshift.prompts import environment
 from nightshift.providers.protocol import Limits, Provider
 from nightshift.shapes import Outcome, PinnedObject, Plan, Wire
 from nightshift.stores.answers import AnswerStore
-from nightshift.stores.ledger import Ledger
+from nightshift.stores.ledger import Claim, Ledger
 from nightshift.stores.objects import Objects
 
-VECTOR_BYTES = 64 << 20  # of a shard's embeddings: some copies of them are in memory when it is harvested and settled
+VECTOR_BYTES = 32 << 20  # of a shard's embeddings: some copies of them are in memory when it is harvested and settled
 UNSAFE = re.compile(r"[^A-Za-z0-9._=-]+")
 
 
@@ -58,9 +58,9 @@ class Site:
         """What one batch may hold: as the job says, else as the provider does; of embeddings, what fits into memory."""
         request, given = job.spec.request, job.spec.request.limits
         found = self.open_provider(request).limits(request.model)
-        most = VECTOR_BYTES // (4 * job.dimensions) if job.dimensions else found.requests
+        requests = given.max_requests or found.requests
         return Limits(
-            requests=given.max_requests or min(found.requests, most),
+            requests=min(requests, VECTOR_BYTES // (4 * job.dimensions)) if job.dimensions else requests,
             request_bytes=given.max_bytes or found.request_bytes,
             least=given.min_requests or found.least,
         )
@@ -150,6 +150,11 @@ def load_run(store: Objects, uri: str) -> Run:
 def run_id(*parts: str) -> str:
     """A run's name in the store: 16 hex digits, safe in every provider's names."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def work_of(shard: str, claim: Claim) -> str:
+    """What an attempt asks, as a name: attempts that follow each other without an answer in between do the same work."""
+    return run_id(shard, claim.provider, claim.model, *map(str, claim.after))
 
 
 def render_dates(template: str, dates: Mapping[str, str]) -> str:

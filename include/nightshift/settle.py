@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from nightshift.columns import rows_at_once
 from nightshift.errors import CountsDisagree
 from nightshift.money.prices import tier_of
 from nightshift.runs import Site
@@ -17,6 +18,7 @@ from nightshift.shapes import Paid, ProviderName, Settled, Shard, Usage
 from nightshift.stores.ledger import Attempt
 from nightshift.stores.shards import answers_key, request_keys
 
+GROUP_ROWS = 1 << 20  # in a row group of answers in words: all of a shard
 RANK: dict[str, int] = {"succeeded": 3, "invalid": 2, "truncated": 2, "refused": 2, "filtered": 2}  # of two lines the better stays
 
 
@@ -29,7 +31,7 @@ def settle(site: Site, shard: str, attempts: list[Attempt]) -> Settled:
     check_shard(facts, attempts, tables, request_keys(site.store, shard), merged)
     with site.scratch() as folder:
         path = Path(folder) / "answers.parquet"
-        pq.write_table(merged, path, compression="zstd")
+        pq.write_table(merged, path, compression="zstd", row_group_size=rows_at_once(merged.schema, GROUP_ROWS))
         site.store.put(answers.file_of(shard), path)
     return site.ledger.settle(
         Settled(

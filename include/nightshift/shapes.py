@@ -49,6 +49,7 @@ class Shard(Wire):
     model: str
     request_count: int
     request_bytes: int  # of its lines; a picture counts as the text that costs as much
+    least: int = 1  # requests of a batch, as it was when the shard was planned; fewer are asked on demand
     seeded: bool = False  # `answers-0` holds what became of its requests before, and how they are asked now
 
 

@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from nightshift.columns import vector_length
 from nightshift.errors import InputMissing, RowInUse
-from nightshift.runs import Site
+from nightshift.runs import Site, work_of
 from nightshift.shapes import Plan
 from nightshift.stores.answers import MERGED, is_merged
 from nightshift.stores.database import open_database
@@ -68,17 +69,44 @@ def tidy(site: Site, *, keep: timedelta | None) -> Tidied:
         site.store.delete(old)
         current = [found for found in files if found.key not in sources]
         small = [found.key for found in current if found.size < MERGE_BELOW]
-        if len(small) >= MERGE_AT:
+        if len(small) >= MERGE_AT and not _holds_vectors(site, small[0]):  # they are large, and read one by one
             _merge(site, folder, small)
             merged += len(small)
         if cutoff is not None:
             dropped += sum(_drop_older(site, found.key, cutoff) for found in files if found.key not in {*old, *needed})
         removed += len(old)
     emptied = 0 if cutoff is None else _empty_older(site, cutoff)
-    if cutoff is not None:  # of shards that nobody has settled since
-        for folder in ("live", "bedrock"):
-            site.store.delete([found.key for found in site.store.scan(folder) if found.modified < cutoff.timestamp()])
+    if cutoff is not None:
+        _drop_work(site, cutoff)
     return Tidied(merged=merged, removed=removed, dropped=dropped, emptied=emptied)
+
+
+def _drop_work(site: Site, cutoff: datetime) -> None:
+    """Drop what attempts have left beside their shards, but not what a shard that is not settled still counts on."""
+    old = {
+        folder: found for top in ("live", "bedrock") for folder in site.store.folders(top) if (found := _all_older(site, folder, cutoff))
+    }
+    if not old:
+        return
+    needed = set()
+    for folder in site.store.folders("shards"):
+        shard = folder.rpartition("/")[2]
+        if site.ledger.settled(shard) is None:
+            for attempt in site.ledger.attempts(shard):
+                needed |= {f"bedrock/{attempt.claim.token}", f"live/{work_of(shard, attempt.claim)}"}
+    for folder, keys in old.items():
+        if folder not in needed:
+            site.store.delete(keys)
+
+
+def _holds_vectors(site: Site, file: str) -> bool:
+    return vector_length(pq.read_schema(site.store.open(file))) is not None
+
+
+def _all_older(site: Site, folder: str, cutoff: datetime) -> list[str]:
+    """The keys in a folder, where none of its objects is younger."""
+    found = list(site.store.scan(folder))
+    return [each.key for each in found] if all(each.modified < cutoff.timestamp() for each in found) else []
 
 
 def forget(site: Site, job: str, ids: Collection[str]) -> Forgotten:

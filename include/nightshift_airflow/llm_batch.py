@@ -28,7 +28,7 @@ from airflow.providers.common.ai.exceptions import LLMBatchLimitExceededError, L
 
 from nightshift.providers.bedrock import LIMITS, BedrockJobs
 from nightshift.providers.bedrock_forms import ConverseForm
-from nightshift.providers.protocol import Reply, Snapshot
+from nightshift.providers.protocol import Question, Reply, Snapshot
 from nightshift_airflow.site import bedrock_access, open_store
 
 DEFAULT_CONNECTION = "aws_default"
@@ -139,14 +139,14 @@ class BedrockBatchAdapter(BatchAdapter):
         for index, request in enumerate(requests):
             limit = request.get("max_tokens") or batch.get("max_tokens")
             parameters = {**(batch.get("request_params") or {}), **(request.get("params") or {})}
-            body = self._form.body(
+            asked = Question(
                 model=model,
                 system=request.get("system_prompt") or batch.get("system_prompt") or None,
                 user=request["prompt"],
                 parameters={**parameters, "max_output_tokens": limit} if limit else parameters,
                 schema=self.build_output_directive(spec).get("schema"),
             )
-            yield self._form.line(f"{idempotency_key}-{index}", orjson.dumps(body))
+            yield self._form.line(f"{idempotency_key}-{index}", orjson.dumps(self._form.body(asked)))
 
 
 def token_of(idempotency_key: str, input_fingerprint: str) -> str:

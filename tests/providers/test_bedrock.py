@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
+from botocore.exceptions import ClientError, UnauthorizedSSOTokenError
 
 from nightshift.drive import begin, drive
 from nightshift.errors import (
@@ -17,9 +18,10 @@ from nightshift.errors import (
     ModelNotFound,
     ProviderUnavailable,
     QueueFull,
+    ResultsGone,
     ShardHeld,
 )
-from nightshift.providers.bedrock import BedrockJobs
+from nightshift.providers.bedrock import BedrockJobs, translated
 from nightshift.providers.protocol import Limits
 from nightshift.shapes import Summary
 from nightshift.steps.approve import approve
@@ -30,7 +32,7 @@ from nightshift.steps.submit import submit
 from nightshift.steps.wait import pauses
 from nightshift.stores.ledger import QUEUE_PATIENCE, QUEUE_PAUSE_MAX
 from nightshift.stores.objects import open_objects
-from tests.conftest import Rehearsal, World, reviews
+from tests.conftest import Rehearsal, World, make_world, reviews
 
 HAIKU = "us.anthropic.claude-haiku-4-5-20251001-v1:0"
 BEDROCK = {"provider": "bedrock", "model": HAIKU}
@@ -205,6 +207,86 @@ def test_F60_results_that_come_after_the_end_are_waited_for(cloud, monkeypatch):
     assert (summary.outcomes["succeeded"], cloud.rehearsal.bill()["requests"]) == (120, 120)
 
 
+def test_F60_results_of_a_job_that_ended_early_are_waited_for_too(cloud, monkeypatch):
+    """Partially completed: what ran is billed, and its file comes a little later than the word."""
+    monkeypatch.setattr("nightshift.drive.TRANSIENT_PAUSE_SECONDS", 0.1)
+    cloud.rehearsal.faults(never_run=0.3, results_lag_seconds=1.0)
+    summary = go(cloud, cloud.job(request=BEDROCK, policy={"on_demand": True}), cloud.write("a.jsonl", reviews(120)))
+    assert (summary.outcomes["succeeded"], cloud.rehearsal.bill()["requests"]) == (120, 120)
+
+
+def test_two_stores_of_one_account_buy_apart(cloud, tmp_path, rehearsal, bucket):
+    """Same job, same rows, one account: neither is handed the other's job, nor finds its files gone."""
+    other = make_world(tmp_path / "other", rehearsal, store_uri=f"{bucket}/other")
+    (tmp_path / "other").mkdir()
+    for world in (cloud, other):
+        assert go(world, world.job(request=BEDROCK), world.write("a.jsonl", reviews(110))).outcomes["succeeded"] == 110
+    bill = rehearsal.bill()
+    assert (bill["batches"], bill["requests"]) == (2, 220)
+
+
+def test_F87_files_that_somebody_else_has_removed_are_looked_for_again(cloud, tmp_path):
+    run, shard = begun(cloud, cloud.job(request=BEDROCK))
+    receipt = submit(cloud.site, run, shard)
+    for pause in pauses(cloud.site, run, shard):
+        time.sleep(pause)
+    provider, [attempt] = jobs_of(cloud), cloud.site.ledger.attempts(shard)
+    look = provider.poll(receipt.batch_id)
+    provider.clean(attempt.claim.token, receipt.batch_id)
+    with pytest.raises(ResultsGone):
+        list(provider.replies(look, tmp_path))
+
+
+def test_a_jobs_time_is_the_jobs_own_deadline_as_far_as_bedrock_lets_it(cloud, monkeypatch):
+    asked = []
+    create = BedrockJobs.create
+    monkeypatch.setattr(BedrockJobs, "create", lambda self, *given: asked.append(given[-1]) or create(self, *given))
+    go(cloud, cloud.job(request=BEDROCK, policy={"deadline_hours": 72}), cloud.write("a.jsonl", reviews(100)))
+    assert asked == [timedelta(hours=72)]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error"),
+    [
+        (400, "ThrottlingException", ProviderUnavailable),
+        (400, "Throttling", ProviderUnavailable),
+        (429, "TooManyRequestsException", ProviderUnavailable),
+        (500, "InternalServerException", ProviderUnavailable),
+        (400, "ExpiredToken", AccessDenied),
+        (403, "SignatureDoesNotMatch", AccessDenied),
+        (403, "403", AccessDenied),
+        (400, "ServiceQuotaExceededException", QueueFull),
+        (400, "ValidationException", BatchRejected),
+    ],
+)
+def test_errors_of_every_service_on_the_way_are_what_they_are(status, code, error):
+    answer = {"Error": {"Code": code, "Message": "why"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    with pytest.raises(error), translated("here"):
+        raise ClientError(answer, "CreateModelInvocationJob")
+
+
+def test_credentials_that_cannot_be_renewed_are_told_and_are_no_doubt(cloud, monkeypatch):
+    def expired(*given, **named):
+        raise UnauthorizedSSOTokenError
+
+    provider = jobs_of(cloud)
+    monkeypatch.setattr(provider._once, "create_model_invocation_job", expired)
+    with pytest.raises(AccessDenied, match="SSO"):
+        provider.create("s3://b/x/requests.jsonl", HAIKU, "a" * 32, {}, lambda: True)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "arn:aws:bedrock:us-east-1::foundation-model/amazon.nova-lite-v1:0",
+        "arn:aws:bedrock:us-east-1:123456789012:inference-profile/us.amazon.nova-lite-v1:0",
+        "arn:aws:bedrock:us-east-1:123456789012:imported-model/abcdefghijkl",
+    ],
+)
+def test_a_model_can_be_named_by_its_arn(cloud, model):
+    jobs_of(cloud).check(model)
+
+
 def test_F89_a_manifest_is_compared_and_never_needed(cloud):
     cloud.rehearsal.faults(no_manifest=True)
     assert go(cloud, cloud.job(request=BEDROCK), cloud.write("a.jsonl", reviews(120))).alarms == {}
@@ -294,7 +376,8 @@ def test_F94_a_job_that_runs_names_no_result_files(cloud):
     cloud.rehearsal.pace(validating=0.0, running=30.0, finalizing=0.0, cancelling=0.05)
     run, shard = begun(cloud, cloud.job(request=BEDROCK))
     receipt = submit(cloud.site, run, shard)
-    cloud.site.store.put(f"bedrock/nightshift-{shard[:12]}-1/out/{receipt.batch_id.rpartition('/')[2]}/requests.jsonl.out", b"{")
+    [uploaded] = [found.key for found in cloud.site.store.scan("bedrock")]
+    cloud.site.store.put(f"{uploaded.rpartition('/')[0]}/out/{receipt.batch_id.rpartition('/')[2]}/requests.jsonl.out", b"{")
     look = jobs_of(cloud).poll(receipt.batch_id)
     assert (look.state, look.result_files) == ("running", ())
 

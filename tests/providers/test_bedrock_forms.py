@@ -8,7 +8,7 @@ import pytest
 
 from nightshift.money.prices import base_model, price_at
 from nightshift.providers.bedrock_forms import ConverseForm, InvokeForm, maker_of
-from nightshift.providers.protocol import Garbage
+from nightshift.providers.protocol import Garbage, Question
 from nightshift.shapes import Usage, Variant
 
 KEY = "ab" * 32
@@ -98,7 +98,7 @@ def test_lines_that_name_no_request_are_garbage(line):
     ],
 )
 def test_each_makers_body_has_the_parameters_in_its_words(model, expected):
-    body = InvokeForm().body(model=model, system="S", user="U", parameters=PARAMETERS, schema=SCHEMA)
+    body = InvokeForm().body(Question(model=model, system="S", user="U", parameters=PARAMETERS, schema=SCHEMA))
     assert expected.items() <= body.items()
     told = json.dumps(body)
     assert "JSON Schema" in told
@@ -111,7 +111,7 @@ def test_each_makers_body_has_the_parameters_in_its_words(model, expected):
 
 
 def test_converse_hands_on_what_it_has_no_word_for():
-    body = ConverseForm().body(model="m", system=None, user="U", parameters=PARAMETERS, schema=None)
+    body = ConverseForm().body(Question(model="m", system=None, user="U", parameters=PARAMETERS, schema=None))
     assert body == {
         "messages": [{"role": "user", "content": [{"text": "U"}]}],
         "inferenceConfig": {"maxTokens": 60, "temperature": 0, "stopSequences": ["END"]},

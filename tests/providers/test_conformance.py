@@ -20,7 +20,7 @@ from nightshift.providers.bedrock import BedrockJobs, BedrockRuntime
 from nightshift.providers.forms import form_of
 from nightshift.providers.live import LiveServer, OpenAIApi
 from nightshift.providers.openai import OpenAIBatches
-from nightshift.providers.protocol import Provider
+from nightshift.providers.protocol import Provider, Question
 from nightshift.shapes import Summary
 from nightshift.steps.approve import approve
 from nightshift.steps.discover import discover
@@ -264,7 +264,7 @@ def test_failures_are_driven_again_by_a_redrive(ready, monkeypatch):
 def test_a_line_starts_with_its_id_and_opens_as_it_was_made(ready):
     request = ready.job().spec.request
     form = form_of(request.endpoint)
-    body = form.body(model=request.model, system="S", user="U", parameters={"max_output_tokens": 9}, schema={"type": "object"})
+    body = form.body(Question(model=request.model, system="S", user="U", parameters={"max_output_tokens": 9}, schema={"type": "object"}))
     line = form.line("ab" * 32, orjson.dumps(body))
     assert line[line.index(b'":"') + 3 :].startswith(b"ab" * 32)
     assert form.opened(line) == ("ab" * 32, body)

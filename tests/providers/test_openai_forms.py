@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nightshift.providers.openai_forms import ChatForm, ResponsesForm, is_strict
-from nightshift.providers.protocol import Garbage
+from nightshift.providers.protocol import Garbage, Question
 
 KEY = "ab" * 32
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}}
@@ -111,11 +111,11 @@ def test_a_readable_id_with_an_odd_body_is_an_error_of_that_request():
 def test_bodies_carry_the_schema_and_the_endpoints_own_names():
     schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
     arguments = {"model": "m", "system": "S", "user": "U", "parameters": {"max_output_tokens": 5, "temperature": 0}, "schema": schema}
-    asked = ChatForm().body(**arguments)
+    asked = ChatForm().body(Question(**arguments))
     assert asked["max_completion_tokens"] == 5
     assert asked["messages"] == [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
     assert asked["response_format"]["json_schema"] == {"name": "answer", "strict": True, "schema": schema}
-    asked = ResponsesForm().body(**arguments)
+    asked = ResponsesForm().body(Question(**arguments))
     assert (asked["max_output_tokens"], asked["instructions"], asked["store"]) == (5, "S", False)
     assert asked["text"]["format"] == {"type": "json_schema", "name": "answer", "strict": True, "schema": schema}
 

@@ -105,7 +105,7 @@ def test_how_often_a_request_is_asked_again(outcome, times, allowed):
 
 
 def wanted(*sizes: int) -> list[Wanted]:
-    return [Wanted(key=bytes([i]), start=0, size=size, ordinal=i) for i, size in enumerate(sizes)]
+    return [Wanted(key=bytes([i]), start=0, size=size, weight=size, ordinal=i) for i, size in enumerate(sizes)]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from nightshift.steps.collect import collect
 from nightshift.steps.discover import discover
 from nightshift.steps.plan import plan
 from nightshift.steps.submit import submit
-from nightshift.stores.ledger import LEASE, Claim, Lease, token_for
+from nightshift.stores.ledger import LEASE, Claim, Lease
 from tests.conftest import reviews, serve
 
 
@@ -36,7 +36,7 @@ def later(site: Site) -> Site:
 def claim_and_die(world, run, shard: str, attempt: int) -> None:
     """A worker that claims an attempt and is never heard of again."""
     claim = Claim(
-        token=token_for(shard, attempt), owner="the dead", claimed_at=datetime.now(UTC), where=f"{world.rehearsal.url}/v1",
+        token=world.site.ledger.token(shard, attempt), owner="the dead", claimed_at=datetime.now(UTC), where=f"{world.rehearsal.url}/v1",
         run=run.uri, provider="openai", model="gpt-5.4-nano", asked=5,
     )  # fmt: skip
     assert world.site.ledger.claim(shard, attempt, claim)
@@ -80,7 +80,7 @@ def test_F35_a_worker_that_died_before_the_create_call_is_replaced(world, planne
     site, run, shard = planned
     claim_and_die(world, run, shard, 1)
     receipt = submit(later(site), run, shard)
-    assert receipt.token == token_for(shard, 2)
+    assert receipt.token == site.ledger.token(shard, 2)
     assert batches(world) == 1
 
 
@@ -94,7 +94,7 @@ def test_a_look_up_that_fails_is_not_taken_for_nothing_there(world, planned, tmp
         submit(later(site), run, shard)
     assert [attempt.number for attempt in site.ledger.attempts(shard)] == [1]
     again = serve(world.rehearsal.state, port=port)
-    assert submit(replace(site, now=lambda: datetime.now(UTC) + 3 * LEASE), run, shard).token == token_for(shard, 1)
+    assert submit(replace(site, now=lambda: datetime.now(UTC) + 3 * LEASE), run, shard).token == site.ledger.token(shard, 1)
     assert again.bill()["batches"] == 1
     again.stop()
 
@@ -125,7 +125,7 @@ def test_F33_a_doubt_stays_a_doubt_until_the_list_has_been_read_after_the_lease(
     with pytest.raises(ShardHeld):
         submit(site, run, shard)
     time.sleep(2)
-    assert submit(later(site), run, shard).token == token_for(shard, 1)
+    assert submit(later(site), run, shard).token == site.ledger.token(shard, 1)
     assert batches(world) == 1
 
 
@@ -136,7 +136,7 @@ def test_a_late_receipt_of_an_older_attempt_is_attached_to(world, planned):
     site.store.delete([f"shards/{shard}/receipt-1.json"])
     claim_and_die(world, run, shard, 2)
     found = submit(later(site), run, shard)
-    assert found.token == token_for(shard, 1)
+    assert found.token == site.ledger.token(shard, 1)
     assert submit(later(site), run, shard) == found
     assert batches(world) == 1
 

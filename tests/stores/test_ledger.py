@@ -171,5 +171,5 @@ def test_a_damaged_ledger_object_is_not_taken_for_a_missing_one(tmp_path):
 
 
 def test_tokens_are_the_same_for_everybody_and_safe_in_every_providers_names():
-    assert token_for("s1", 1) == token_for("s1", 1) != token_for("s1", 2)
-    assert token_for("s1", 1).isalnum()
+    assert token_for("a", "s1", 1) == token_for("a", "s1", 1) not in (token_for("a", "s1", 2), token_for("b", "s1", 1))
+    assert token_for("a", "s1", 1).isalnum()

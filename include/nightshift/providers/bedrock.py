@@ -12,12 +12,14 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
+from uuid import uuid4
 
 import orjson
 
@@ -25,15 +27,17 @@ from nightshift.errors import (
     AccessDenied,
     BatchRejected,
     BatchUnknown,
+    InputMissing,
     ModelNotFound,
     NightshiftError,
     ProviderUnavailable,
     QueueFull,
-    SubmissionInDoubt,
+    ResultsGone,
 )
 from nightshift.money.prices import base_model
+from nightshift.providers.doubt import CLOCK_SKEW, look_after_doubt
 from nightshift.providers.forms import form_of
-from nightshift.providers.protocol import BatchState, Garbage, Limits, Reply, Snapshot
+from nightshift.providers.protocol import WINDOW, BatchState, Garbage, Limits, Reply, Snapshot
 from nightshift.shapes import Endpoint, Outcome, Receipt
 from nightshift.stores.ledger import CREATE_TIMEOUT
 from nightshift.stores.objects import Objects
@@ -58,8 +62,14 @@ ABSENT: dict[str, Outcome] = {"PartiallyCompleted": "expired", "Expired": "expir
 INVOCATION = {"converse": "Converse", "invoke": "InvokeModel"}
 
 LIMITS = Limits(requests=50_000, request_bytes=1_000_000_000, least=100)  # where neither the job nor Service Quotas says otherwise
-QUOTA_SERVICE = "bedrock"
+QUOTAS = {
+    "minimum number of records per batch inference job": "least",
+    "records per batch inference job": "requests",
+    "records per input file per batch inference job": "requests",
+    "batch inference input file size (in gb)": "gigabytes",
+}  # as Service Quotas calls them, before " for " and the model's name
 GIGABYTE = 1_000_000_000
+SHORTEST_HOURS, LONGEST_HOURS = 24, 168  # of a job
 NAME = "nightshift-"  # and an attempt's token: no underscore, no colon, at most 63 characters
 S3_URI = re.compile(r"s3://[a-z0-9][-.a-z0-9]{1,61}[a-z0-9](/[-!_*'().a-z0-9A-Z]+)*")
 ROLE_ARN = re.compile(r"arn:aws(-[^:]+)?:iam::([0-9]{12}):role/.+")
@@ -68,19 +78,24 @@ ROLE_HINT = (
     "(in Airflow, bedrock.role_arn under the connection's service_config)"
 )
 FILES_HINT = "set NIGHTSHIFT_BEDROCK_FILES to a folder on S3 (in Airflow, bedrock.files under the connection's service_config)"
-CLOCK_SKEW = timedelta(hours=1)  # between the ledger's clock and Bedrock's, when looking for a job
-LIST_LAG_SECONDS = (0.0, 2.0, 5.0)  # looks at the list after a doubtful create: read-after-write is not promised
 DENIED_CODES = frozenset(
     {
+        "AccessDenied",
         "AccessDeniedException",
+        "ExpiredToken",
         "ExpiredTokenException",
         "IncompleteSignature",
         "InvalidClientTokenId",
         "InvalidSignatureException",
         "MissingAuthenticationTokenException",
+        "RequestExpired",
+        "SignatureDoesNotMatch",
         "UnrecognizedClientException",
     }
 )
+PASSING_CODES = frozenset(
+    {"ConflictException", "RequestLimitExceeded", "Throttling", "ThrottlingException", "TooManyRequestsException"}
+)  # of any service that is asked on the way, STS among them; some of them come as a 400
 OUR_FAULT = ("ValidationException", "ResourceNotFoundException")
 
 
@@ -128,9 +143,9 @@ class BedrockJobs:
 
     @property
     def where(self) -> str:
-        """The endpoint and the account, which the endpoint alone does not tell."""
+        """The endpoint, the account, which the endpoint alone does not tell, and the folder on S3 in which jobs are found."""
         role = ROLE_ARN.fullmatch(self._access.role_arn or "")
-        return f"{self._control.meta.endpoint_url} of account {role[2] if role else 'unknown'}"
+        return f"{self._control.meta.endpoint_url} of account {role[2] if role else 'unknown'} by way of {self._files.uri}"
 
     @cached_property
     def _control(self) -> Any:
@@ -161,15 +176,17 @@ class BedrockJobs:
             raise AccessDenied("Bedrock", f"its requests and results go through {uri}, which {why}; {FILES_HINT}.")
         check_model(model, self._control)
 
-    def upload(self, name: str, path: Path) -> str:
-        """See Provider. Every attempt has a folder of its own, which takes its results as well."""
-        key = f"bedrock/{name}/requests.jsonl"
+    def upload(self, token: str, path: Path) -> str:
+        """See Provider. Into a folder of its own each time: of two workers at one attempt neither changes what the other sends."""
+        key = f"{_folder(token)}/{uuid4().hex[:12]}/requests.jsonl"
         self._files.put(key, path)
         return self._files.uri_of(key)
 
-    def create(self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool]) -> Receipt:
+    def create(
+        self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool], window: timedelta = WINDOW
+    ) -> Receipt:
         """See Provider. Raises QueueFull where the account has as many jobs of the model as it may."""
-        from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, EndpointConnectionError, ParamValidationError
+        from botocore.exceptions import BotoCoreError, ClientError
 
         client, started = self._once, datetime.now(UTC)
         if not may_send():
@@ -183,33 +200,23 @@ class BedrockJobs:
                 modelInvocationType=INVOCATION[self._endpoint],
                 inputDataConfig={"s3InputDataConfig": {"s3Uri": uploaded}},
                 outputDataConfig={"s3OutputDataConfig": {"s3Uri": f"{uploaded.rpartition('/')[0]}/out/"}},
+                timeoutDurationInHours=min(max(ceil(window / timedelta(hours=1)), SHORTEST_HOURS), LONGEST_HOURS),
                 tags=[{"key": f"nightshift-{name}", "value": value} for name, value in labels.items()],
             )
         except ClientError as error:
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             if status >= 500 or _code(error) == "ConflictException":
-                return self._look_after_doubt(token, started, error)
+                return look_after_doubt(self, token, started, error, self._sleep)
             with self._errors():
                 raise
-        except (EndpointConnectionError, ConnectTimeoutError, ParamValidationError):
+        except never_left():
             with self._errors():  # it certainly never left
                 raise
         except (BotoCoreError, ValueError) as error:  # no answer, or not the API's
-            return self._look_after_doubt(token, started, error)
+            return look_after_doubt(self, token, started, error, self._sleep)
         if not isinstance(arn := created.get("jobArn"), str):
-            return self._look_after_doubt(token, started, ValueError("the answer holds no job"))
+            return look_after_doubt(self, token, started, ValueError("the answer holds no job"), self._sleep)
         return Receipt(batch_id=arn, token=token, created_at=started)
-
-    def _look_after_doubt(self, token: str, started: datetime, cause: Exception) -> Receipt:
-        for pause in LIST_LAG_SECONDS:
-            self._sleep(pause)
-            try:
-                receipt = self.find([token], started)
-            except NightshiftError:  # a look-up that fails, for whatever reason, never means "not there"
-                continue
-            if receipt is not None:
-                return receipt
-        raise SubmissionInDoubt(token) from cause
 
     def find(self, tokens: Sequence[str], since: datetime) -> Receipt | None:
         """See Provider. By the job's name, which holds the token: the list knows a filter for that."""
@@ -267,6 +274,7 @@ class BedrockJobs:
             bad_lines={},
             ended_at=ended_at if isinstance(ended_at, datetime) and state != "running" else None,
             absent=ABSENT.get(status, "missing"),
+            awaits_files=state != "running" and bool(job.get("processedRecordCount") or status == "PartiallyCompleted"),
             is_stopping=status == "Stopping",
         )
 
@@ -284,7 +292,7 @@ class BedrockJobs:
         """See Provider. What the manifest counts is compared with what was read, where there is one (F89), and never believed."""
         records = 0
         for number, key in enumerate(snapshot.result_files):
-            with self._files.download(key, scratch / f"results-{number}.jsonl").open("rb", buffering=1 << 20) as file:
+            with self._download(key, scratch / f"results-{number}.jsonl").open("rb", buffering=1 << 20) as file:
                 for line in file:
                     if line.strip():
                         records += 1
@@ -294,6 +302,12 @@ class BedrockJobs:
             if counted is not None and counted != records:
                 yield Garbage(reason=f"the manifest counts {counted} records, {records} were read", alarm="manifests that count otherwise")
 
+    def _download(self, key: str, path: Path) -> Path:
+        try:
+            return self._files.download(key, path)
+        except InputMissing as error:  # somebody else has settled the shard meanwhile, and removed it
+            raise ResultsGone(self.where, key) from error
+
     def cancel(self, batch_id: str) -> None:
         """See Provider. One that comes too late or is lost is no error: who waits looks again, and asks again (F48, F49)."""
         try:
@@ -302,11 +316,9 @@ class BedrockJobs:
         except (BatchRejected, ProviderUnavailable):
             self.poll(batch_id)
 
-    def clean(self, batch_id: str) -> None:
+    def clean(self, token: str, batch_id: str | None) -> None:
         """See Provider. The results echo every prompt (F96), so nothing of a settled job stays."""
-        uri = str(self._job(batch_id)["inputDataConfig"]["s3InputDataConfig"]["s3Uri"])
-        folder = self._files.key_of(uri).rpartition("/")[0]
-        self._files.delete([found.key for found in self._files.scan(folder)])
+        self._files.delete([found.key for found in self._files.scan(_folder(token))])
 
     @contextmanager
     def _errors(self, passing: Sequence[str] = ()) -> Iterator[None]:
@@ -345,10 +357,11 @@ class BedrockRuntime:
         if key := os.environ.get("AWS_BEARER_TOKEN_BEDROCK"):
             return url, {**headers, "Authorization": f"Bearer {key}"}
         request = AWSRequest("POST", url, headers, body)
-        credentials = self._access.opened.get_credentials()
-        if credentials is None:
-            raise AccessDenied("AWS", "there are no credentials. Set AWS_* variables or a profile; inside Airflow, the connection.")
-        SigV4Auth(credentials.get_frozen_credentials(), "bedrock", self._client.meta.region_name).add_auth(request)
+        with translated(self.where):
+            credentials = self._access.opened.get_credentials()
+            if credentials is None:
+                raise AccessDenied("AWS", "there are no credentials. Set AWS_* variables or a profile; inside Airflow, the connection.")
+            SigV4Auth(credentials.get_frozen_credentials(), "bedrock", self._client.meta.region_name).add_auth(request)
         return url, dict(request.headers.items())
 
 
@@ -356,13 +369,13 @@ def check_model(model: str, control: Any) -> None:
     """Raise ModelNotFound where Bedrock does not offer a model in this region. A caller who may not ask passes: only a no is a no."""
     from botocore.exceptions import ClientError
 
-    where = str(control.meta.endpoint_url)
+    where, is_arn = str(control.meta.endpoint_url), model.startswith("arn:")  # a custom or imported model is known only to its own account
     try:
         with translated(where, (*OUR_FAULT, "AccessDeniedException")):
-            if model == base_model(model):
-                control.get_foundation_model(modelIdentifier=model)
-            elif "custom-model" not in model:
+            if ":application-inference-profile/" in model or ":inference-profile/" in model or (model != base_model(model) and not is_arn):
                 control.get_inference_profile(inferenceProfileIdentifier=model)
+            elif not is_arn or ":foundation-model/" in model:
+                control.get_foundation_model(modelIdentifier=base_model(model))
     except ClientError as error:
         if _code(error) in OUR_FAULT:
             raise ModelNotFound(model, f"{where} ({_message(error)})") from error
@@ -372,38 +385,29 @@ def quotas_of(model: str, access: BedrockAccess) -> Limits:
     """What Service Quotas says of batches of a model; what it does not say, or not to us, is as documented."""
     from botocore.exceptions import BotoCoreError, ClientError
 
-    limits = LIMITS
+    found: dict[str, list[float]] = {}
     config: dict[str, Any] = {"retries": {"mode": "standard", "total_max_attempts": 3}, "connect_timeout": 3, "read_timeout": 10}
     try:
         control, quotas = access.client("bedrock", **config), access.client("service-quotas", **config)
-        name = control.get_foundation_model(modelIdentifier=base_model(model))["modelDetails"]["modelName"]
-        for page in quotas.get_paginator("list_service_quotas").paginate(ServiceCode=QUOTA_SERVICE):
+        name = str(control.get_foundation_model(modelIdentifier=base_model(model))["modelDetails"]["modelName"])
+        for page in quotas.get_paginator("list_service_quotas").paginate(ServiceCode="bedrock"):
             for quota in page["Quotas"]:
-                limits = _narrowed(limits, str(quota["QuotaName"]), str(name), float(quota["Value"]))
+                kind, _, of = str(quota["QuotaName"]).casefold().rpartition(" for ")
+                if of == name.casefold() and kind in QUOTAS:
+                    found.setdefault(QUOTAS[kind], []).append(float(quota["Value"]))
     except (BotoCoreError, ClientError, NightshiftError, KeyError, TypeError, ValueError):
         return LIMITS
-    return limits
-
-
-def _narrowed(limits: Limits, quota: str, model: str, value: float) -> Limits:
-    """Limits with one quota of a model taken in."""
-    kind, found, of = quota.casefold().rpartition(" for ")
-    if not found or of != model.casefold():
-        return limits
-    match kind.removesuffix(" (in gb)"):
-        case "minimum number of records per batch inference job":
-            return replace(limits, least=int(value))
-        case "records per batch inference job" | "records per input file per batch inference job":
-            return replace(limits, requests=int(value))
-        case "batch inference input file size":
-            return replace(limits, request_bytes=int(value * GIGABYTE))
-    return limits
+    return Limits(
+        requests=int(min(found.get("requests", [LIMITS.requests]))),
+        request_bytes=int(min(found["gigabytes"]) * GIGABYTE) if "gigabytes" in found else LIMITS.request_bytes,
+        least=int(max(found.get("least", [LIMITS.least]))),
+    )
 
 
 @contextmanager
 def translated(where: str, passing: Sequence[str] = ()) -> Iterator[None]:
     """boto3's errors as ours; those with a code in `passing` are left for the caller, who knows what they mean."""
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError, PartialCredentialsError
+    from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
 
     try:
         yield
@@ -412,19 +416,45 @@ def translated(where: str, passing: Sequence[str] = ()) -> Iterator[None]:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         if code in passing:
             raise
-        if code in DENIED_CODES:
+        if code in DENIED_CODES or status in (401, 403):
             raise AccessDenied(where, f"{message} Check the credentials, their region and what they may do.") from error
         if code == "ServiceQuotaExceededException":
             raise QueueFull(where, message) from error
-        if status >= 500 or status == 429 or code in ("ThrottlingException", "ConflictException"):
+        if status in (408, 429) or status >= 500 or code in PASSING_CODES:
             raise ProviderUnavailable(where, f"{code}: {message}") from error
         raise BatchRejected("-", [message]) from error
-    except (NoCredentialsError, PartialCredentialsError) as error:
+    except credential_errors() as error:
         raise AccessDenied("AWS", f"{error} Set AWS_* variables or a profile; inside Airflow, the connection.") from error
     except ParamValidationError as error:
         raise BatchRejected("-", [str(error).partition("\n")[2] or str(error)]) from error
     except BotoCoreError as error:
         raise ProviderUnavailable(where, f"{type(error).__name__}: {str(error)[:300]}") from error
+
+
+def credential_errors() -> tuple[type[Exception], ...]:
+    """What botocore raises before a call goes out, where it has no credentials or cannot renew them."""
+    from botocore import exceptions as known
+
+    return (
+        known.NoCredentialsError,
+        known.PartialCredentialsError,
+        known.CredentialRetrievalError,
+        known.TokenRetrievalError,
+        known.SSOError,
+        known.NoAuthTokenError,
+    )
+
+
+def never_left() -> tuple[type[Exception], ...]:
+    """What botocore raises where a call has certainly not gone out."""
+    from botocore import exceptions as known
+
+    return (known.EndpointConnectionError, known.ConnectTimeoutError, known.ParamValidationError, *credential_errors())
+
+
+def _folder(token: str) -> str:
+    """Where the requests and the results of an attempt are."""
+    return f"bedrock/{token}"
 
 
 def _processed(manifest: bytes | None) -> int | None:

@@ -13,7 +13,7 @@ import msgspec
 import orjson
 
 from nightshift.providers.openai_forms import as_vector, wrong
-from nightshift.providers.protocol import PICTURES, Garbage, Reply
+from nightshift.providers.protocol import PICTURES, Garbage, Question, Reply
 from nightshift.shapes import Outcome, Variant
 
 ANTHROPIC_VERSION = "bedrock-2023-05-31"
@@ -175,20 +175,11 @@ class BedrockForm:
 class ConverseForm(BedrockForm):
     """`converse`: one shape for every model that answers in words."""
 
-    def body(
-        self,
-        *,
-        model: str,
-        system: str | None,
-        user: str,
-        parameters: Mapping[str, Any],
-        schema: Mapping[str, Any] | None,
-        pictures: bool = False,
-    ) -> dict[str, Any]:
+    def body(self, asked: Question) -> dict[str, Any]:
         """The body of a Converse call, less the model. What Converse has no word for goes on to the model as it is."""
-        inference, others = _renamed(parameters, CONVERSE_PLAIN)
-        body: dict[str, Any] = {"messages": [_seeing(_turn("user", user), pictures)]}
-        if told := _system(system, schema):
+        inference, others = _renamed(asked.parameters, CONVERSE_PLAIN)
+        body: dict[str, Any] = {"messages": [_seeing(_turn("user", asked.user), asked.pictures)]}
+        if told := _told(asked):
             body["system"] = [{"text": told}]
         if inference:
             body["inferenceConfig"] = inference
@@ -204,23 +195,14 @@ class ConverseForm(BedrockForm):
 class InvokeForm(BedrockForm):
     """`invoke`: the bodies of InvokeModel, each maker's own."""
 
-    def body(
-        self,
-        *,
-        model: str,
-        system: str | None,
-        user: str,
-        parameters: Mapping[str, Any],
-        schema: Mapping[str, Any] | None,
-        pictures: bool = False,
-    ) -> dict[str, Any]:
+    def body(self, asked: Question) -> dict[str, Any]:
         """The body for the model's maker. Raises ValueError where Nightshift does not know how to ask it."""
-        maker = maker_of(model)
+        maker = maker_of(asked.model)
         if maker is None:
-            raise ValueError(f"nobody here knows the body of {model!r}; use endpoint: converse, or one of {', '.join(MAKERS)}")
-        body = MAKERS[maker].body(_system(system, schema), user, parameters)
-        if pictures:
-            body["messages"] = [_seeing(turn, pictures) for turn in body["messages"]]
+            raise ValueError(f"nobody here knows the body of {asked.model!r}; use endpoint: converse, or one of {', '.join(MAKERS)}")
+        body = MAKERS[maker].body(_told(asked), asked.user, asked.parameters)
+        if asked.pictures:
+            body["messages"] = [_seeing(turn, asked.pictures) for turn in body["messages"]]
         return body
 
     def picture(self, media_type: str, base64: str) -> dict[str, Any]:
@@ -345,15 +327,15 @@ def _maker_of_body(body: Mapping[str, Any]) -> str:
     return "meta" if "prompt" in body else "mistral"
 
 
-def _system(system: str | None, schema: Mapping[str, Any] | None) -> str | None:
+def _told(asked: Question) -> str | None:
     """What the model is told before it is asked: the prompt's system part, and the schema in words."""
-    if schema is None:
-        return system
+    if asked.schema is None:
+        return asked.system
     told = (
         "Answer with exactly one JSON object and nothing around it, no code fence, no comment. "
-        f"It has to be valid under this JSON Schema:\n{orjson.dumps(schema).decode()}"
+        f"It has to be valid under this JSON Schema:\n{orjson.dumps(asked.schema).decode()}"
     )
-    return f"{system}\n\n{told}" if system else told
+    return f"{asked.system}\n\n{told}" if asked.system else told
 
 
 def _renamed(parameters: Mapping[str, Any], words: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:

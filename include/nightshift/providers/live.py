@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,7 +24,7 @@ import orjson
 from nightshift.errors import AccessDenied, ModelNotFound, ProviderUnavailable, QuotaExhausted
 from nightshift.providers.forms import form_of
 from nightshift.providers.openai import OpenAIAccess
-from nightshift.providers.protocol import Garbage, Limits, Reply, Snapshot
+from nightshift.providers.protocol import WINDOW, Garbage, Limits, Reply, Snapshot
 from nightshift.providers.window import Window
 from nightshift.shapes import Endpoint, Receipt
 from nightshift.stores.objects import Objects
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 LIMITS = Limits(requests=10_000, request_bytes=64_000_000)  # what one process holds in memory, and one worker works off
 MOST_AT_ONCE = 256
-TIMEOUT_SECONDS = 120.0
+TIMEOUT_SECONDS = 600.0  # as the OpenAI SDK waits: a long answer that is given up on is billed all the same
 CHECK_SECONDS = 15.0
 TRIES = 4  # of one request that brings no answer, before it is an error of its own
 PAUSE_SECONDS = 1.0  # that nothing more is sent after an overload; where a server says `retry-after`, that counts
@@ -146,11 +146,13 @@ class LiveServer:
         """See Provider."""
         self.api.check(model)
 
-    def upload(self, name: str, path: Path) -> str:
+    def upload(self, token: str, path: Path) -> str:
         """See Provider. There is nothing to upload: the lines are read from disk."""
         return str(path)
 
-    def create(self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool]) -> Receipt:
+    def create(
+        self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool], window: timedelta = WINDOW
+    ) -> Receipt:
         """See Provider. Asks every request that has no answer yet; returns when all have one.
 
         Raises AccessDenied, QuotaExhausted or ProviderUnavailable when the server refuses everybody; what was answered is kept.
@@ -185,9 +187,10 @@ class LiveServer:
     def cancel(self, batch_id: str) -> None:
         """See Provider. What is running ends with its process."""
 
-    def clean(self, batch_id: str) -> None:
+    def clean(self, token: str, batch_id: str | None) -> None:
         """See Provider."""
-        self.objects.delete([found.key for found in self.objects.scan(live_folder(batch_id))])
+        if batch_id is not None:
+            self.objects.delete([found.key for found in self.objects.scan(live_folder(batch_id))])
 
     def _lines(self, work: str) -> Iterator[bytes]:
         for found in sorted(self.objects.scan(live_folder(work)), key=lambda found: found.key):

@@ -23,15 +23,14 @@ from nightshift.errors import (
     BatchUnknown,
     DownloadIncomplete,
     ModelNotFound,
-    NightshiftError,
     ProviderUnavailable,
     QuotaExhausted,
     ResultsGone,
-    SubmissionInDoubt,
     Transient,
 )
+from nightshift.providers.doubt import CLOCK_SKEW, look_after_doubt
 from nightshift.providers.forms import form_of
-from nightshift.providers.protocol import BatchState, Garbage, Limits, Reply, Snapshot
+from nightshift.providers.protocol import WINDOW, BatchState, Garbage, Limits, Reply, Snapshot
 from nightshift.shapes import Endpoint, Outcome, Receipt
 from nightshift.stores.ledger import CREATE_TIMEOUT
 
@@ -55,9 +54,6 @@ ABSENT: dict[str, Outcome] = {"expired": "expired", "cancelled": "cancelled"}  #
 LIMITS = Limits(requests=50_000, request_bytes=200_000_000)
 QUEUE_FULL = "token_limit_exceeded"
 TOKEN = "nightshift_token"  # noqa: S105 — not a secret: the metadata key that carries an attempt's token
-WINDOW = timedelta(hours=24)
-CLOCK_SKEW = timedelta(hours=1)  # between the ledger's clock and the provider's, when looking for a batch
-LIST_LAG_SECONDS = (0.0, 2.0, 5.0)  # looks at the list after a doubtful create: read-after-write is not promised
 NOT_VISIBLE_PATIENCE_SECONDS = 20.0  # a file just uploaded may be unknown to `create` for a while (F30)
 DOWNLOAD_ATTEMPTS = 5
 
@@ -117,12 +113,14 @@ class OpenAIBatches:
             if error.code == "model_not_found":
                 raise ModelNotFound(model, self.where) from error
 
-    def upload(self, name: str, path: Path) -> str:
+    def upload(self, token: str, path: Path) -> str:
         """See Provider. The file needs a name ending in .jsonl: bare bytes would be sent as `upload` and refused (F28)."""
         with path.open("rb") as file, self._errors():
-            return self._client.files.create(file=(f"{name}.jsonl", file, "application/jsonl"), purpose="batch").id
+            return self._client.files.create(file=(f"nightshift-{token}.jsonl", file, "application/jsonl"), purpose="batch").id
 
-    def create(self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool]) -> Receipt:
+    def create(
+        self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool], window: timedelta = WINDOW
+    ) -> Receipt:
         """See Provider."""
         waited = 0.0
         while True:
@@ -153,7 +151,7 @@ class OpenAIBatches:
             raise BatchRejected("-", [f"{self.where} has no batch API ({_message(error)})"]) from error
         except openai.APIStatusError as error:
             if error.status_code >= 500 or error.status_code == 408:
-                return self._look_after_doubt(token, started, error)
+                return look_after_doubt(self, token, started, error, self._sleep)
             if error.status_code == 400 and "Cannot find file" in str(error):
                 raise _FileNotVisible(str(error)) from error
             with self._errors():
@@ -161,23 +159,12 @@ class OpenAIBatches:
         except openai.APIConnectionError as error:
             if _never_connected(error):
                 raise ProviderUnavailable(self.where, f"cannot connect ({error.__cause__})") from error
-            return self._look_after_doubt(token, started, error)
+            return look_after_doubt(self, token, started, error, self._sleep)
         except (openai.OpenAIError, ValueError) as error:  # an answer came, but not the API's: HTML, half a JSON
-            return self._look_after_doubt(token, started, error)
+            return look_after_doubt(self, token, started, error, self._sleep)
         if not isinstance(getattr(batch, "id", None), str) or not isinstance(getattr(batch, "created_at", None), int):
-            return self._look_after_doubt(token, started, ValueError("the answer holds no batch"))
+            return look_after_doubt(self, token, started, ValueError("the answer holds no batch"), self._sleep)
         return _receipt(batch, token)
-
-    def _look_after_doubt(self, token: str, started: datetime, cause: Exception) -> Receipt:
-        for pause in LIST_LAG_SECONDS:
-            self._sleep(pause)
-            try:
-                receipt = self.find([token], started)
-            except NightshiftError:  # a look-up that fails, for whatever reason, never means "not there"
-                continue
-            if receipt is not None:
-                return receipt
-        raise SubmissionInDoubt(token) from cause
 
     def find(self, tokens: Sequence[str], since: datetime) -> Receipt | None:
         """See Provider. The list is newest first and knows no filter, so it is read back to before the claim."""
@@ -295,7 +282,7 @@ class OpenAIBatches:
         except (openai.NotFoundError, BatchRejected, ProviderUnavailable):
             self.poll(batch_id)
 
-    def clean(self, batch_id: str) -> None:
+    def clean(self, token: str, batch_id: str | None) -> None:
         """See Provider. Batch files expire at OpenAI after 30 days; nothing of them is in our store."""
 
     @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import orjson
 
-from nightshift.providers.protocol import PICTURES, Garbage, Reply
+from nightshift.providers.protocol import PICTURES, Garbage, Question, Reply
 from nightshift.shapes import Endpoint, Outcome, Variant
 
 NEVER_RUN: dict[str, Outcome] = {"batch_expired": "expired", "batch_cancelled": "cancelled", "batch_canceled": "cancelled"}
@@ -165,25 +165,13 @@ class ChatForm(OpenAIForm):
     def __init__(self) -> None:
         self._decode = msgspec.json.Decoder(ChatLine).decode
 
-    def body(
-        self,
-        *,
-        model: str,
-        system: str | None,
-        user: str,
-        parameters: Mapping[str, Any],
-        schema: Mapping[str, Any] | None,
-        pictures: bool = False,
-    ) -> dict[str, Any]:
+    def body(self, asked: Question) -> dict[str, Any]:
         """The request body; `max_output_tokens` goes under this endpoint's own name."""
-        messages = [] if system is None else [{"role": "system", "content": system}]
-        content = [{"type": "text", "text": user}, PICTURES] if pictures else user
-        body = {"model": model, "messages": [*messages, {"role": "user", "content": content}], **_renamed(parameters)}
-        if schema is not None:
-            body["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"name": "answer", "strict": is_strict(schema), "schema": schema},
-            }
+        messages = [] if asked.system is None else [{"role": "system", "content": asked.system}]
+        content = [{"type": "text", "text": asked.user}, PICTURES] if asked.pictures else asked.user
+        body = {"model": asked.model, "messages": [*messages, {"role": "user", "content": content}], **_renamed(asked.parameters)}
+        if asked.schema is not None:
+            body["response_format"] = {"type": "json_schema", "json_schema": _named(asked.schema)}
         return body
 
     def vary(self, body: dict[str, Any], variant: Variant, answer: str | None, reason: str | None) -> dict[str, Any]:
@@ -230,23 +218,15 @@ class ResponsesForm(OpenAIForm):
     def __init__(self) -> None:
         self._decode = msgspec.json.Decoder(ResponsesLine).decode
 
-    def body(
-        self,
-        *,
-        model: str,
-        system: str | None,
-        user: str,
-        parameters: Mapping[str, Any],
-        schema: Mapping[str, Any] | None,
-        pictures: bool = False,
-    ) -> dict[str, Any]:
+    def body(self, asked: Question) -> dict[str, Any]:
         """The request body. `store` is off: answers live in our store, not in the provider's."""
-        content = [{"type": "input_text", "text": user}, PICTURES] if pictures else user
-        body: dict[str, Any] = {"model": model, "input": [{"role": "user", "content": content}], "store": False, **parameters}
-        if system is not None:
-            body["instructions"] = system
-        if schema is not None:
-            body["text"] = {"format": {"type": "json_schema", "name": "answer", "strict": is_strict(schema), "schema": schema}}
+        content = [{"type": "input_text", "text": asked.user}, PICTURES] if asked.pictures else asked.user
+        turns = [{"role": "user", "content": content}]
+        body: dict[str, Any] = {"model": asked.model, "input": turns, "store": False, **asked.parameters}
+        if asked.system is not None:
+            body["instructions"] = asked.system
+        if asked.schema is not None:
+            body["text"] = {"format": {"type": "json_schema", **_named(asked.schema)}}
         return body
 
     def vary(self, body: dict[str, Any], variant: Variant, answer: str | None, reason: str | None) -> dict[str, Any]:
@@ -293,18 +273,9 @@ class EmbeddingsForm(OpenAIForm):
     def __init__(self) -> None:
         self._decode = msgspec.json.Decoder(EmbeddingsLine).decode
 
-    def body(
-        self,
-        *,
-        model: str,
-        system: str | None,
-        user: str,
-        parameters: Mapping[str, Any],
-        schema: Mapping[str, Any] | None,
-        pictures: bool = False,
-    ) -> dict[str, Any]:
+    def body(self, asked: Question) -> dict[str, Any]:
         """The request body: one input."""
-        return {"model": model, "input": user, "encoding_format": "base64", **parameters}
+        return {"model": asked.model, "input": asked.user, "encoding_format": "base64", **asked.parameters}
 
     def fold(self, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """See Form."""
@@ -344,6 +315,10 @@ def as_vector(given: str | Sequence[float]) -> bytes:
         return b64decode(given, validate=True) if isinstance(given, str) else struct.pack(f"<{len(given)}f", *given)
     except (ValueError, OverflowError, struct.error):
         return b""
+
+
+def _named(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": "answer", "strict": is_strict(schema), "schema": schema}
 
 
 def is_strict(schema: Mapping[str, Any]) -> bool:

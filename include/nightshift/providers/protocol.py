@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from nightshift.shapes import Outcome, Receipt, Variant
 
 PICTURES = "\x00PICTURES\x00"  # stands in a body's content where a row's pictures come: no prompt file can hold it
+
+WINDOW = timedelta(hours=24)
 
 BatchState = Literal["running", "ended", "failed"]
 
@@ -39,6 +41,7 @@ class Snapshot:
     absent: Outcome = "missing"  # of a request without a line, once it has ended
     queue_full: bool = False  # failed only because too much is enqueued: the same batch is welcome later
     is_stopping: bool = False  # cancelled, and not at its end yet
+    awaits_files: bool = False  # it has ended and something ran: result files that are not there yet will come
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +70,18 @@ class Garbage:
     alarm: str = "unreadable lines"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What a model is asked. `system` and `user` may be placeholders, which have to stand in the body once, as they are."""
+
+    model: str
+    system: str | None
+    user: str
+    parameters: Mapping[str, Any]
+    schema: Mapping[str, Any] | None
+    pictures: bool = False  # whether a row's pictures come with it
+
+
 class Form(Protocol):
     """How one kind of model is asked and answers: bodies of requests, lines of input files and of result files."""
 
@@ -77,20 +92,8 @@ class Form(Protocol):
     def fold(self, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The bodies of requests that share a line, as one."""
 
-    def body(
-        self,
-        *,
-        model: str,
-        system: str | None,
-        user: str,
-        parameters: Mapping[str, Any],
-        schema: Mapping[str, Any] | None,
-        pictures: bool = False,
-    ) -> dict[str, Any]:
-        """The request body. `system` and `user` may hold placeholders, which have to stand in it once, as they are.
-
-        With `pictures`, PICTURES stands in its content as an element of its own.
-        """
+    def body(self, asked: Question) -> dict[str, Any]:
+        """The request body. With pictures, PICTURES stands in its content as an element of its own."""
 
     def picture(self, media_type: str, base64: str) -> dict[str, Any]:
         """A picture as a part of a body's content."""
@@ -129,11 +132,16 @@ class Provider(Protocol):
     def check(self, model: str) -> None:
         """Raise AccessDenied, ModelNotFound or ProviderUnavailable where a run could not succeed. Free."""
 
-    def upload(self, name: str, path: Path) -> str:
-        """Make an input file known to the provider. Free, and harmless when repeated."""
+    def upload(self, token: str, path: Path) -> str:
+        """Make the input file of an attempt known to the provider. Free, and harmless when repeated."""
 
-    def create(self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool]) -> Receipt:
-        """Start the paid work. `may_send` is asked before every call that goes out: no means that the claim has lapsed."""
+    def create(
+        self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool], window: timedelta = WINDOW
+    ) -> Receipt:
+        """Start the paid work. `may_send` is asked before every call that goes out: no means that the claim has lapsed.
+
+        `window`: how long the work may take, where the provider lets one say.
+        """
 
     def find(self, tokens: Sequence[str], since: datetime) -> Receipt | None:
         """The batch that carries one of these tokens, oldest first, among those created after `since` (less clock skew)."""
@@ -150,5 +158,5 @@ class Provider(Protocol):
     def cancel(self, batch_id: str) -> None:
         """Ask the provider to stop; what already ran is still billed and still harvested."""
 
-    def clean(self, batch_id: str) -> None:
-        """Remove what a batch that is settled has left in our own store."""
+    def clean(self, token: str, batch_id: str | None) -> None:
+        """Remove what an attempt of a shard that is settled has left in our own store."""

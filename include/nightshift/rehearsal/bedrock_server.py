@@ -11,7 +11,7 @@ import secrets
 import string
 import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request
@@ -22,9 +22,7 @@ from nightshift.rehearsal import bedrock_desk
 from nightshift.rehearsal.answers import broken
 from nightshift.rehearsal.bedrock_desk import ACCOUNT, MAX_RECORDS
 from nightshift.rehearsal.book import ON_DEMAND, StoredBatch
-
-if TYPE_CHECKING:
-    from nightshift.rehearsal.server import State
+from nightshift.rehearsal.state import State
 
 ACCESS_KEY = "rehearsal"
 JOB_NAME = re.compile(r"(?=.{1,63}$)[a-zA-Z0-9]{1,63}(-*[a-zA-Z0-9+\-.]){0,63}")

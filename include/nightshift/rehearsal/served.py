@@ -15,7 +15,8 @@ import uvicorn
 
 from nightshift.rehearsal.engine import Pace
 from nightshift.rehearsal.faults import Faults
-from nightshift.rehearsal.server import KEY, build_app
+from nightshift.rehearsal.server import build_app
+from nightshift.rehearsal.state import KEY
 
 FAST = Pace(validating=0.0, running=0.05, finalizing=0.0, cancelling=0.05)
 START_SECONDS = 30.0

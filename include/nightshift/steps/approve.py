@@ -125,7 +125,7 @@ def _revised(site: Site, run: Run, plan: Plan, in_flight: list[str]) -> Plan:
             "shards": (*(shard.key for shard in kept), *adopted_shards),
             "adopted_shards": adopted_shards,
             "answers": tuple(dict.fromkeys([*plan.answers, *reused])),
-            "estimate": estimate_shards(site, run.job, kept),
+            "estimate": estimate_shards(site.store, run.job, kept),
         }
     )
 
@@ -158,7 +158,9 @@ def _without_known(site: Site, run: Run, folder: Path, database: duckdb.DuckDBPy
             start += len(line)
     if not group:
         return None
-    return freeze(site, run.job.spec.request, shard.fingerprint, spool, group, salt=salt_of(run), before=seed_of(site.store, shard))
+    return freeze(
+        site, run.job.spec.request, shard.fingerprint, spool, group, least=shard.least, salt=salt_of(run), before=seed_of(site.store, shard)
+    )
 
 
 def question(run: Run, plan: Plan) -> str:

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nightshift.columns import answers_schema, rows_at_once
 from nightshift.errors import CountsDisagree
 from nightshift.job import Job
 from nightshift.join import join, reconcile, settled
 from nightshift.runs import Run, Site
 from nightshift.shapes import OUTCOMES, Assembled, Outcome, Plan, Settled
 from nightshift.stores.database import open_database
+from nightshift.vectors import LINE, with_vectors
 
 if TYPE_CHECKING:
     import duckdb
@@ -65,7 +67,11 @@ def check_staged(outcomes: Mapping[Outcome, int], staged: int, quarantined: int)
 def _stage(site: Site, run: Run, folder: Path, database: duckdb.DuckDBPyConnection, kind: str, query: str) -> list[tuple[str, int]]:
     """Stream a query into Parquet parts in the run's folder; (key, rows) of each, the rows as its footer counts them."""
     staged = []
-    for number, path in enumerate(_parts(folder, kind, database.sql(query).to_arrow_reader(STREAM_ROWS))):
+    rows = rows_at_once(answers_schema(run.job), STREAM_ROWS)
+    reader = database.sql(query).to_arrow_reader(rows)
+    if LINE in reader.schema.names:
+        reader = with_vectors(reader, run.job.dimensions or 0)
+    for number, path in enumerate(_parts(folder, kind, reader)):
         key = run.key(f"{kind}/part-{number:05d}.parquet")
         staged.append((key, pq.read_metadata(path).num_rows))
         site.store.put(key, path)
@@ -92,11 +98,12 @@ def _kept(job: Job) -> str:
 
 
 def _succeeded_query(job: Job) -> str:
-    kind = f"::FLOAT[{job.dimensions}]" if job.dimensions is not None else ""  # Parquet itself knows no lists of fixed length
-    fields = "".join(f", answers.output.{_quoted(name)}{kind} AS {_quoted(name)}" for name in job.fields)
+    fields = "".join(f", answers.output.{_quoted(name)} AS {_quoted(name)}" for name in job.fields)
+    if job.dimensions is not None:
+        fields = f", answers.line AS {LINE}"  # vectors are put in afterwards: sorted by DuckDB, they would not fit into its memory
     return f"""SELECT {_kept(job)}{fields}, answers.model AS _model, answers.tier AS _tier, '{job.prompt.version}' AS _prompt_version,
                       lower(hex(rows.request_key)) AS _request_key
-               FROM rows JOIN answers USING (request_key) WHERE answers.outcome = 'succeeded' ORDER BY rows.ordinal"""
+               FROM rows JOIN lines AS answers USING (request_key) WHERE answers.outcome = 'succeeded' ORDER BY rows.ordinal"""
 
 
 def _quarantine_query(job: Job) -> str:

@@ -57,9 +57,8 @@ def _settle(site: Site, run: Run, shard: str, attempts: list[Attempt]) -> Settle
     """The last word on a shard. What its batches have left in our store is removed, which may fail: the word stands."""
     word = settle(site, shard, attempts)
     for attempt in attempts:
-        if attempt.receipt:
-            with suppress(NightshiftError):
-                open_where(site, run, shard, attempt).clean(attempt.receipt.batch_id)
+        with suppress(NightshiftError):
+            open_where(site, run, shard, attempt).clean(attempt.claim.token, attempt.receipt.batch_id if attempt.receipt else None)
     return word
 
 
@@ -81,7 +80,7 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
     target = answers_key(shard, attempt.number)
     with site.scratch() as folder:
         try:
-            groups = shared_lines(left, form_of(facts.endpoint).inputs_per_line)
+            groups = list(shared_lines(left, form_of(facts.endpoint).inputs_per_line))
             found, alarms = match_replies(list(left), unfold(provider.replies(snapshot, Path(folder)), groups))
         except ResultsGone as error:
             if snapshot.ended_at is None or site.now() - snapshot.ended_at < FILES_GRACE:
@@ -93,8 +92,9 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
         again = _again_for(site, payer, shard, attempt, left, purse)
         judge = judge_for(run.job)
         answers = (
-            (key, again(key, judge(found.pop(key) if key in found else _absent(key, snapshot, position))))
-            for position, key in enumerate(left, start=1)
+            (key, again(key, judge(found.pop(key) if key in found else _absent(key, snapshot, line, is_shared=len(group) > 1))))
+            for line, group in enumerate(groups, start=1)
+            for key in group
         )
         path = Path(folder) / "answers.parquet"
         origin = {
@@ -148,7 +148,7 @@ def _batch_of(attempt: Attempt) -> str:
 
 def _is_waiting_for_files(snapshot: Snapshot, now: datetime) -> bool:
     """Result files can lag behind the status (F60). Without a grace everything would count as missing, and be paid again."""
-    if snapshot.state != "ended" or snapshot.absent != "missing" or snapshot.result_files:
+    if snapshot.result_files or not (snapshot.awaits_files or (snapshot.state == "ended" and snapshot.absent == "missing")):
         return False
     return snapshot.ended_at is None or now - snapshot.ended_at < FILES_GRACE
 
@@ -218,10 +218,11 @@ def match_replies(keys: list[bytes], replies: Iterable[Reply | Garbage]) -> tupl
     return found, dict(alarms)
 
 
-def _absent(key: bytes, snapshot: Snapshot, position: int) -> Reply:
+def _absent(key: bytes, snapshot: Snapshot, line: int, *, is_shared: bool) -> Reply:
+    """What became of a request that nothing came back for. `line`: the one that it stood in, which others may share."""
     custom_id = key.hex()
-    if position in snapshot.bad_lines:  # one bad line fails the whole batch (F32): this one is to blame, the others are not
-        return Reply(custom_id=custom_id, outcome="errored", reason=snapshot.bad_lines[position])
+    if line in snapshot.bad_lines:  # one bad line fails the whole batch (F32): this one is to blame, the others are not
+        return Reply(custom_id=custom_id, outcome="errored", reason=snapshot.bad_lines[line], is_shared=is_shared)
     if snapshot.state == "failed":
         return Reply(custom_id=custom_id, outcome="errored", reason="another line failed the batch", retryable=True)
     outcome = snapshot.absent

@@ -81,7 +81,7 @@ def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows:
         reused_files = [] if run.input.fresh else mark_answered(database, answers, files, job.spec.stand_ins)
         adopted_shards = [] if run.input.fresh else mark_in_flight(site, database, in_flight)
         shards = [
-            freeze(site, job.spec.request, encoder.fingerprint, spool.path, group, salt=salt_of(run), keep=keep)
+            freeze(site, job.spec.request, encoder.fingerprint, spool.path, group, least=limits.least, salt=salt_of(run), keep=keep)
             for group in groups(database, job.spec.policy, limits)
         ]
         slices = [run.key(f"slices/{path.name}") for path in spool.slices]
@@ -104,7 +104,7 @@ def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows:
             adopted_shards=tuple(adopted_shards),
             answers=tuple(reused_files),
             slices=tuple(slices),
-            estimate=estimate_shards(site, job, shards),
+            estimate=estimate_shards(site.store, job, shards),
             saved_usd=_saved(job, counted),
             seen=seen(files, in_flight),
         )

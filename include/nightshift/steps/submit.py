@@ -20,9 +20,9 @@ from nightshift.errors import BudgetExceeded, LedgerCorrupt, Permanent, QueueFul
 from nightshift.money.estimate import sum_estimates
 from nightshift.packing import asked_from, estimate_shards
 from nightshift.providers.forms import form_of, vary_line
-from nightshift.providers.protocol import Form, Provider
-from nightshift.runs import Run, Site, load_run, run_id
-from nightshift.shapes import Estimate, Plan, ProviderName, Receipt, Variant
+from nightshift.providers.protocol import Form, Limits, Provider
+from nightshift.runs import Run, Site, load_run, work_of
+from nightshift.shapes import Estimate, Plan, ProviderName, Receipt, Shard, Variant
 from nightshift.stores.ledger import (
     CREATE_TIMEOUT,
     LEASE,
@@ -39,7 +39,6 @@ from nightshift.stores.ledger import (
     is_stuck,
     next_move,
     portion,
-    token_for,
 )
 from nightshift.stores.shards import Left, asked, harvested, key_of_line, next_asked, pending, requests_key, shared_lines, whom
 
@@ -106,7 +105,7 @@ def _liabilities(site: Site, run: Run, approved: Plan) -> Estimate:
     """What the adopted shards cost that this run has sent, or would send because nobody else has."""
     attempts = {shard: site.ledger.attempts(shard) for shard in approved.adopted_shards}
     own = [shard for shard, made in attempts.items() if not made or made[0].claim.run == run.uri]
-    return estimate_shards(site, run.job, map(site.ledger.shard, own))
+    return estimate_shards(site.store, run.job, map(site.ledger.shard, own))
 
 
 def payer_of(site: Site, run: Run, attempt: Attempt) -> Run:
@@ -137,21 +136,15 @@ def _send(site: Site, run: Run, shard: str, number: int, attempts: list[Attempt]
     provider = _provider(site, run, claim.provider)
     with site.scratch() as folder:
         path = _write_requests(site, shard, claim, Path(folder))
-        uploaded = provider.upload(f"nightshift-{shard[:12]}-{number}", path)
+        uploaded = provider.upload(claim.token, path)
         claim = claim.model_copy(update={"claimed_at": site.now()})
         if not site.ledger.claim(shard, number, claim):
             raise ShardHeld(shard, "another worker", LEASE.total_seconds())
         labels = {"shard": shard[:12], "job": run.job.name, "attempt": str(number), "work": work_of(shard, claim)}
         with _refusals_recorded(site, shard, number, claim.asked, attempts):
-            receipt = provider.create(
-                uploaded, claim.model, claim.token, labels, _Holding(site, shard, Attempt(number=number, claim=claim))
-            )
+            holding = _Holding(site, shard, Attempt(number=number, claim=claim))
+            receipt = provider.create(uploaded, claim.model, claim.token, labels, holding, run.job.patience)
     return site.ledger.record_receipt(shard, number, receipt)
-
-
-def work_of(shard: str, claim: Claim) -> str:
-    """What an attempt asks, as a name: attempts that follow each other without an answer in between do the same work."""
-    return run_id(shard, claim.provider, claim.model, *map(str, claim.after))
 
 
 def _next_claim(site: Site, run: Run, shard: str, number: int, attempts: list[Attempt]) -> Claim:
@@ -163,11 +156,13 @@ def _next_claim(site: Site, run: Run, shard: str, number: int, attempts: list[At
         raise LedgerCorrupt(f"shards/{shard}", "its attempts leave nothing to ask, and none of them says so")
     count, first = len(left), next(iter(left.values()))
     name, model = whom(first.variant if first else Variant(), facts)
-    name = asked_from(name, count, site.limits(run.job).least if name == facts.provider else 1)
+    name = asked_from(name, count, facts.least if name == facts.provider else 1)
     provider = _provider(site, run, name)
-    most = min(portion(attempts) or count, provider.limits(model).requests)
+    most = portion(attempts) or count
+    if name != facts.provider:  # whose batches the shard was not cut for
+        most = min(most, _room(site, facts, provider.limits(model)))
     return Claim(
-        token=token_for(shard, number),
+        token=site.ledger.token(shard, number),
         owner=site.owner,
         claimed_at=site.now(),
         where=provider.where,
@@ -178,6 +173,13 @@ def _next_claim(site: Site, run: Run, shard: str, number: int, attempts: list[At
         after=after,
         most=most if most < count else None,
     )
+
+
+def _room(site: Site, facts: Shard, limits: Limits) -> int:
+    """How many requests of a shard fit into a batch, by count and by the bytes of their lines."""
+    lines = site.store.head(requests_key(facts.key))
+    size = max(1, (lines.size if lines else 0) // facts.request_count)
+    return max(1, min(limits.requests, limits.request_bytes // size))
 
 
 def _provider(site: Site, run: Run, name: ProviderName) -> Provider:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import takewhile
 from typing import Literal
+from uuid import uuid4
 
 from nightshift.errors import LedgerCorrupt
 from nightshift.shapes import ProviderName, Receipt, Settled, Shard, Wire
@@ -25,6 +26,12 @@ QUEUE_PAUSE = timedelta(seconds=60)  # before a batch that found the queue full 
 QUEUE_PAUSE_MAX = timedelta(minutes=30)
 QUEUE_PATIENCE = timedelta(hours=24)  # of full queues in a row, before a person is asked to look (F23)
 ATTEMPT_OBJECT = re.compile(r"/(claim|receipt|ended|unknown|lease)-(\d+)(?:-(\d+))?\.json$")
+
+
+class StoreId(Wire):
+    """What tells two stores apart that ask the same of one account. Stored as `store.json`, once."""
+
+    id: str
 
 
 class Claim(Wire):
@@ -192,9 +199,9 @@ def portion(attempts: Sequence[Attempt]) -> int | None:
     return None
 
 
-def token_for(shard: str, attempt: int) -> str:
-    """The token of an attempt: the same whoever asks, and safe in every provider's names."""
-    return hashlib.sha256(f"{shard}/{attempt}".encode()).hexdigest()[:32]
+def token_for(store: str, shard: str, attempt: int) -> str:
+    """The token of an attempt: the same whoever asks in this store, and safe in every provider's names."""
+    return hashlib.sha256(f"{store}/{shard}/{attempt}".encode()).hexdigest()[:32]
 
 
 class Ledger:
@@ -227,6 +234,11 @@ class Ledger:
             ended=read("ended", Ended),
             unknown=read("unknown", Unknown),
         )
+
+    def token(self, shard: str, attempt: int) -> str:
+        """The token of an attempt of this store."""
+        store = self._objects.get_shape("store.json", StoreId) or self._objects.settle("store.json", StoreId(id=uuid4().hex))
+        return token_for(store.id, shard, attempt)
 
     def claim(self, shard: str, attempt: int, claim: Claim) -> bool:
         """Claim an attempt; False when somebody else was first."""
