@@ -320,7 +320,7 @@ def show_summary(summary: Summary, console: Console = people) -> None:
             table.add_row(outcome, f"{summary.outcomes[outcome]:,}", MEANING[outcome])
     console.print(table)
     counts, cost = summary.requests, summary.cost_usd
-    batches = f" in {summary.batches} batches" if summary.batches else ""
+    batches = f" in {summary.batches} {'batch' if summary.batches == 1 else 'batches'}" if summary.batches else ""
     console.print(
         f"\nrequests  {counts.submitted:,} submitted{batches}, {counts.reused:,} reused, {counts.adopted:,} adopted, "
         f"{counts.duplicates:,} duplicates; {summary.paid:,} answers paid for"

@@ -28,6 +28,7 @@ from nightshift.errors import (
     BatchRejected,
     BatchUnknown,
     InputMissing,
+    JobInvalid,
     ModelNotFound,
     NightshiftError,
     ProviderUnavailable,
@@ -73,10 +74,7 @@ SHORTEST_HOURS, LONGEST_HOURS = 24, 168  # of a job
 NAME = "nightshift-"  # and an attempt's token: no underscore, no colon, at most 63 characters
 S3_URI = re.compile(r"s3://[a-z0-9][-.a-z0-9]{1,61}[a-z0-9](/[-!_*'().a-z0-9A-Z]+)*")
 ROLE_ARN = re.compile(r"arn:aws(-[^:]+)?:iam::([0-9]{12}):role/.+")
-ROLE_HINT = (
-    "the role that Bedrock reads and writes S3 as: set NIGHTSHIFT_BEDROCK_ROLE_ARN "
-    "(in Airflow, bedrock.role_arn under the connection's service_config)"
-)
+ROLE_HINT = "set NIGHTSHIFT_BEDROCK_ROLE_ARN (in Airflow, bedrock.role_arn under the connection's service_config)"
 FILES_HINT = "set NIGHTSHIFT_BEDROCK_FILES to a folder on S3 (in Airflow, bedrock.files under the connection's service_config)"
 DENIED_CODES = frozenset(
     {
@@ -168,12 +166,12 @@ class BedrockJobs:
     def check(self, model: str) -> None:
         """See Provider. Whether the role may do what it has to shows only when a job is validated, which costs nothing either."""
         if not ROLE_ARN.fullmatch(self._access.role_arn or ""):
-            given = f"{self._access.role_arn!r} is not the ARN of a role" if self._access.role_arn else "there is none"
-            raise AccessDenied("Bedrock", f"{given}; it needs {ROLE_HINT}.")
+            given = f"{self._access.role_arn!r} is not the ARN of a role" if self._access.role_arn else "no role is set"
+            raise JobInvalid([f"Bedrock reads and writes S3 as a role of its own, and {given}: {ROLE_HINT}."])
         uri = self._files.uri_of("bedrock")
         if not S3_URI.fullmatch(uri):
             why = "has characters that Bedrock does not take" if uri.startswith("s3://") else "is not on S3"
-            raise AccessDenied("Bedrock", f"its requests and results go through {uri}, which {why}; {FILES_HINT}.")
+            raise JobInvalid([f"The requests and results of Bedrock go through {uri}, which {why}: {FILES_HINT}."])
         check_model(model, self._control)
 
     def upload(self, token: str, path: Path) -> str:
@@ -205,7 +203,7 @@ class BedrockJobs:
             )
         except ClientError as error:
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            if status >= 500 or _code(error) == "ConflictException":
+            if status >= 500 or status == 408 or _code(error) == "ConflictException":
                 return look_after_doubt(self, token, started, error, self._sleep)
             with self._errors():
                 raise
