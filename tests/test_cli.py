@@ -87,7 +87,7 @@ def test_people_see_the_outcomes_the_bill_and_the_report(world):
         if world.write("in.jsonl", reviews(3))
         else None
     )
-    assert "3 submitted in 1 batches" in done.stderr
+    assert "3 submitted in 1 batch," in done.stderr
     assert "of 3 rows read" in done.stderr
     assert "report.html" in done.stderr
 
