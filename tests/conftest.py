@@ -91,6 +91,14 @@ def bucket(s3: str, aws: None, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"s3://{name}"
 
 
+@pytest.fixture
+def queue(s3: str, aws: None, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, str]:
+    """An SQS queue: (client, URL)."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
+    client = boto3.client("sqs", endpoint_url=s3)
+    return client, client.create_queue(QueueName=f"queue-{uuid.uuid4().hex[:12]}", Attributes={"VisibilityTimeout": "1"})["QueueUrl"]
+
+
 @dataclass
 class Clock:
     """A clock that tests move."""

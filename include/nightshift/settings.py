@@ -21,6 +21,7 @@ class Settings:
     store_connection: str  # NIGHTSHIFT_STORE_CONNECTION, the Airflow connection of the store
     bedrock_role_arn: str | None  # NIGHTSHIFT_BEDROCK_ROLE_ARN, the role that Bedrock reads and writes S3 as
     bedrock_files: str | None  # NIGHTSHIFT_BEDROCK_FILES, the S3 folder of its requests and results; None = the store
+    bedrock_events: str | None  # NIGHTSHIFT_BEDROCK_EVENTS, the URL of an SQS queue with its job events; None = waits only look
     scratch: Path | None  # NIGHTSHIFT_SCRATCH, local disk for spools; None = the system's temporary folder
 
 
@@ -35,6 +36,7 @@ def read_settings(env: Mapping[str, str] = os.environ) -> Settings:
         store_connection=env.get("NIGHTSHIFT_STORE_CONNECTION", "aws_default"),
         bedrock_role_arn=env.get("NIGHTSHIFT_BEDROCK_ROLE_ARN"),
         bedrock_files=env.get("NIGHTSHIFT_BEDROCK_FILES"),
+        bedrock_events=env.get("NIGHTSHIFT_BEDROCK_EVENTS"),
         scratch=Path(scratch) if scratch else None,
     )
 

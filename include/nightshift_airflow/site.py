@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from airflow.sdk import BaseHook
 from airflow.sdk.exceptions import AirflowNotFoundException
 
+from nightshift.doorbell import Doorbell, listen_to
 from nightshift.errors import AccessDenied, JobInvalid
 from nightshift.job import JobFile
 from nightshift.providers.bedrock import BedrockAccess
@@ -98,6 +100,23 @@ def bedrock_access(connection_id: str) -> BedrockAccess:
             files=_open(folder, connection_id) if folder else None,
         )
     return _accesses[aws.uri, connection_id]
+
+
+@cache
+def doorbell() -> Doorbell | None:
+    """What ends waits for jobs of Bedrock early, where a queue of their events is set."""
+    settings = read_settings()
+    if not settings.bedrock_events:
+        return None
+    import boto3
+
+    aws = _aws(settings.store_connection)
+    given = (
+        {} if aws is None else {"endpoint_url": aws.connection.get_service_endpoint_url("sqs"), "region_name": aws.connection.region_name}
+    )
+    session: Any = boto3.Session() if aws is None else aws.session
+    client = session.client("sqs", **{name: value for name, value in given.items() if value})
+    return Doorbell(listen_to(settings.bedrock_events, client))
 
 
 BEDROCK_SERVICES = ("bedrock", "bedrock-runtime", "service-quotas")

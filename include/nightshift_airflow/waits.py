@@ -12,6 +12,7 @@ from airflow.sdk import BaseOperator
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from airflow.triggers.base import BaseTrigger, StartTriggerArgs, TaskSuccessEvent, TriggerEvent
 
+from nightshift.doorbell import Doorbell
 from nightshift.errors import NightshiftError, Permanent, ShardHeld
 from nightshift.providers.protocol import Snapshot
 from nightshift.runs import approved_plan
@@ -19,7 +20,7 @@ from nightshift.steps.collect import collect
 from nightshift.steps.submit import open_where, submit
 from nightshift.steps.wait import pauses
 from nightshift.stores.ledger import Attach, next_move
-from nightshift_airflow.site import owner_of, run_at
+from nightshift_airflow.site import doorbell, owner_of, run_at
 
 log = structlog.get_logger(__name__)
 
@@ -41,6 +42,8 @@ class ShardTrigger(BaseTrigger):
     def __init__(self, run_uri: str, shard: str, ends_task: bool = True) -> None:
         super().__init__()
         self.run_uri, self.shard, self.ends_task = run_uri, shard, ends_task
+        self._batch: str | None = None  # what is waited for, once it is known
+        self._bell: Doorbell | None = None  # that may end a pause early
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """See BaseTrigger."""
@@ -62,12 +65,19 @@ class ShardTrigger(BaseTrigger):
                 looks, pause = None, STORE_PAUSE_SECONDS
             if pause is None:
                 break
-            await asyncio.sleep(pause)
+            await self._pause(pause)
         if self.ends_task:
             yield TaskSuccessEvent()
         else:
             await asyncio.sleep(max(0.0, RESUME_AFTER_SECONDS - (time.monotonic() - started)))
             yield TriggerEvent({"shard": self.shard})
+
+    async def _pause(self, seconds: float) -> None:
+        """Sleep, or less where an event tells that the batch has come further."""
+        if self._bell is None or self._batch is None:
+            await asyncio.sleep(seconds)
+        else:
+            await self._bell.sleep(self._batch, seconds)
 
     async def on_kill(self) -> None:
         """Cancel the batch when a person stopped the task, but not when it was cleared: its next try attaches to the batch.
@@ -85,6 +95,8 @@ class ShardTrigger(BaseTrigger):
 
     def _looks(self) -> Iterator[float]:
         site, run = run_at(self.run_uri, "triggerer")
+        move = next_move(site.ledger.attempts(self.shard), now=site.now())
+        self._batch, self._bell = move.receipt.batch_id if isinstance(move, Attach) else None, doorbell()
         return pauses(site, run, self.shard, seen=self._seen)
 
     def _seen(self, look: Snapshot | NightshiftError) -> None:

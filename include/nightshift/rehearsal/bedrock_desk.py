@@ -23,6 +23,7 @@ from nightshift.stores.objects import Objects, open_objects
 MAX_RECORDS = 50_000
 ACCOUNT = "123456789012"
 TITAN_SIZE = 1024
+EVENT_SECONDS = 0.3  # after a job has ended, until its events go out
 NO_ACCESS = "no-access"  # in the name of a role that may not read and write S3
 NOT_IN_BATCH = ("toolConfig", "tools", "tool_choice", "guardrailConfig", "outputConfig", "response_format", "cachePoint", "cache_control")
 SCHEMA_MARK = "JSON Schema:\n"
@@ -118,6 +119,8 @@ class BedrockDesk:
             if not faults.no_manifest:
                 bucket.put(f"{folder}/manifest.json.out", orjson.dumps(manifest))
 
+        if faults.events_queue:
+            threading.Timer(EVENT_SECONDS, _tell, [faults.events_queue, batch]).start()
         if faults.results_lag_seconds:
             threading.Timer(faults.results_lag_seconds, put).start()
         else:
@@ -228,6 +231,28 @@ def _folder(uri: str) -> tuple[Objects, str]:
     """The bucket that holds an object or a prefix, and its key there."""
     parts = urlsplit(uri)
     return _bucket(f"{parts.scheme}://{parts.netloc}"), parts.path.strip("/")
+
+
+def arn_of(job: StoredBatch) -> str:
+    """A job's ARN."""
+    return f"arn:aws:bedrock:{job.settings['region']}:{job.settings['account']}:model-invocation-job/{job.id}"
+
+
+def _tell(queue: str, job: StoredBatch) -> None:
+    """Send the events of a job's end: the last one first, and all of them twice."""
+    import boto3
+
+    client = boto3.client("sqs")
+    for status in ("Completed", "InProgress") * 2:
+        detail = {
+            "version": "0.0",
+            "batchJobName": job.settings["jobName"],
+            "batchJobArn": arn_of(job),
+            "batchModelId": job.model,
+            "status": status,
+        }
+        event = {"source": "aws.bedrock", "detail-type": "Batch Inference Job State Change", "resources": [arn_of(job)], "detail": detail}
+        client.send_message(QueueUrl=queue, MessageBody=orjson.dumps(event).decode())
 
 
 @cache

@@ -20,7 +20,7 @@ from fastapi.responses import HTMLResponse, Response
 from nightshift.money.prices import base_model, models_of
 from nightshift.rehearsal import bedrock_desk
 from nightshift.rehearsal.answers import broken
-from nightshift.rehearsal.bedrock_desk import ACCOUNT, MAX_RECORDS
+from nightshift.rehearsal.bedrock_desk import ACCOUNT, MAX_RECORDS, arn_of
 from nightshift.rehearsal.book import ON_DEMAND, StoredBatch
 from nightshift.rehearsal.state import State
 
@@ -66,7 +66,7 @@ def _jobs(app: FastAPI, state: State) -> None:
             raise AwsError(500, "InternalServerException", "An internal server error occurred. Retry your request.")
         before = [job for job in _all(state) if job.settings["token"] == body["clientRequestToken"]]
         if before:
-            return _json({"jobArn": _arn(before[0])})
+            return _json({"jobArn": arn_of(before[0])})
         running = sum(1 for job in _all(state) if job.model == body["modelId"] and job.status in RUNNING)
         if state.use("create_quota") or running >= state.faults.jobs_at_once:
             raise AwsError(
@@ -76,7 +76,7 @@ def _jobs(app: FastAPI, state: State) -> None:
         state.book.add_batch(job)
         if state.use("create_500_after_accept"):
             raise AwsError(500, "InternalServerException", "An internal server error occurred. Retry your request.")
-        shaped = orjson.dumps({"jobArn": _arn(job)})
+        shaped = orjson.dumps({"jobArn": arn_of(job)})
         return broken(shaped, len(shaped)) if state.use("create_cut_after_accept") else Response(shaped, media_type="application/json")
 
     @app.get("/model-invocation-jobs")
@@ -279,10 +279,6 @@ def _find(state: State, name: str) -> StoredBatch:
     return found
 
 
-def _arn(job: StoredBatch) -> str:
-    return f"arn:aws:bedrock:{job.settings['region']}:{job.settings['account']}:model-invocation-job/{job.id}"
-
-
 def _word(state: State, job: StoredBatch) -> str:
     """Bedrock's word for where a job is."""
     if job.status == "expired":
@@ -297,7 +293,7 @@ def _job(state: State, job: StoredBatch) -> dict[str, Any]:
     done = state.engine.progress(job, job.cancelling_at or time.time()) if running else job.completed + job.failed
     ended = max(job.completed_at or 0, job.failed_at or 0, job.expired_at or 0, job.cancelled_at or 0)
     shown = {
-        "jobArn": _arn(job),
+        "jobArn": arn_of(job),
         "jobName": job.settings["jobName"],
         "modelId": job.model,
         "clientRequestToken": job.settings["token"],

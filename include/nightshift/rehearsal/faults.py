@@ -65,6 +65,7 @@ class Faults(BaseModel):
     minimum_records: int = Field(100, ge=1, description="fewer records than that fail a job of Bedrock")
     jobs_at_once: int = Field(20, ge=0, description="more jobs of a model of Bedrock are a ServiceQuotaExceededException (F25)")
     quotas_denied: bool = Field(False, description="Service Quotas is not to be read")
+    events_queue: str | None = Field(None, description="SQS queue for job events of Bedrock; they come twice and in no order (F51)")
     no_manifest: bool = Field(False, description="a job of Bedrock leaves no manifest (F89)")
     empty_error_file_id: bool = Field(False, description='error_file_id is "" on a clean batch (F54)')
     odd_counts: bool = Field(False, description="request_counts do not add up (F47)")
