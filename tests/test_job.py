@@ -77,6 +77,8 @@ def test_the_example_jobs_are_valid(path):
         pytest.param("keep: [stars]", "keep: [stars]\nreport: {drift: [sentimnt]}", "'sentimnt' is not in the results; did you mean 'sentiment'?", id="report of nothing"),
         pytest.param("  model: ", "  parameters: {stream: true}\n  model: ", "stream cannot be set here", id="reserved parameter"),
         pytest.param("  model: ", "  parameters: {toolConfig: {}}\n  model: ", "toolConfig cannot be set here", id="F91 tools in a batch"),
+        pytest.param("keep: [stars]", "keep: [stars]\n  renditions: [{width: 90}, {width: 90, quality: 10}]", "the column 'rendition_90_webp' stands twice", id="two renditions of one name"),
+        pytest.param("keep: [stars]", "keep: [stars]\n  renditions: [{width: 90}]", "are made of the pictures of request.images, and there are none", id="renditions of nothing"),
         pytest.param("keep: [stars]", "keep: [Stars, stars]", "'Stars' and 'stars' differ only in case", id="names that differ in case"),
         pytest.param("keep: [stars]", "keep: [reason]", "'reason' is a name that Nightshift's own columns have", id="our own column"),
         pytest.param("name: reviews", "name: reviews\nstart_date: '2026-13-45'", "start_date", id="no such day"),

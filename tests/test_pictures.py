@@ -13,6 +13,7 @@ from PIL import Image
 from pytest_httpserver import HTTPServer
 
 from nightshift.drive import begin, drive
+from nightshift.errors import InputChanged, ProviderUnavailable
 from nightshift.job import ImagesSpec, Job, RenditionSpec
 from nightshift.job_file import load_job
 from nightshift.pictures import PictureUnreadable, prepare, render
@@ -188,6 +189,45 @@ def test_pictures_are_sent_upright_small_and_without_what_is_not_seen():
     clear = prepare(picture((10, 10), (0, 0, 0, 0)), ImagesSpec(columns=["x"], format="png"))
     with Image.open(io.BytesIO(clear.data)) as seen:
         assert seen.convert("RGB").getpixel((0, 0)) == (255, 255, 255), "what is clear is white, not black"
+
+
+def test_F84_a_host_that_is_down_for_a_moment_rejects_nothing(world, httpserver: HTTPServer, monkeypatch):
+    monkeypatch.setattr("nightshift.pictures.FETCH_TRIES", 1)
+    httpserver.expect_oneshot_request("/red.png").respond_with_data("busy", status=503)
+    httpserver.expect_request("/red.png").respond_with_data(picture(), content_type="image/png")
+    uri = world.write("a.jsonl", [{"id": "web", "picture": httpserver.url_for("/red.png")}])
+    with pytest.raises(ProviderUnavailable, match="HTTP 503"):
+        go(world, picture_job(world, {}), uri)
+    assert go(world, picture_job(world, {}), uri).outcomes["succeeded"] == 1
+
+
+@pytest.mark.parametrize("value", ["http://a..b/x.png", "s3://b//x", "ftp://x", "file:///a/../b", 7, ""])
+def test_a_place_that_can_be_nobodys_rejects_its_row_alone(cloud, value):
+    rows = [{"id": "odd", "picture": value}, {"id": "red", "picture": put(cloud, "red.png", picture())}]
+    summary = go(cloud, picture_job(cloud, {}, policy={"publish_at_least": 0.5}), cloud.write("a.jsonl", rows))
+    assert (summary.outcomes["succeeded"], summary.outcomes["rejected"]) == (1, 1)
+
+
+def test_objects_that_are_rows_are_read_as_they_are_pinned_and_none_is_left_out(world):
+    job = load_job(ROOT / "include" / "jobs" / "image_alt_text.yaml")
+    put(world, "a.png", picture((64, 48), "red"))
+    put(world, "empty.png", b"")
+    run = discover(world.site, job, pattern=f"file://{world.folder}/pictures/*", label="x", run="r", dates={})
+    drafted = draft(world.site, run, keep=False)
+    assert (drafted.rows, drafted.rejected) == (2, 1)
+    put(world, "a.png", picture((48, 64), "blue"))
+    with pytest.raises(InputChanged):
+        draft(world.site, run, keep=False)
+
+
+def test_pictures_of_any_shape_and_depth_become_renditions():
+    tall = picture((300, 17_000), "red")
+    with Image.open(io.BytesIO(render(tall, RenditionSpec(width=300)))) as copy:
+        assert copy.height <= 16_000
+    deep = io.BytesIO()
+    Image.new("I;16", (20, 20), 32_768).save(deep, "PNG")
+    with Image.open(io.BytesIO(render(deep.getvalue(), RenditionSpec(width=20, format="png")))) as copy:
+        assert copy.convert("L").getpixel((0, 0)) == 128, "half bright, not white"
 
 
 @pytest.mark.parametrize(

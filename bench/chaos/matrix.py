@@ -158,7 +158,7 @@ class Matrix:
             return list(pool.map(one, enumerate(cases)))
 
     def _case(self, number: int, case: Case) -> Verdict:
-        with self._place(f"case-{number}-{case.scenario}") as place:
+        with self._place(f"case-{number}") as place:
             before = _seen_ids(place.store)
             place.server.faults(**{**FAULTS, **case.faults})
             with ThreadPoolExecutor(case.rivals) as pool:

@@ -129,6 +129,11 @@ def _wrong_pictures(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("request", "images"), f"how {request.model!r} is shown pictures at {request.endpoint} is not known here; try converse"
     if spec.output.renditions and not request.images:
         yield ("output", "renditions"), "are made of the pictures of request.images, and there are none"
+    names = [each.name for each in spec.output.renditions]
+    taken = {spec.input.id, *spec.output.keep, *job.fields}
+    for name in dict.fromkeys(names):
+        if name in taken or names.count(name) > 1:
+            yield ("output", "renditions"), f"the column {name!r} stands twice in the results; change the width or the format"
     if spec.input.format == "files":
         unknown = sorted(set(job.columns) - set(FILE_COLUMNS))
         if unknown:

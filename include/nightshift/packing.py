@@ -170,7 +170,7 @@ def freeze(
     """
     keys = [item.key for item in group]
     shard = Shard(
-        key=_unsettled_key(site, keys, salt),
+        key=_unsettled_key(site, keys, f"{fingerprint}/{salt}"),
         fingerprint=fingerprint,
         provider=request.provider,
         endpoint=request.endpoint,

@@ -12,30 +12,35 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil
 from threading import BoundedSemaphore
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nightshift.errors import BucketMissing, InputMissing
+from nightshift.errors import BucketMissing, InputMissing, ProviderUnavailable
 from nightshift.formats import Fault
 from nightshift.job import URI, ImagesSpec, Job, RenditionSpec
 from nightshift.runs import Site
+from nightshift.shapes import PinnedObject
 from nightshift.stores.objects import Objects, split_input
 
 if TYPE_CHECKING:
     from PIL import Image
 
-AT_ONCE = 16  # fetched side by side
-DECODED_AT_ONCE = 2  # the codecs let go of the interpreter's lock; a large photo is a hundred megabytes while it is open
+AT_ONCE = 8  # fetched side by side
+DECODED_AT_ONCE = 1  # a large picture is a hundred megabytes and more while it is open
 AHEAD = 32  # rows whose pictures are fetched before they are asked for: what memory holds
-MOST_BYTES = 64 << 20  # of a picture as it comes
-MOST_PIXELS = 200_000_000  # beyond that it is a bomb, or a map
+MOST_BYTES = 24 << 20  # of a picture as it comes
+MOST_PIXELS = 40_000_000  # to be decoded at once; JPEGs are decoded smaller, so that theirs may have more
+MOST_HEIGHT = 16_000  # of a rendition: WebP knows no larger ones
 FETCH_TRIES = 3
-FETCH_SECONDS = 30.0
+FETCH_SECONDS = 30.0  # without a byte
+FETCH_MOST_SECONDS = 120.0
 QUALITY = 85
 PIXELS_PER_TOKEN = 750  # what a picture costs, by Anthropic's formula; OpenAI's tiles and patches come near it
+ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # of EXIF
 MEDIA_TYPES = {"jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp", "avif": "image/avif"}
 
 Given = TypeVar("Given")
@@ -75,11 +80,13 @@ class Pictures:
     With `keep`, the renditions are written: named by what they are made of, so that each is made once and none ever changes.
     """
 
-    def __init__(self, site: Site, job: Job, *, keep: bool) -> None:
+    def __init__(self, site: Site, job: Job, objects: Iterable[PinnedObject] = (), *, keep: bool) -> None:
+        """`objects`: those that are rows themselves, and are read as they are pinned."""
         assert job.spec.request.images is not None
         self._site, self._spec, self._renditions, self._keep = site, job.spec.request.images, job.spec.output.renditions, keep
         self._folder = f"results/{job.name}/_renditions"
         self._buckets: dict[str, Objects] = {}
+        self._pinned = {found.uri: found for found in objects}
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="pictures")
         self._decoding = BoundedSemaphore(DECODED_AT_ONCE)
 
@@ -140,9 +147,14 @@ class Pictures:
             found = self._buckets[root].head(key)
             if found is not None and found.size > MOST_BYTES:
                 raise PictureUnreadable(f"{found.size:,} bytes are more than {MOST_BYTES:,}")
+            if pinned := self._pinned.get(uri):
+                with self._buckets[root].open(key, etag=pinned.etag, version=pinned.version) as file:
+                    return file.read()
             data = self._buckets[root].get(key) if found else None
         except (InputMissing, BucketMissing) as error:
             raise PictureUnreadable("there is nothing at its URI") from error
+        except (ValueError, UnicodeError) as error:
+            raise PictureUnreadable(f"{uri[:100]!r} can be nobody's URI") from error
         if data is None:
             raise PictureUnreadable("there is nothing at its URI")
         return data
@@ -150,19 +162,16 @@ class Pictures:
 
 def prepare(data: bytes, spec: ImagesSpec) -> Picture:
     """A picture as the job wants it sent. Raises PictureUnreadable."""
-    with _opened(data, spec.longest_side) as upright:
-        upright.thumbnail((spec.longest_side, spec.longest_side))
-        encoded = _encoded(upright, spec.format, QUALITY)
-        tokens = ceil(upright.width * upright.height / PIXELS_PER_TOKEN)
+    with _decoding(), _upright(data, (spec.longest_side, spec.longest_side)) as image:
+        encoded = _encoded(image, spec.format, QUALITY)
+        tokens = ceil(image.width * image.height / PIXELS_PER_TOKEN)
     return Picture(media_type=MEDIA_TYPES[spec.format], data=encoded, tokens=tokens, digest=hashlib.sha256(data).digest())
 
 
 def render(data: bytes, spec: RenditionSpec) -> bytes:
     """A rendition: no wider than it says, and never larger than the picture is. Raises PictureUnreadable."""
-    with _opened(data, spec.width) as upright:
-        if upright.width > spec.width:
-            upright = upright.resize((spec.width, max(1, round(upright.height * spec.width / upright.width))))
-        return _encoded(upright, spec.format, spec.quality)
+    with _decoding(), _upright(data, (spec.width, MOST_HEIGHT)) as image:
+        return _encoded(image, spec.format, spec.quality)
 
 
 def ahead(pool: ThreadPoolExecutor, make: Callable[[Given], Made], given: Iterable[Given]) -> Iterator[tuple[Given, Made]]:
@@ -176,25 +185,41 @@ def ahead(pool: ThreadPoolExecutor, make: Callable[[Given], Made], given: Iterab
         yield each, made
 
 
-def _opened(data: bytes, longest: int) -> Image.Image:
-    """A picture, upright, in colours that every format has. JPEGs are decoded no larger than they are needed."""
-    from PIL import Image, ImageOps
-
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Whatever a codec raises is the picture's fault: they raise what their C code and other people's bytes make of each other."""
     try:
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MOST_PIXELS:
-            raise PictureUnreadable(f"{image.width:,} × {image.height:,} pixels are too many")
-        image.draft("RGB", (longest, longest))
-        upright = ImageOps.exif_transpose(image)
-        if upright.has_transparency_data:
-            canvas = Image.new("RGBA", upright.size, "white")
-            canvas.alpha_composite(upright.convert("RGBA"))
-            return canvas.convert("RGB")
-        return upright.convert("RGB")
+        yield
     except PictureUnreadable:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+    except Exception as error:
         raise PictureUnreadable(f"not a picture that can be read ({str(error)[:100] or type(error).__name__})") from error
+
+
+def _upright(data: bytes, box: tuple[int, int]) -> Image.Image:
+    """A picture no larger than a box, upright, in colours that every format has.
+
+    It is made small before anything else is done to it, so that only one copy of it is ever large.
+    """
+    from PIL import Image, ImageOps
+
+    image: Image.Image = Image.open(io.BytesIO(data))
+    is_turned = image.getexif().get(ORIENTATION, 1) in QUARTER_TURNS
+    box = (box[1], box[0]) if is_turned else box
+    image.draft("RGB", box)
+    if image.width * image.height > MOST_PIXELS:
+        raise PictureUnreadable(f"{image.width:,} × {image.height:,} pixels are too many")
+    if image.mode.startswith("I"):  # 16 bits of grey, which would be cut off and not scaled
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    elif image.mode == "F":
+        raise PictureUnreadable("its pixels are real numbers")
+    image.thumbnail(box)
+    upright = ImageOps.exif_transpose(image)
+    if upright.has_transparency_data:
+        canvas = Image.new("RGBA", upright.size, "white")
+        canvas.alpha_composite(upright.convert("RGBA"))
+        return canvas.convert("RGB")
+    return upright.convert("RGB")
 
 
 def _encoded(image: Image.Image, form: str, quality: int) -> bytes:
@@ -205,7 +230,7 @@ def _encoded(image: Image.Image, form: str, quality: int) -> bytes:
 
 
 def _download(url: str) -> bytes:
-    """A picture from the web. A server that stumbles is asked again; one that says no is believed."""
+    """A picture from the web. A server that says no is believed; one that does not answer now may do so when the step is tried again."""
     import httpx2
 
     why = "no answer"
@@ -215,19 +240,23 @@ def _download(url: str) -> bytes:
         try:
             with httpx2.stream("GET", url, follow_redirects=True, timeout=FETCH_SECONDS) as answer:
                 if answer.status_code == 200:
-                    return _bounded(answer.iter_bytes())
+                    return _bounded(answer.iter_bytes(), time.monotonic() + FETCH_MOST_SECONDS)
                 why = f"HTTP {answer.status_code}"
                 if answer.status_code not in (408, 425, 429) and answer.status_code < 500:
-                    break
-        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+                    raise PictureUnreadable(f"cannot be fetched ({why})")
+        except httpx2.HTTPError as error:
             why = type(error).__name__
-    raise PictureUnreadable(f"cannot be fetched ({why})")
+        except (httpx2.InvalidURL, ValueError) as error:
+            raise PictureUnreadable(f"{url[:100]!r} can be nobody's address") from error
+    raise ProviderUnavailable(url[:200], f"a picture cannot be fetched from there now ({why}).")
 
 
-def _bounded(chunks: Iterable[bytes]) -> bytes:
+def _bounded(chunks: Iterable[bytes], until: float) -> bytes:
     data = bytearray()
     for chunk in chunks:
         data += chunk
+        if time.monotonic() > until:
+            raise PictureUnreadable(f"not fetched within {FETCH_MOST_SECONDS:.0f} seconds")
         if len(data) > MOST_BYTES:
             raise PictureUnreadable(f"more than {MOST_BYTES:,} bytes")
     return bytes(data)

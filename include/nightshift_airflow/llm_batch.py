@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
@@ -26,12 +27,17 @@ from airflow.providers.common.ai.batch.base import (
 from airflow.providers.common.ai.batch.output_schema import OutputSpec
 from airflow.providers.common.ai.exceptions import LLMBatchLimitExceededError, LLMBatchModelMismatchError
 
+from nightshift.errors import BatchUnknown
 from nightshift.providers.bedrock import LIMITS, BedrockJobs
 from nightshift.providers.bedrock_forms import ConverseForm
 from nightshift.providers.protocol import Question, Reply, Snapshot
+from nightshift.shapes import Receipt
+from nightshift.steps.collect import is_waiting_for_files
 from nightshift_airflow.site import bedrock_access, open_store
 
 DEFAULT_CONNECTION = "aws_default"
+LOOK_BACK = timedelta(days=8)  # longer than a job may last
+OVER = ("Failed", "Stopped")
 ENDED: dict[str, BatchStatus] = {
     "Completed": "completed",
     "PartiallyCompleted": "expired",  # what was not reached in time; what was is still fetched
@@ -86,20 +92,30 @@ class BedrockBatchAdapter(BatchAdapter):
         **kwargs: Any,
     ) -> SubmitResult:
         """See BatchAdapter. The same key and input are the same job, however often this is called."""
-        token = token_of(idempotency_key, input_fingerprint)
+        token, found = self._newest(idempotency_key, input_fingerprint, datetime.now(UTC) - LOOK_BACK)
+        if found is not None:
+            return SubmitResult(batch_id=found.batch_id, provider_input_ref=None)
         with TemporaryDirectory(prefix="nightshift-") as folder:
             path = Path(folder) / "requests.jsonl"
             with path.open("wb") as file:
                 file.writelines(line + b"\n" for line in self._lines(requests, model, idempotency_key, output_spec, kwargs))
-            uploaded = self._client.upload(f"llm-batch-{token}", path)
+            uploaded = self._client.upload(token, path)
         labels = {"idempotency-key": idempotency_key, "input": input_fingerprint[:16]}
         receipt = self._client.create(uploaded, model, token, labels, lambda: True)
         return SubmitResult(batch_id=receipt.batch_id, provider_input_ref=uploaded)
 
     def get_batch(self, batch_id: str) -> BatchState:
         """See BatchAdapter. Counts come from the results, not from Bedrock's counters."""
-        snapshot: Snapshot = self._client.poll(batch_id)
-        return BatchState(status=ENDED.get(snapshot.status, "in_progress"), counts=None, error_message="; ".join(snapshot.reasons) or None)
+        snapshot = self._poll(batch_id)
+        is_there = not is_waiting_for_files(snapshot, datetime.now(UTC))  # results can lag behind the status
+        status = ENDED.get(snapshot.status, "in_progress") if is_there else "in_progress"
+        return BatchState(status=status, counts=None, error_message="; ".join(snapshot.reasons) or None)
+
+    def _poll(self, batch_id: str) -> Snapshot:
+        try:
+            return self._client.poll(batch_id)
+        except BatchUnknown as error:
+            raise JobNotFound(str(error)) from error
 
     def cancel_batch(self, batch_id: str) -> None:
         """See BatchAdapter."""
@@ -107,7 +123,7 @@ class BedrockBatchAdapter(BatchAdapter):
 
     def iter_results(self, batch_id: str) -> Iterator[RawResultItem]:
         """See BatchAdapter."""
-        return self._results(self._client.poll(batch_id))
+        return self._results(self._poll(batch_id))
 
     def _results(self, snapshot: Snapshot) -> Iterator[RawResultItem]:
         with TemporaryDirectory(prefix="nightshift-") as folder:
@@ -128,9 +144,20 @@ class BedrockBatchAdapter(BatchAdapter):
 
     def find_orphaned_batch(self, idempotency_key: str, input_fingerprint: str, not_before: str) -> str | None:
         """See BatchAdapter."""
-        since = datetime.fromisoformat(not_before)
-        receipt = self._client.find([token_of(idempotency_key, input_fingerprint)], since)
-        return receipt.batch_id if receipt else None
+        _, found = self._newest(idempotency_key, input_fingerprint, datetime.fromisoformat(not_before))
+        return found.batch_id if found else None
+
+    def _newest(self, idempotency_key: str, input_fingerprint: str, since: datetime) -> tuple[str, Receipt | None]:
+        """The newest job of this input that goes on or has answers, and its token; or the token of the next one.
+
+        A job that failed or was stopped is over for good, so what is submitted after it is another job.
+        """
+        for generation in count():
+            token = token_of(idempotency_key, input_fingerprint, generation)
+            found: Receipt | None = self._client.find([token], since)
+            if found is None or self._poll(found.batch_id).status not in OVER:
+                return token, found
+        raise AssertionError("counting has no end")
 
     def _lines(
         self, requests: list[BatchRequest], model: str, idempotency_key: str, spec: OutputSpec, batch: dict[str, Any]
@@ -149,9 +176,15 @@ class BedrockBatchAdapter(BatchAdapter):
             yield self._form.line(f"{idempotency_key}-{index}", orjson.dumps(self._form.body(asked)))
 
 
-def token_of(idempotency_key: str, input_fingerprint: str) -> str:
-    """A job's token: one task instance's one input."""
-    return hashlib.sha256(f"{idempotency_key}/{input_fingerprint}".encode()).hexdigest()[:32]
+class JobNotFound(Exception):
+    """Bedrock does not know a job; its code is what the operator goes by."""
+
+    status_code = 404
+
+
+def token_of(idempotency_key: str, input_fingerprint: str, generation: int = 0) -> str:
+    """A job's token: one task instance's one input, for the first time or once more."""
+    return hashlib.sha256(f"{idempotency_key}/{input_fingerprint}/{generation}".encode()).hexdigest()[:32]
 
 
 def _item(reply: Reply) -> RawResultItem:
@@ -159,7 +192,7 @@ def _item(reply: Reply) -> RawResultItem:
     usage = {"input_tokens": reply.input_tokens or 0, "output_tokens": reply.output_tokens or 0} if reply.paid else None
     return RawResultItem(
         custom_id=reply.custom_id,
-        index=int(reply.custom_id.rpartition("-")[2]),
+        index=int(number) if (number := reply.custom_id.rpartition("-")[2]).isdecimal() else -1,
         provider_status=status,
         model=reply.model,
         usage=usage,

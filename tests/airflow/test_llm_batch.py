@@ -47,7 +47,7 @@ def llm_batch(airflow_home, rehearsal, bucket, s3):
     }  # fmt: skip
     results = airflow_home / "results"
 
-    def run(count: int) -> tuple[str, list[dict]]:
+    def run(count: int, code: str = RUN % ("moods", {})) -> tuple[str, list[dict]]:
         env = {
             "PYTHONPATH": str(COMMON_AI),
             "AIRFLOW_CONN_AWS_DEFAULT": json.dumps(aws),
@@ -58,7 +58,7 @@ def llm_batch(airflow_home, rehearsal, bucket, s3):
         }
         (airflow_home / "dags").mkdir()
         (airflow_home / "dags" / "moods.py").write_text(DAG.replace("COUNT", str(count)).replace("MODEL", MODEL))
-        said = in_airflow(airflow_home, RUN % ("moods", {}), **env)
+        said = in_airflow(airflow_home, code, **env)
         lines = [json.loads(line) for path in results.rglob("*.jsonl") for line in path.read_text().splitlines()]
         return said, lines
 
@@ -72,6 +72,35 @@ def test_a_task_of_airflows_own_asks_bedrock_through_our_engine(llm_batch, rehea
     assert {line["status"] for line in lines} == {"success"}
     bill = rehearsal.bill()
     assert (bill["requests"], bill["batches"]) == (120, 1)
+
+
+ADAPTER = """
+import json, time
+from nightshift_airflow.llm_batch import BedrockBatchAdapter
+from airflow.providers.common.ai.batch.output_schema import build_output_spec
+
+adapter, spec = BedrockBatchAdapter(base_url="aws_default"), build_output_spec(str)
+requests = [{"prompt": f"Room {i} was lovely."} for i in range(100)]
+def submit():
+    return adapter.submit(requests, model="amazon.nova-lite-v1:0", idempotency_key="k" * 16, input_fingerprint="f" * 64, output_spec=spec).batch_id
+first, again = submit(), submit()
+adapter.cancel_batch(first)
+while (state := adapter.get_batch(first).status) == "in_progress":
+    time.sleep(0.1)
+after = submit()
+found = adapter.find_orphaned_batch("k" * 16, "f" * 64, "2026-01-01T00:00:00+00:00")
+try:
+    adapter.get_batch(first[:-12] + "z" * 12)
+except Exception as error:
+    code = error.status_code
+print("RESULT" + json.dumps([first == again, state, after != first, found == after, code]))
+"""
+
+
+def test_a_job_that_was_stopped_is_over_and_the_same_input_becomes_another_one(llm_batch, rehearsal):
+    rehearsal.pace(validating=0.0, running=20.0, finalizing=0.0, cancelling=0.0)
+    said, _ = llm_batch(100, ADAPTER)
+    assert json.loads(said.rpartition("RESULT")[2]) == [True, "cancelled", True, True, 404]
 
 
 def test_a_batch_below_the_minimum_is_refused_before_it_is_sent(llm_batch, rehearsal):

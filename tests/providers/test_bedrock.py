@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 
 import pytest
 from botocore.exceptions import ClientError, UnauthorizedSSOTokenError
@@ -14,6 +15,7 @@ from nightshift.errors import (
     AccessDenied,
     BatchRejected,
     BatchUnknown,
+    BudgetExceeded,
     JobInvalid,
     ModelNotFound,
     ProviderUnavailable,
@@ -21,8 +23,10 @@ from nightshift.errors import (
     ResultsGone,
     ShardHeld,
 )
+from nightshift.job import Policy
 from nightshift.providers.bedrock import BedrockJobs, translated
 from nightshift.providers.protocol import Limits
+from nightshift.runs import Run
 from nightshift.shapes import Summary
 from nightshift.steps.approve import approve
 from nightshift.steps.collect import collect
@@ -121,6 +125,21 @@ def test_a_job_that_forbids_every_batch_is_told(cloud):
     with pytest.raises(JobInvalid, match="max_requests_per_shard: 60 is below 100"):
         go(cloud, cloud.job(request=BEDROCK, policy={"max_requests_per_shard": 60}), cloud.write("a.jsonl", reviews(120)))
     assert cloud.rehearsal.bill()["requests"] == 0
+
+
+def test_what_others_have_taken_out_is_weighed_again_before_it_is_bought(cloud):
+    """Less than a batch is left, which costs twice as much a request: over the budget, though the plan was not."""
+    job = cloud.job(request=BEDROCK)
+    run = discover(cloud.site, job, pattern=cloud.write("a.jsonl", reviews(110)), label="x", run="r1", dates={})
+    planned = plan(cloud.site, run)
+    tight = job.model_copy(
+        update={"spec": job.spec.model_copy(update={"policy": Policy(budget_usd=planned.estimate.usd * Decimal("1.1"))})}
+    )
+    run = Run(cloud.site.store, run.input.model_copy(update={"job": tight}))
+    other = discover(cloud.site, job, pattern=cloud.write("b.jsonl", reviews(20)), label="x", run="r2", dates={})
+    approve(cloud.site, other, plan(cloud.site, other), ask=lambda: True)
+    with pytest.raises(BudgetExceeded):
+        approve(cloud.site, run, planned, ask=lambda: True)
 
 
 def test_quotas_are_those_of_the_account_and_of_the_job_before_them(cloud):

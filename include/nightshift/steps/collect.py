@@ -70,7 +70,7 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
         return
     if snapshot.state == "running":
         raise ProviderUnavailable(provider.where, f"batch {batch_id} is still {snapshot.status}.")
-    if _is_waiting_for_files(snapshot, site.now()):
+    if is_waiting_for_files(snapshot, site.now()):
         raise ProviderUnavailable(provider.where, f"batch {batch_id} is {snapshot.status} and its result files are not there yet.")
     if snapshot.state == "failed" and not snapshot.bad_lines and not snapshot.result_files:
         _end_without_answers(site, shard, attempt, attempts, snapshot, provider)
@@ -146,7 +146,7 @@ def _batch_of(attempt: Attempt) -> str:
     return attempt.receipt.batch_id if attempt.receipt else "-"
 
 
-def _is_waiting_for_files(snapshot: Snapshot, now: datetime) -> bool:
+def is_waiting_for_files(snapshot: Snapshot, now: datetime) -> bool:
     """Result files can lag behind the status (F60). Without a grace everything would count as missing, and be paid again."""
     if snapshot.result_files or not (snapshot.awaits_files or (snapshot.state == "ended" and snapshot.absent == "missing")):
         return False

@@ -24,12 +24,13 @@ class Pinned(Wire):
 
 
 def pin(site: Site, job: Job, pattern: str) -> Pinned:
-    """Every object that matches a pattern, pinned. Empty objects and folder markers hold no rows and are left out.
+    """Every object that matches a pattern, pinned. Folder markers hold no rows, nor do empty objects, unless objects are the rows.
 
     Raises InputMissing where nothing matches and InputUnreadable where a format cannot be told or a Parquet footer is broken.
     """
     bucket, key_pattern = site.open_input(pattern)
-    found = [item for item in matching(bucket, key_pattern) if item.size and not item.key.endswith("/")]
+    are_rows = job.spec.input.format == "files"
+    found = [item for item in matching(bucket, key_pattern) if (item.size or are_rows) and not item.key.endswith("/")]
     if not found:
         raise InputMissing(pattern)
     return Pinned(objects=tuple(_pinned(bucket, item, job) for item in sorted(found, key=lambda item: item.key)))

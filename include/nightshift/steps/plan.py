@@ -63,11 +63,12 @@ def plan(site: Site, run: Run, *, progress: Progress = lambda rows: None) -> Pla
 def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows: None) -> Plan:
     """A plan. With `keep` its row indexes and shards are written to the store, without it nothing is."""
     job, encoder, limits = run.job, Encoder(run.job), site.limits(run.job)
+    rows_themselves = run.input.objects if job.spec.input.format == "files" else ()
     with ExitStack() as stack, site.scratch() as folder, open_database(Path(folder)) as database:
-        pictures = stack.enter_context(Pictures(site, job, keep=keep)) if job.spec.request.images else None
+        pictures = stack.enter_context(Pictures(site, job, rows_themselves, keep=keep)) if job.spec.request.images else None
         spool = _Spool(Path(folder), database, encoder, limits, pictures, progress)
-        if job.spec.input.format == "files":
-            spool.take(job, file_rows(run.input.objects, job.columns), "rows-00000", _slice_schema(job, {"size": pa.int64()}))
+        if rows_themselves:
+            spool.take(job, file_rows(rows_themselves, job.columns), "rows-00000", _slice_schema(job, {"size": pa.int64()}))
         else:
             for index, pinned in enumerate(run.input.objects):
                 spool.read(site, job, pinned, f"rows-{index:05d}")
