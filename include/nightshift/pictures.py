@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil
-from threading import BoundedSemaphore
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nightshift.errors import BucketMissing, InputMissing, ProviderUnavailable
@@ -30,10 +29,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 AT_ONCE = 8  # fetched side by side
-DECODED_AT_ONCE = 1  # a large picture is a hundred megabytes and more while it is open
 AHEAD = 32  # rows whose pictures are fetched before they are asked for: what memory holds
 MOST_BYTES = 24 << 20  # of a picture as it comes
 MOST_PIXELS = 40_000_000  # to be decoded at once; JPEGs are decoded smaller, so that theirs may have more
+LEAN_FORMATS = ("JPEG", "MPO", "PNG")  # others are decoded with copies, so that half as many pixels fit into memory
 MOST_HEIGHT = 16_000  # of a rendition: WebP knows no larger ones
 FETCH_TRIES = 3
 FETCH_SECONDS = 30.0  # without a byte
@@ -88,7 +87,9 @@ class Pictures:
         self._buckets: dict[str, Objects] = {}
         self._pinned = {found.uri: found for found in objects}
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="pictures")
-        self._decoding = BoundedSemaphore(DECODED_AT_ONCE)
+        # One at a time, and always in the same thread: a large picture is hundreds of megabytes while it is open, and what one
+        # thread gives back another one cannot have from the allocator.
+        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decoder")
 
     def __enter__(self) -> Pictures:
         """Ready to load."""
@@ -97,6 +98,7 @@ class Pictures:
     def __exit__(self, *error: object) -> None:
         """What is under way ends; nothing more begins."""
         self._pool.shutdown(cancel_futures=True)
+        self._decoder.shutdown(cancel_futures=True)
 
     def of(self, rows: Iterable[dict[str, Any] | Fault]) -> Iterator[tuple[dict[str, Any] | Fault, Shown | str]]:
         """Each row with what it shows, or why it is rejected; loaded some rows ahead."""
@@ -113,13 +115,16 @@ class Pictures:
             for each in value if isinstance(value, list) else [value]:
                 try:
                     source = self._fetch(each)
-                    with self._decoding:
-                        picture = prepare(source, self._spec)
-                        renditions = renditions or {spec.name: self._rendition(picture, source, spec) for spec in self._renditions}
+                    picture, made = self._decoder.submit(self._make, source).result()
+                    renditions = renditions or made
                 except PictureUnreadable as error:
                     return f"{column}: {error}"
                 pictures.append(picture)
         return Shown(pictures, renditions) if pictures else f"{', '.join(self._spec.columns)}: no picture"
+
+    def _make(self, source: bytes) -> tuple[Picture, dict[str, str]]:
+        picture = prepare(source, self._spec)
+        return picture, {spec.name: self._rendition(picture, source, spec) for spec in self._renditions}
 
     def _rendition(self, picture: Picture, source: bytes, spec: RenditionSpec) -> str:
         """The URI of a rendition."""
@@ -205,21 +210,29 @@ def _upright(data: bytes, box: tuple[int, int]) -> Image.Image:
 
     image: Image.Image = Image.open(io.BytesIO(data))
     is_turned = image.getexif().get(ORIENTATION, 1) in QUARTER_TURNS
-    box = (box[1], box[0]) if is_turned else box
+    box = _fitted(image.size, (box[1], box[0]) if is_turned else box)
     image.draft("RGB", box)
-    if image.width * image.height > MOST_PIXELS:
+    if image.width * image.height > (MOST_PIXELS if image.format in LEAN_FORMATS else MOST_PIXELS // 2):
         raise PictureUnreadable(f"{image.width:,} × {image.height:,} pixels are too many")
     if image.mode.startswith("I"):  # 16 bits of grey, which would be cut off and not scaled
         image = image.convert("I").point(lambda value: value / 256).convert("L")
+    elif image.mode in ("1", "P", "PA"):  # colours by number cannot be mixed
+        image = image.convert("RGBA")
     elif image.mode == "F":
         raise PictureUnreadable("its pixels are real numbers")
-    image.thumbnail(box)
+    image = image.resize(box, reducing_gap=2.0) if image.size != box else image
     upright = ImageOps.exif_transpose(image)
     if upright.has_transparency_data:
         canvas = Image.new("RGBA", upright.size, "white")
         canvas.alpha_composite(upright.convert("RGBA"))
         return canvas.convert("RGB")
     return upright.convert("RGB")
+
+
+def _fitted(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
+    """A size made as small as a box, in its own proportions."""
+    scale = min(1.0, box[0] / size[0], box[1] / size[1])
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def _encoded(image: Image.Image, form: str, quality: int) -> bytes:
