@@ -22,7 +22,7 @@ lint: $(VENV)/installed    ## ruff, and mypy --strict on the core
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-chaos: $(VENV)/installed $(VENV)/local-installed   ## kill everything everywhere and let the provider's bill judge (about ten minutes)
+chaos: $(VENV)/installed $(VENV)/local-installed   ## kill everything everywhere and let the provider's bill judge (most of an hour; CHAOS="--sample 4" a quarter of it)
 	$(BIN)/python -m bench.chaos $(CHAOS)
 
 up: $(VENV)/installed $(VENV)/local-installed      ## the local stack with the Airflow UI, left running
