@@ -93,7 +93,7 @@ def test_many_runs_reserving_at_one_moment_reserve_every_request_once(world):
 
     def at_once(i: int):
         start.wait()
-        return reserve(world.site, *runs[i])
+        return reserve(world.site, *runs[i], weigh=lambda revised: None)
 
     with ThreadPoolExecutor(12) as pool:
         reserved = list(pool.map(at_once, range(12)))
@@ -116,7 +116,7 @@ def test_a_run_that_was_approved_late_buys_nothing_that_was_answered_meanwhile(w
 
 def test_an_approval_that_died_after_its_reservation_finds_it_again(world):
     run, draft = planned(world, world.job(), world.write("a.jsonl", reviews(5)), "r")
-    reserved = reserve(world.site, run, draft)
+    reserved = reserve(world.site, run, draft, weigh=lambda revised: None)
     approved = approve(world.site, run, draft, ask=lambda: True)
     assert approved == approved_plan(run) == reserved.model_copy(update={"approved_at": approved.approved_at})
     assert len(world.site.answers(draft.fingerprint).reservations()[0]) == 1

@@ -75,8 +75,8 @@ def _contradictions(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
     spec, fields = job.spec, job.fields
     if not spec.schedule and not spec.on_upload and "{{" in spec.input.uri:
         yield ("input", "uri"), "uses run dates, but the job has no schedule; name the objects or set a schedule"
-    yield from _wrong_places(job)
-    yield from _wrong_pictures(job)
+    for part in (_wrong_places, _wrong_embedding, _wrong_pictures):
+        yield from part(job)
     if spec.policy.on_demand and spec.request.provider == "live":
         yield ("policy", "on_demand"), "is for batches; the provider live is asked on demand already"
     cut = spec.policy.retry.truncated
@@ -112,8 +112,6 @@ def _wrong_places(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("request", "endpoint"), f"{request.endpoint} is an endpoint of Bedrock; set provider: bedrock, or live to ask it on demand"
     if request.provider == "bedrock" and not request.is_on_bedrock:
         yield ("request", "endpoint"), f"{request.endpoint} is an endpoint of OpenAI; Bedrock knows converse and invoke"
-    if request.is_embedding:
-        yield from _wrong_embedding(job)
     makers = {model: maker_of(model) for model in (request.model, *spec.stand_ins)} if request.endpoint == "invoke" else {}
     for model, maker in makers.items():
         if maker is None:
@@ -142,6 +140,8 @@ def _wrong_pictures(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
 
 def _wrong_embedding(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
     """What a job cannot ask of a model that answers with a vector."""
+    if not job.spec.request.is_embedding:
+        return
     if job.answer_schema is not None:
         yield ("output", "schema"), "an embedding has no schema; remove it"
     if job.prompt.system:

@@ -7,7 +7,7 @@ place of its line in a local spool file, and `known` once somebody else has it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -138,17 +138,19 @@ def estimate_shards(store: Objects, job: Job, shards: Iterable[Shard]) -> Estima
     for shard in shards:
         seed = seed_of(store, shard)
         again = [] if seed is None else map(Variant.model_validate_json, seed.column("again").to_pylist())
-        variants = Counter(again) or Counter({Variant(): shard.request_count})
-        asked: Counter[tuple[ProviderName, str]] = Counter()
-        for variant, count in variants.items():
-            asked[whom(variant, shard)] += count
-        bought: dict[Variant, int] = {}
-        for variant, count in variants.items():
-            provider, _ = of = whom(variant, shard)
-            as_bought = variant.model_copy(update={"provider": asked_from(provider, asked[of], shard.least)})
-            bought[as_bought] = bought.get(as_bought, 0) + count
-        estimates += estimate_variants(job, bought, shard)
+        estimates += estimate_variants(job, bought(Counter(again) or Counter({Variant(): shard.request_count}), shard), shard)
     return sum_estimates(job, estimates)
+
+
+def bought(variants: Mapping[Variant, int], shard: Shard) -> Counter[Variant]:
+    """How a shard's requests are bought, where it is said how they are asked: of whom, with all that goes there counted."""
+    asked, as_bought = Counter[tuple[ProviderName, str]](), Counter[Variant]()
+    for variant, count in variants.items():
+        asked[whom(variant, shard)] += count
+    for variant, count in variants.items():
+        provider, model = whom(variant, shard)
+        as_bought[variant.model_copy(update={"provider": asked_from(provider, asked[provider, model], shard.least)})] += count
+    return as_bought
 
 
 def freeze(

@@ -91,7 +91,8 @@ def _drop_work(site: Site, cutoff: datetime) -> None:
     needed = set()
     for folder in site.store.folders("shards"):
         shard = folder.rpartition("/")[2]
-        if site.ledger.settled(shard) is None:
+        is_planned = site.store.head(f"{folder}/shard.json") is not None  # what others have claimed here is never settled
+        if is_planned and site.ledger.settled(shard) is None:
             for attempt in site.ledger.attempts(shard):
                 needed |= {f"bedrock/{attempt.claim.token}", f"live/{work_of(shard, attempt.claim)}"}
     for folder, keys in old.items():

@@ -7,9 +7,9 @@ Found by apache-airflow-providers-common-ai (1.0.0, experimental there) through 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
-from itertools import count
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
@@ -27,16 +27,18 @@ from airflow.providers.common.ai.batch.base import (
 from airflow.providers.common.ai.batch.output_schema import OutputSpec
 from airflow.providers.common.ai.exceptions import LLMBatchLimitExceededError, LLMBatchModelMismatchError
 
-from nightshift.errors import BatchUnknown
+from nightshift.errors import BatchUnknown, ShardHeld, WrongPlace
 from nightshift.providers.bedrock import LIMITS, BedrockJobs
 from nightshift.providers.bedrock_forms import ConverseForm
 from nightshift.providers.protocol import Question, Reply, Snapshot
 from nightshift.shapes import Receipt
 from nightshift.steps.collect import is_waiting_for_files
-from nightshift_airflow.site import bedrock_access, open_store
+from nightshift.steps.submit import Holding, refusals_recorded
+from nightshift.stores.ledger import LEASE, Attach, Attempt, Claim, Ended, Hold, Lease, Search, next_move
+from nightshift_airflow.site import bedrock_access, site_for
 
 DEFAULT_CONNECTION = "aws_default"
-LOOK_BACK = timedelta(days=8)  # longer than a job may last
+RUN = "@task.llm_batch"  # in place of the URI of a run of ours
 OVER = ("Failed", "Stopped")
 ENDED: dict[str, BatchStatus] = {
     "Completed": "completed",
@@ -58,7 +60,8 @@ class BedrockBatchAdapter(BatchAdapter):
 
     def __init__(self, *, api_key: str | None = None, base_url: str | None = None, client: BedrockJobs | None = None) -> None:
         """`base_url`, which a connection calls its host, is the id of an AWS connection. There is no key: AWS has its own."""
-        super().__init__(client=client or BedrockJobs("converse", open_store(), bedrock_access(base_url or DEFAULT_CONNECTION)))
+        self._site = site_for(None, f"{RUN} pid {os.getpid()}")
+        super().__init__(client=client or BedrockJobs("converse", self._site.store, bedrock_access(base_url or DEFAULT_CONNECTION)))
         self._form = ConverseForm()
 
     def validate_requests(
@@ -92,17 +95,80 @@ class BedrockBatchAdapter(BatchAdapter):
         **kwargs: Any,
     ) -> SubmitResult:
         """See BatchAdapter. The same key and input are the same job, however often this is called."""
-        token, found = self._newest(idempotency_key, input_fingerprint, datetime.now(UTC) - LOOK_BACK)
-        if found is not None:
-            return SubmitResult(batch_id=found.batch_id, provider_input_ref=None)
+        name = name_of(idempotency_key, input_fingerprint)
+        labels = {"idempotency-key": idempotency_key, "input": input_fingerprint[:16]}
         with TemporaryDirectory(prefix="nightshift-") as folder:
             path = Path(folder) / "requests.jsonl"
             with path.open("wb") as file:
                 file.writelines(line + b"\n" for line in self._lines(requests, model, idempotency_key, output_spec, kwargs))
-            uploaded = self._client.upload(token, path)
-        labels = {"idempotency-key": idempotency_key, "input": input_fingerprint[:16]}
-        receipt = self._client.create(uploaded, model, token, labels, lambda: True)
-        return SubmitResult(batch_id=receipt.batch_id, provider_input_ref=uploaded)
+            receipt = self._job(name, len(requests)) or self._send(name, model, path, len(requests), labels)
+        return SubmitResult(batch_id=receipt.batch_id, provider_input_ref=None)
+
+    def _job(self, name: str, count: int) -> Receipt | None:
+        """The job of an input that goes on or has answers; None where it is to be sent. As for a shard, its claim says which it is.
+
+        One that failed, was stopped or is not known any more is over for good: what is sent after it is another job.
+        """
+        ledger, now = self._site.ledger, self._site.now
+        while True:
+            match next_move(ledger.attempts(name), now=now()):
+                case Attach(attempt=attempt, receipt=receipt):
+                    ended = self._ended(attempt, receipt, count)
+                    if ended is None:
+                        return receipt
+                    ledger.record_end(name, attempt.number, ended)
+                case Hold(until=until, why=why):
+                    raise ShardHeld(name, why, (until - now()).total_seconds())
+                case Search() as search:
+                    return self._find(name, search)
+                case _:
+                    return None
+
+    def _ended(self, attempt: Attempt, receipt: Receipt, count: int) -> Ended | None:
+        """What to write of a job that is over; None while there is something to wait for or to read."""
+        self._check_place(attempt)
+        try:
+            status = self._client.poll(receipt.batch_id).status
+        except BatchUnknown:
+            return Ended(how="lost", status="lost", ended_at=self._site.now(), remaining=count)
+        return Ended(how="rejected", status=status, ended_at=self._site.now(), remaining=count) if status in OVER else None
+
+    def _find(self, name: str, search: Search) -> Receipt | None:
+        """A job that an attempt has left behind when it died."""
+        for attempt in search.doubtful:
+            self._check_place(attempt)
+        if not self._site.ledger.take_lease(name, search.lapsed, Lease(owner=self._site.owner, since=self._site.now())):
+            raise ShardHeld(name, "another worker", LEASE.total_seconds())
+        tokens = {attempt.claim.token: attempt.number for attempt in search.doubtful}
+        receipt = self._client.find(list(tokens), search.doubtful[0].claim.claimed_at)
+        return None if receipt is None else self._site.ledger.record_receipt(name, tokens[receipt.token], receipt)
+
+    def _send(self, name: str, model: str, path: Path, count: int, labels: dict[str, str]) -> Receipt:
+        """Upload, claim, create, record: in the order of every paid call of this house."""
+        ledger, attempts = self._site.ledger, self._site.ledger.attempts(name)
+        number = len(attempts) + 1
+        token = ledger.token(name, number)
+        uploaded = self._client.upload(token, path)
+        claim = Claim(
+            token=token,
+            owner=self._site.owner,
+            claimed_at=self._site.now(),
+            where=self._client.where,
+            run=RUN,
+            provider="bedrock",
+            model=model,
+            asked=count,
+        )
+        if not ledger.claim(name, number, claim):
+            raise ShardHeld(name, "another worker", LEASE.total_seconds())
+        with refusals_recorded(self._site, name, number, count, attempts):
+            holding = Holding(self._site, name, Attempt(number=number, claim=claim))
+            receipt = self._client.create(uploaded, model, token, labels, holding)
+        return ledger.record_receipt(name, number, receipt)
+
+    def _check_place(self, attempt: Attempt) -> None:
+        if attempt.claim.where != self._client.where:
+            raise WrongPlace(attempt.claim.token, attempt.claim.where, self._client.where)
 
     def get_batch(self, batch_id: str) -> BatchState:
         """See BatchAdapter. Counts come from the results, not from Bedrock's counters."""
@@ -143,21 +209,9 @@ class BedrockBatchAdapter(BatchAdapter):
         return ExtractedOutput(kind="json_text" if spec.is_structured else "text", text=text)
 
     def find_orphaned_batch(self, idempotency_key: str, input_fingerprint: str, not_before: str) -> str | None:
-        """See BatchAdapter."""
-        _, found = self._newest(idempotency_key, input_fingerprint, datetime.fromisoformat(not_before))
+        """See BatchAdapter. Its claim says what there is to be found, however long ago."""
+        found = self._job(name_of(idempotency_key, input_fingerprint), 0)
         return found.batch_id if found else None
-
-    def _newest(self, idempotency_key: str, input_fingerprint: str, since: datetime) -> tuple[str, Receipt | None]:
-        """The newest job of this input that goes on or has answers, and its token; or the token of the next one.
-
-        A job that failed or was stopped is over for good, so what is submitted after it is another job.
-        """
-        for generation in count():
-            token = token_of(idempotency_key, input_fingerprint, generation)
-            found: Receipt | None = self._client.find([token], since)
-            if found is None or self._poll(found.batch_id).status not in OVER:
-                return token, found
-        raise AssertionError("counting has no end")
 
     def _lines(
         self, requests: list[BatchRequest], model: str, idempotency_key: str, spec: OutputSpec, batch: dict[str, Any]
@@ -182,9 +236,9 @@ class JobNotFound(Exception):
     status_code = 404
 
 
-def token_of(idempotency_key: str, input_fingerprint: str, generation: int = 0) -> str:
-    """A job's token: one task instance's one input, for the first time or once more."""
-    return hashlib.sha256(f"{idempotency_key}/{input_fingerprint}/{generation}".encode()).hexdigest()[:32]
+def name_of(idempotency_key: str, input_fingerprint: str) -> str:
+    """What the ledger calls one task instance's one input."""
+    return "llm-batch-" + hashlib.sha256(f"{idempotency_key}/{input_fingerprint}".encode()).hexdigest()
 
 
 def _item(reply: Reply) -> RawResultItem:

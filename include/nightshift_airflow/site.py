@@ -20,6 +20,23 @@ from nightshift.runs import Run, Site, load_run
 from nightshift.settings import read_settings
 from nightshift.stores.objects import Objects, open_objects, split_input
 
+BEDROCK_SERVICES = ("bedrock", "bedrock-runtime", "service-quotas")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Aws:
+    """An AWS connection, and its session: making one costs half a second with the interpreter's lock held."""
+
+    uri: str
+    connection: Any  # Airflow's AwsConnectionWrapper
+    session: Any
+
+
+# Kept for the life of a process, by what the connection says: a trigger asks every few seconds.
+_sessions: dict[str, _Aws] = {}
+_opened: dict[tuple[str, str], Objects] = {}
+_accesses: dict[tuple[str, str], BedrockAccess] = {}
+
 
 def site_for(spec: JobFile | None, owner: str) -> Site:
     """What surrounds a run in Airflow. Without a job, only the store is of use."""
@@ -84,22 +101,25 @@ def bedrock_access(connection_id: str) -> BedrockAccess:
 
     What the connection does not say of the role and the folder on S3 is taken from NIGHTSHIFT_BEDROCK_*.
     """
-    settings, aws = read_settings(), _aws(connection_id)
-    if aws is None:
-        files = _open(settings.bedrock_files, connection_id) if settings.bedrock_files else None
-        return _accesses.setdefault(("", connection_id), BedrockAccess(role_arn=settings.bedrock_role_arn, files=files))
-    if (aws.uri, connection_id) not in _accesses:
-        config = aws.connection.get_service_config("bedrock")
-        folder = config.get("files") or settings.bedrock_files
-        endpoints = {service: aws.connection.get_service_endpoint_url(service) for service in BEDROCK_SERVICES}
-        _accesses[aws.uri, connection_id] = BedrockAccess(
-            session=aws.session,
-            clients=(("region_name", aws.connection.region_name),) if aws.connection.region_name else (),
-            endpoints=tuple((service, url) for service, url in endpoints.items() if url),
-            role_arn=config.get("role_arn") or settings.bedrock_role_arn,
-            files=_open(folder, connection_id) if folder else None,
-        )
-    return _accesses[aws.uri, connection_id]
+    aws = _aws(connection_id)
+    key = (connection_id, aws.uri if aws else "")
+    if key not in _accesses:
+        _accesses[key] = _bedrock_access(aws, connection_id)
+    return _accesses[key]
+
+
+def _bedrock_access(aws: _Aws | None, connection_id: str) -> BedrockAccess:
+    settings = read_settings()
+    config = aws.connection.get_service_config("bedrock") if aws else {}
+    endpoints = {service: aws.connection.get_service_endpoint_url(service) for service in BEDROCK_SERVICES} if aws else {}
+    folder, region = config.get("files") or settings.bedrock_files, aws.connection.region_name if aws else None
+    return BedrockAccess(
+        session=aws.session if aws else None,
+        clients=(("region_name", region),) if region else (),
+        endpoints=tuple((service, url) for service, url in endpoints.items() if url),
+        role_arn=config.get("role_arn") or settings.bedrock_role_arn,
+        files=_open(folder, connection_id) if folder else None,
+    )
 
 
 @cache
@@ -111,27 +131,9 @@ def doorbell() -> Doorbell | None:
     import boto3
 
     aws = _aws(settings.store_connection)
-    given = (
-        {} if aws is None else {"endpoint_url": aws.connection.get_service_endpoint_url("sqs"), "region_name": aws.connection.region_name}
-    )
-    session: Any = boto3.Session() if aws is None else aws.session
-    client = session.client("sqs", **{name: value for name, value in given.items() if value})
+    session: Any = aws.session if aws else boto3.Session()
+    client = session.client("sqs", **(_client_config(aws, "sqs") if aws else {}))
     return Doorbell(listen_to(settings.bedrock_events, client))
-
-
-BEDROCK_SERVICES = ("bedrock", "bedrock-runtime", "service-quotas")
-_accesses: dict[tuple[str, str], BedrockAccess] = {}
-_sessions: dict[str, _Aws] = {}
-_opened: dict[tuple[str, str], Objects] = {}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Aws:
-    """An AWS connection, and its session: making one costs half a second with the interpreter's lock held."""
-
-    uri: str
-    connection: Any  # Airflow's AwsConnectionWrapper
-    session: Any
 
 
 def _aws(connection_id: str) -> _Aws | None:
@@ -151,12 +153,17 @@ def _aws(connection_id: str) -> _Aws | None:
 
 
 def _open(root: str, connection_id: str) -> Objects:
-    """A bucket with an AWS connection; kept per connection as it is, because a trigger asks every few seconds."""
+    """A bucket with an AWS connection; boto3's own defaults where there is no such connection."""
     aws = _aws(connection_id) if root.startswith("s3://") else None
     if aws is None:
         return open_objects(root)
     key = (root, aws.uri)
     if key not in _opened:
-        config = {"endpoint_url": aws.connection.get_service_endpoint_url("s3"), "region_name": aws.connection.region_name}
-        _opened[key] = open_objects(root, aws.session, {name: value for name, value in config.items() if value})
+        _opened[key] = open_objects(root, aws.session, _client_config(aws, "s3"))
     return _opened[key]
+
+
+def _client_config(aws: _Aws, service: str) -> dict[str, str]:
+    """What a connection says of the client of a service."""
+    said = {"endpoint_url": aws.connection.get_service_endpoint_url(service), "region_name": aws.connection.region_name}
+    return {name: value for name, value in said.items() if value}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import ROLE, Rehearsal
 
 ROOT = Path(__file__).parents[2]
 RUN = """
@@ -65,3 +68,11 @@ def in_airflow(home: Path, code: str, **env: str) -> str:
     )
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-4000:]}"
     return done.stdout
+
+
+def aws_connection(rehearsal: Rehearsal, s3: str) -> str:
+    """An AWS connection of Airflow to the S3 emulator and the rehearsal's Bedrock, as JSON."""
+    services = {name: {"endpoint_url": rehearsal.url} for name in ("bedrock", "bedrock-runtime", "service-quotas")}
+    services["bedrock"]["role_arn"] = ROLE
+    extra = {"region_name": "us-east-1", "endpoint_url": s3, "service_config": services}
+    return json.dumps({"conn_type": "aws", "login": "rehearsal", "password": "rehearsal", "extra": extra})

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.airflow.conftest import RUN, in_airflow
-from tests.conftest import ROLE
+from tests.airflow.conftest import RUN, aws_connection, in_airflow
 
 COMMON_AI = Path(__file__).parents[2] / ".venv" / "llm-batch"
 MODEL = "bedrock:amazon.nova-lite-v1:0"
@@ -39,18 +38,12 @@ def llm_batch(airflow_home, rehearsal, bucket, s3):
     """Runs the DAG; (what it said, its results as the operator wrote them)."""
     if not COMMON_AI.exists():
         pytest.skip("apache-airflow-providers-common-ai is not installed: make test installs it")
-    services = {name: {"endpoint_url": rehearsal.url} for name in ("bedrock", "bedrock-runtime", "service-quotas")}
-    services["bedrock"]["role_arn"] = ROLE
-    aws = {
-        "conn_type": "aws", "login": "rehearsal", "password": "rehearsal",
-        "extra": {"region_name": "us-east-1", "endpoint_url": s3, "service_config": services},
-    }  # fmt: skip
     results = airflow_home / "results"
 
     def run(count: int, code: str = RUN % ("moods", {})) -> tuple[str, list[dict]]:
         env = {
             "PYTHONPATH": str(COMMON_AI),
-            "AIRFLOW_CONN_AWS_DEFAULT": json.dumps(aws),
+            "AIRFLOW_CONN_AWS_DEFAULT": aws_connection(rehearsal, s3),
             "AIRFLOW_CONN_BEDROCK_LLM": json.dumps({"conn_type": "pydanticai", "host": "aws_default"}),
             "NIGHTSHIFT_STORE": f"{bucket}/store",
             "RESULTS": f"file://{results}",

@@ -8,8 +8,8 @@ from nightshift.steps.approve import approve
 from nightshift.steps.discover import discover
 from nightshift.steps.plan import plan
 from nightshift.steps.submit import submit
-from tests.airflow.conftest import in_airflow
-from tests.conftest import ROLE, reviews
+from tests.airflow.conftest import aws_connection, in_airflow
+from tests.conftest import reviews
 
 WAIT = """
 import asyncio, json, time
@@ -32,14 +32,8 @@ def test_F51_an_event_ends_a_long_pause_and_the_job_is_looked_at(airflow_home, c
     run = discover(cloud.site, job, pattern=cloud.write("a.jsonl", reviews(5)), label="x", run="r", dates={})
     [shard] = approve(cloud.site, run, plan(cloud.site, run), ask=lambda: True).shards
     submit(cloud.site, run, shard)
-    services = {name: {"endpoint_url": cloud.rehearsal.url} for name in ("bedrock", "bedrock-runtime", "service-quotas")}
-    services["bedrock"]["role_arn"] = ROLE
-    aws = {
-        "conn_type": "aws", "login": "rehearsal", "password": "rehearsal",
-        "extra": {"region_name": "us-east-1", "endpoint_url": s3, "service_config": services},
-    }  # fmt: skip
     env = {
-        "AIRFLOW_CONN_AWS_DEFAULT": json.dumps(aws),
+        "AIRFLOW_CONN_AWS_DEFAULT": aws_connection(cloud.rehearsal, s3),
         "NIGHTSHIFT_STORE": cloud.site.store.uri,
         "NIGHTSHIFT_POLL_SECONDS": "600",
         "NIGHTSHIFT_BEDROCK_EVENTS": url,

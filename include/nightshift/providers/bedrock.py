@@ -272,6 +272,7 @@ class BedrockJobs:
             bad_lines={},
             ended_at=ended_at if isinstance(ended_at, datetime) and state != "running" else None,
             absent=ABSENT.get(status, "missing"),
+            # The counter decides whether to wait a little longer for files, and nothing else.
             awaits_files=state != "running" and bool(job.get("processedRecordCount") or status == "PartiallyCompleted"),
             is_stopping=status == "Stopping",
         )

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import msgspec
 import orjson
 
-from nightshift.providers.openai_forms import as_vector, wrong
+from nightshift.providers.openai_forms import as_vector, unreadable, wrong
 from nightshift.providers.protocol import PICTURES, Garbage, Question, Reply
 from nightshift.shapes import Outcome, Variant
 
@@ -140,7 +140,7 @@ class BedrockForm:
         try:
             record = self._decode(line)
         except msgspec.DecodeError as error:
-            return _unreadable(line, error)
+            return unreadable(line, error, "recordId")
         if record.error is not None or record.modelOutput is None:
             return _failed(record.recordId, record.error)
         said = record.modelOutput
@@ -422,14 +422,3 @@ def _failed(record_id: str, error: Error | None) -> Reply:
     status = int(code) if code.isdigit() else 0
     retryable = error.retryable if error.retryable is not None else status in RETRYABLE_STATUS or status >= 500 or status == 0
     return Reply(custom_id=record_id, outcome="errored", reason=reason, retryable=retryable)
-
-
-def _unreadable(line: bytes, error: msgspec.DecodeError) -> Reply | Garbage:
-    """A line outside the contract. Where its id can still be read, that request is errored, else the line is garbage."""
-    try:
-        record_id = orjson.loads(line)["recordId"]
-    except (ValueError, KeyError, TypeError):
-        return Garbage(reason=f"unreadable result line: {error}")
-    if not isinstance(record_id, str):
-        return Garbage(reason="result line whose recordId is no string")
-    return Reply(custom_id=record_id, outcome="errored", reason=f"answer outside the API's contract: {error}", retryable=True, paid=True)

@@ -1,4 +1,4 @@
-"""OpenAI's endpoints as forms: how `/v1/chat/completions` and `/v1/responses` are asked, and how their answers read.
+"""OpenAI's endpoints as forms: how chat completions, responses and embeddings are asked, and how their answers read.
 
 Shapes: contracts of the OpenAI API as read on 2026-11-21 (openai 3.54.0). Unknown fields are ignored, missing ones expected.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import orjson
@@ -47,11 +47,14 @@ class ChatUsage(msgspec.Struct, gc=False):
     prompt_tokens_details: Details | None = None
 
 
-class ChatBody(msgspec.Struct, gc=False):
+class Answered(msgspec.Struct, gc=False):
+    error: Error | None = None
+
+
+class ChatBody(Answered, gc=False):
     choices: list[Choice] = []
     usage: ChatUsage | None = None
     model: str | None = None
-    error: Error | None = None
 
 
 class Part(msgspec.Struct, gc=False):
@@ -75,12 +78,11 @@ class ResponsesUsage(msgspec.Struct, gc=False):
     input_tokens_details: Details | None = None
 
 
-class ResponsesBody(msgspec.Struct, gc=False):
+class ResponsesBody(Answered, gc=False):
     status: str | None = None
     output: list[Item] = []
     usage: ResponsesUsage | None = None
     model: str | None = None
-    error: Error | None = None
     incomplete_details: Incomplete | None = None
 
 
@@ -89,51 +91,34 @@ class Vector(msgspec.Struct, gc=False):
     embedding: str | list[float] | None = None
 
 
-class EmbeddingsBody(msgspec.Struct, gc=False):
+class EmbeddingsBody(Answered, gc=False):
     data: list[Vector] = []
     usage: ChatUsage | None = None
     model: str | None = None
-    error: Error | None = None
 
 
-class EmbeddingsResponse(msgspec.Struct, gc=False):
+Body = TypeVar("Body", bound=Answered)
+
+
+class Response(msgspec.Struct, Generic[Body], gc=False):
     status_code: int = 0
-    body: EmbeddingsBody | None = None
+    body: Body | None = None
 
 
-class EmbeddingsLine(msgspec.Struct, gc=False):
+class Line(msgspec.Struct, Generic[Body], gc=False):
     custom_id: str
-    response: EmbeddingsResponse | None = None
+    response: Response[Body] | None = None
     error: Error | None = None
 
 
-class ChatResponse(msgspec.Struct, gc=False):
-    status_code: int = 0
-    body: ChatBody | None = None
-
-
-class ChatLine(msgspec.Struct, gc=False):
-    custom_id: str
-    response: ChatResponse | None = None
-    error: Error | None = None
-
-
-class ResponsesResponse(msgspec.Struct, gc=False):
-    status_code: int = 0
-    body: ResponsesBody | None = None
-
-
-class ResponsesLine(msgspec.Struct, gc=False):
-    custom_id: str
-    response: ResponsesResponse | None = None
-    error: Error | None = None
-
-
-class OpenAIForm:
-    """What the endpoints have in common: the lines of a batch's files."""
+class OpenAIForm(Generic[Body]):
+    """What the endpoints have in common: the lines of a batch's files. Each says how its own answers read."""
 
     endpoint: Endpoint
     inputs_per_line = 1
+
+    def __init__(self, line: type[Line[Body]]) -> None:
+        self._decode = msgspec.json.Decoder(line).decode
 
     def fold(self, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """See Form."""
@@ -156,14 +141,34 @@ class OpenAIForm:
         """See Form."""
         return orjson.dumps({"custom_id": custom_id, "response": {"status_code": status, "body": body}, "error": None})
 
+    def read(self, line: bytes) -> Reply | Garbage:
+        """One line of a result file, of either file."""
+        try:
+            decoded = self._decode(line)
+        except msgspec.DecodeError as error:
+            return unreadable(line, error, "custom_id")
+        response, key = decoded.response, decoded.custom_id
+        if decoded.error is not None or response is None:
+            return _not_run(key, decoded.error)
+        body = response.body
+        if response.status_code != 200 or body is None or self._is_error(body):
+            return _api_error(key, response.status_code, body.error if body else None)
+        return self._reply(key, body)
 
-class ChatForm(OpenAIForm):
+    def _is_error(self, body: Body) -> bool:
+        return body.error is not None
+
+    def _reply(self, key: str, body: Body) -> Reply:
+        raise NotImplementedError
+
+
+class ChatForm(OpenAIForm[ChatBody]):
     """`/v1/chat/completions`."""
 
     endpoint: Endpoint = "/v1/chat/completions"
 
     def __init__(self) -> None:
-        self._decode = msgspec.json.Decoder(ChatLine).decode
+        super().__init__(Line[ChatBody])
 
     def body(self, asked: Question) -> dict[str, Any]:
         """The request body; `max_output_tokens` goes under this endpoint's own name."""
@@ -178,18 +183,7 @@ class ChatForm(OpenAIForm):
         """A body as it is asked again."""
         return _varied(body, variant, answer, reason, turns="messages", limit="max_completion_tokens")
 
-    def read(self, line: bytes) -> Reply | Garbage:
-        """One line of a result file, of either file."""
-        try:
-            decoded = self._decode(line)
-        except msgspec.DecodeError as error:
-            return _unreadable(line, error)
-        response, key = decoded.response, decoded.custom_id
-        if decoded.error is not None or response is None:
-            return _not_run(key, decoded.error)
-        body = response.body
-        if response.status_code != 200 or body is None or body.error is not None:
-            return _api_error(key, response.status_code, body.error if body else None)
+    def _reply(self, key: str, body: ChatBody) -> Reply:
         usage = body.usage
         paid: dict[str, Any] = {
             "paid": True,
@@ -206,7 +200,7 @@ class ChatForm(OpenAIForm):
         return Reply(custom_id=key, outcome=outcome, text=message.refusal or message.content, reason=reason, **paid)
 
 
-class ResponsesForm(OpenAIForm):
+class ResponsesForm(OpenAIForm[ResponsesBody]):
     """`/v1/responses`."""
 
     endpoint: Endpoint = "/v1/responses"
@@ -216,7 +210,7 @@ class ResponsesForm(OpenAIForm):
         return {"type": "input_image", "image_url": f"data:{media_type};base64,{base64}"}
 
     def __init__(self) -> None:
-        self._decode = msgspec.json.Decoder(ResponsesLine).decode
+        super().__init__(Line[ResponsesBody])
 
     def body(self, asked: Question) -> dict[str, Any]:
         """The request body. `store` is off: answers live in our store, not in the provider's."""
@@ -233,18 +227,10 @@ class ResponsesForm(OpenAIForm):
         """A body as it is asked again."""
         return _varied(body, variant, answer, reason, turns="input", limit="max_output_tokens")
 
-    def read(self, line: bytes) -> Reply | Garbage:
-        """One line of a result file, of either file."""
-        try:
-            decoded = self._decode(line)
-        except msgspec.DecodeError as error:
-            return _unreadable(line, error)
-        response, key = decoded.response, decoded.custom_id
-        if decoded.error is not None or response is None:
-            return _not_run(key, decoded.error)
-        body = response.body
-        if response.status_code != 200 or body is None or (body.error is not None and body.status is None):
-            return _api_error(key, response.status_code, body.error if body else None)
+    def _is_error(self, body: ResponsesBody) -> bool:
+        return body.error is not None and body.status is None  # one with a status tells of an answer that failed
+
+    def _reply(self, key: str, body: ResponsesBody) -> Reply:
         usage = body.usage
         parts = [part for item in body.output if item.type == "message" for part in item.content or []]
         text = "".join(part.text or "" for part in parts if part.type == "output_text")
@@ -264,14 +250,14 @@ class ResponsesForm(OpenAIForm):
         )
 
 
-class EmbeddingsForm(OpenAIForm):
+class EmbeddingsForm(OpenAIForm[EmbeddingsBody]):
     """`/v1/embeddings`. Vectors come as base64: a third of the bytes, and exactly the numbers."""
 
     endpoint: Endpoint = "/v1/embeddings"
     inputs_per_line = 32  # so many inputs of 8,192 tokens are below the 300,000 of one request
 
     def __init__(self) -> None:
-        self._decode = msgspec.json.Decoder(EmbeddingsLine).decode
+        super().__init__(Line[EmbeddingsBody])
 
     def body(self, asked: Question) -> dict[str, Any]:
         """The request body: one input."""
@@ -285,18 +271,8 @@ class EmbeddingsForm(OpenAIForm):
         """A body as it is asked again."""
         return {**body, "model": variant.model} if variant.model else dict(body)
 
-    def read(self, line: bytes) -> Reply | Garbage:
-        """One line of a result file, with the vectors of all its inputs, in their order."""
-        try:
-            decoded = self._decode(line)
-        except msgspec.DecodeError as error:
-            return _unreadable(line, error)
-        response, key = decoded.response, decoded.custom_id
-        if decoded.error is not None or response is None:
-            return _not_run(key, decoded.error)
-        body = response.body
-        if response.status_code != 200 or body is None or body.error is not None:
-            return _api_error(key, response.status_code, body.error if body else None)
+    def _reply(self, key: str, body: EmbeddingsBody) -> Reply:
+        """With the vectors of all inputs of its line, in their order."""
         vectors = {each.index: as_vector(each.embedding) for each in body.data if each.embedding is not None}
         return Reply(
             custom_id=key,
@@ -403,12 +379,12 @@ def _cached(details: Details | None) -> int:
     return (details.cached_tokens or 0) if details else 0
 
 
-def _unreadable(line: bytes, error: msgspec.DecodeError) -> Reply | Garbage:
-    """A line outside the contract. Where its id can still be read, that request is errored, else the line is garbage."""
+def unreadable(line: bytes, error: msgspec.DecodeError, name: str) -> Reply | Garbage:
+    """A line outside the contract. Where its id can still be read, by its name there, that request is errored; else it is garbage."""
     try:
-        custom_id = orjson.loads(line)["custom_id"]
+        custom_id = orjson.loads(line)[name]
     except (ValueError, KeyError, TypeError):
         return Garbage(reason=f"unreadable result line: {error}")
     if not isinstance(custom_id, str):
-        return Garbage(reason="result line whose custom_id is no string")
+        return Garbage(reason=f"result line whose {name} is no string")
     return Reply(custom_id=custom_id, outcome="errored", reason=f"answer outside the API's contract: {error}", retryable=True, paid=True)

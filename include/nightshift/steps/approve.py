@@ -70,23 +70,23 @@ def approve(site: Site, run: Run, plan: Plan, *, ask: Callable[[], bool]) -> Pla
     stored = site.store.get_shape(run.key("approved.json"), Plan)
     if stored is not None:
         return stored
-    match decide(plan, run.job.spec.policy):
+    policy = run.job.spec.policy
+    _let_pass(plan, policy, ask)
+
+    def weigh(revised: Plan) -> None:
+        if is_dearer(revised, plan):  # what others have taken out can leave less than a batch, and that costs more
+            _let_pass(revised, policy, ask)
+
+    reserved = reserve(site, run, plan, weigh=weigh)
+    return site.store.settle(run.key("approved.json"), reserved.model_copy(update={"approved_at": site.now()}))
+
+
+def _let_pass(plan: Plan, policy: Policy, ask: Callable[[], bool]) -> None:
+    match decide(plan, policy):
         case Stop(budget):
             raise BudgetExceeded(plan.estimate.usd or Decimal(0), budget)
         case Ask(limit) if not ask():
             raise ApprovalNeeded(plan.estimate.usd, limit)
-
-    def check(revised: Plan) -> None:
-        """What others have taken out can leave less than a batch, and that costs more."""
-        if dearer(revised, plan):
-            match decide(revised, run.job.spec.policy):
-                case Stop(budget):
-                    raise BudgetExceeded(revised.estimate.usd or Decimal(0), budget)
-                case Ask(limit) if not ask():
-                    raise ApprovalNeeded(revised.estimate.usd, limit)
-
-    reserved = reserve(site, run, plan, check)
-    return site.store.settle(run.key("approved.json"), reserved.model_copy(update={"approved_at": site.now()}))
 
 
 def must_ask(site: Site, run: Run, plan: Plan) -> bool:
@@ -94,13 +94,13 @@ def must_ask(site: Site, run: Run, plan: Plan) -> bool:
     return isinstance(decide(plan, run.job.spec.policy), Ask) and site.store.head(run.key("approved.json")) is None
 
 
-def dearer(revised: Plan, plan: Plan) -> bool:
+def is_dearer(revised: Plan, plan: Plan) -> bool:
     """Whether a plan is estimated above another one."""
     return revised.estimate.usd is not None and plan.estimate.usd is not None and revised.estimate.usd > plan.estimate.usd
 
 
-def reserve(site: Site, run: Run, plan: Plan, check: Callable[[Plan], None] = lambda revised: None) -> Plan:
-    """Add the run's reservation to the log of its fingerprint; the plan less what others have by then. `check` may stop it before.
+def reserve(site: Site, run: Run, plan: Plan, *, weigh: Callable[[Plan], None]) -> Plan:
+    """Add the run's reservation to the log of its fingerprint; the plan less what others have by then. `weigh` may stop it before.
 
     The log's next number is taken only by who has read everything before it: where another run was quicker, its
     reservation is read as well, and the number after it is tried.
@@ -112,7 +112,7 @@ def reserve(site: Site, run: Run, plan: Plan, check: Callable[[Plan], None] = la
             if reservation.run == run.uri:
                 return reservation.plan
         revised = _revised(site, run, plan, answers.in_flight(reservations))
-        check(revised)
+        weigh(revised)
         if not revised.own_shards or answers.reserve(number, Reservation(run=run.uri, plan=revised)):
             return revised
 

@@ -67,10 +67,9 @@ def check_staged(outcomes: Mapping[Outcome, int], staged: int, quarantined: int)
 def _stage(site: Site, run: Run, folder: Path, database: duckdb.DuckDBPyConnection, kind: str, query: str) -> list[tuple[str, int]]:
     """Stream a query into Parquet parts in the run's folder; (key, rows) of each, the rows as its footer counts them."""
     staged = []
-    rows = rows_at_once(answers_schema(run.job), STREAM_ROWS)
-    reader = database.sql(query).to_arrow_reader(rows)
-    if LINE in reader.schema.names:
-        reader = with_vectors(reader, run.job.dimensions or 0)
+    reader = database.sql(query).to_arrow_reader(rows_at_once(answers_schema(run.job), STREAM_ROWS))
+    if run.job.dimensions is not None and LINE in reader.schema.names:
+        reader = with_vectors(reader, run.job.dimensions)
     for number, path in enumerate(_parts(folder, kind, reader)):
         key = run.key(f"{kind}/part-{number:05d}.parquet")
         staged.append((key, pq.read_metadata(path).num_rows))
@@ -98,10 +97,11 @@ def _kept(job: Job) -> str:
 
 
 def _succeeded_query(job: Job) -> str:
-    fields = "".join(f", answers.output.{_quoted(name)} AS {_quoted(name)}" for name in job.fields)
+    fields = [f"answers.output.{_quoted(name)} AS {_quoted(name)}" for name in job.fields]
     if job.dimensions is not None:
-        fields = f", answers.line AS {LINE}"  # vectors are put in afterwards: sorted by DuckDB, they would not fit into its memory
-    return f"""SELECT {_kept(job)}{fields}, answers.model AS _model, answers.tier AS _tier, '{job.prompt.version}' AS _prompt_version,
+        fields = [f"answers.line AS {LINE}"]  # vectors are put in afterwards: sorted by DuckDB, they would not fit into its memory
+    columns = ", ".join([_kept(job), *fields])
+    return f"""SELECT {columns}, answers.model AS _model, answers.tier AS _tier, '{job.prompt.version}' AS _prompt_version,
                       lower(hex(rows.request_key)) AS _request_key
                FROM rows JOIN lines AS answers USING (request_key) WHERE answers.outcome = 'succeeded' ORDER BY rows.ordinal"""
 

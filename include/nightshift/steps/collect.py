@@ -189,6 +189,7 @@ def unfold(replies: Iterable[Reply | Garbage], groups: Iterable[Sequence[bytes]]
                 vectors=reply.vectors[place : place + 1],
                 is_shared=True,
                 input_tokens=_part(reply.input_tokens, place, len(keys)),
+                cached_tokens=_part(reply.cached_tokens, place, len(keys)) or 0,
                 output_tokens=_part(reply.output_tokens, place, len(keys)),
             )
 

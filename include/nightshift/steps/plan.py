@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 import pyarrow as pa
@@ -63,12 +63,12 @@ def plan(site: Site, run: Run, *, progress: Progress = lambda rows: None) -> Pla
 def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows: None) -> Plan:
     """A plan. With `keep` its row indexes and shards are written to the store, without it nothing is."""
     job, encoder, limits = run.job, Encoder(run.job), site.limits(run.job)
-    rows_themselves = run.input.objects if job.spec.input.format == "files" else ()
+    files_as_rows = run.input.objects if job.spec.input.format == "files" else ()
     with ExitStack() as stack, site.scratch() as folder, open_database(Path(folder)) as database:
-        pictures = stack.enter_context(Pictures(site, job, rows_themselves, keep=keep)) if job.spec.request.images else None
+        pictures = stack.enter_context(Pictures(site, job, files_as_rows, keep=keep)) if job.spec.request.images else None
         spool = _Spool(Path(folder), database, encoder, limits, pictures, progress)
-        if rows_themselves:
-            spool.take(job, file_rows(rows_themselves, job.columns), "rows-00000", _slice_schema(job, {"size": pa.int64()}))
+        if files_as_rows:
+            spool.take(job, file_rows(files_as_rows, job.columns), "rows-00000", _slice_schema(job, {"size": pa.int64()}))
         else:
             for index, pinned in enumerate(run.input.objects):
                 spool.read(site, job, pinned, f"rows-{index:05d}")
@@ -111,6 +111,16 @@ def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows:
         )
 
 
+class _Place(NamedTuple):
+    """Where a row's request stands in the spool, or why it has none."""
+
+    key: bytes | None
+    reason: str | None
+    start: int
+    size: int  # bytes, with the newline
+    weight: int
+
+
 class _Spool:
     """Lines of every request on local disk, and what DuckDB needs to choose among them."""
 
@@ -137,12 +147,12 @@ class _Spool:
     def read(self, site: Site, job: Job, pinned: PinnedObject, name: str) -> None:
         """Encode the rows of one pinned object; its row index becomes one slice."""
         bucket, key = site.open_input(pinned.uri)
-        opened = bucket.open(key, etag=pinned.etag, version=pinned.version)
-        schema = _slice_schema(job, column_types(opened, pinned.uri) if pinned.format == "parquet" else {})
-        if self._schema is not None and not self._schema.equals(schema):
-            raise InputUnreadable(pinned.uri, "its kept columns have other types than in the objects before it")
-        self._schema = schema
         with bucket.open(key, etag=pinned.etag, version=pinned.version) as file:
+            schema = _slice_schema(job, column_types(file, pinned.uri) if pinned.format == "parquet" else {})
+            if self._schema is not None and not self._schema.equals(schema):
+                raise InputUnreadable(pinned.uri, "its kept columns have other types than in the objects before it")
+            self._schema = schema
+            file.seek(0)
             batch_rows = PICTURE_ROWS if self._pictures else BATCH_ROWS
             self.take(job, read_rows(file, pinned.uri, pinned.format, pinned.compression, job.columns, batch_rows), name, schema)
 
@@ -158,69 +168,54 @@ class _Spool:
 
     def _encode(self, job: Job, rows: Rows, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
         ids = [_as_id(value) for value in rows.columns[job.spec.input.id]]
-        keys: list[bytes | None] = []
-        reasons: list[str | None] = []
-        starts: list[int] = []
-        sizes: list[int] = []
-        weights: list[int] = []
+        places: list[_Place] = []
         renditions: dict[str, list[str | None]] = {each.name: [] for each in job.spec.output.renditions}
         for row_id, (request, made) in zip(ids, self._requests(rows), strict=True):
+            places.append(self._place("the id is missing" if row_id is None and isinstance(request, Request) else request, len(places)))
             for rendition, uris in renditions.items():
                 uris.append(made.get(rendition))
-            if isinstance(request, Fault | str) or row_id is None:
-                reason = request.reason if isinstance(request, Fault) else request if isinstance(request, str) else "the id is missing"
-                self.reasons[reason] += 1
-                reasons.append(reason)
-                keys.append(None)
-                starts.append(0)
-                sizes.append(0)
-                weights.append(0)
-                continue
-            line = self._encoder.form.line(request.key.hex(), request.body)
-            self._file.write(line)
-            self._file.write(b"\n")
-            size = len(line) + 1
-            if size > self._limits.request_bytes:
-                raise RequestTooLarge(self.rows + len(keys), size, self._limits.request_bytes)
-            keys.append(request.key)
-            reasons.append(None)
-            starts.append(self._end)
-            sizes.append(size)
-            weights.append(size - len(request.body) + request.weight)
-            self._end += size
+        keys, reasons, starts, sizes, weights = map(list, zip(*places, strict=True)) if places else ([], [], [], [], [])
+        self.reasons.update(place.reason for place in places if place.reason is not None)
         ordinals = range(self.rows, self.rows + rows.count)
         raws = [rows.faults[i].raw if i in rows.faults else None for i in range(rows.count)]
-        kept = [_kept(job, name, renditions.get(name) or rows.columns[name], schema.field(f"keep_{name}").type) for name in job.kept]
+        columns = {**rows.columns, **renditions}
+        kept = [_kept(job, name, columns[name], schema.field(f"keep_{name}").type) for name in job.kept]
         values = [ordinals, ids, keys, reasons, raws]
         arrays = [pa.array(value, field.type) for value, field in zip(values, schema, strict=False)]
         writer.write_batch(pa.RecordBatch.from_arrays([*arrays, *kept], schema=schema))
-        spooled = [
-            arrays[0],
-            arrays[1],
-            arrays[2],
-            pa.array(starts, pa.int64()),
-            pa.array(sizes, pa.int32()),
-            pa.array(weights, pa.int32()),
-        ]
-        batch = pa.Table.from_arrays(spooled, schema=SPOOLED)  # DuckDB finds it by its name in this scope
-        self._database.execute("INSERT INTO spool SELECT * FROM batch")
+        spooled = [ordinals, ids, keys, starts, sizes, weights]
+        batch = pa.Table.from_arrays([pa.array(value, field.type) for value, field in zip(spooled, SPOOLED, strict=True)], schema=SPOOLED)
+        self._database.execute("INSERT INTO spool SELECT * FROM batch")  # DuckDB finds it by its name in this scope
         del batch
         self.rows += rows.count
 
-    def _requests(self, rows: Rows) -> Iterator[tuple[Request | str | Fault, Mapping[str, str]]]:
+    def _place(self, request: Request | str, position: int) -> _Place:
+        """Write a request's line into the spool; where it stands, or why it has none. `position`: in the batch of rows."""
+        if isinstance(request, str):
+            return _Place(None, request, 0, 0, 0)
+        line = self._encoder.form.line(request.key.hex(), request.body)
+        self._file.write(line)
+        self._file.write(b"\n")
+        size, start = len(line) + 1, self._end
+        if size > self._limits.request_bytes:
+            raise RequestTooLarge(self.rows + position, size, self._limits.request_bytes)
+        self._end += size
+        return _Place(request.key, None, start, size, size - len(request.body) + request.weight)
+
+    def _requests(self, rows: Rows) -> Iterator[tuple[Request | str, Mapping[str, str]]]:
         """What is asked about each row, or why nothing is; and where the renditions of its picture are."""
         names, faults, encode = list(rows.columns), rows.faults, self._encoder.encode
         found = (
             faults.get(i) or dict(zip(names, values, strict=True)) for i, values in enumerate(zip(*rows.columns.values(), strict=True))
         )
         if self._pictures is None:
-            yield from ((row if isinstance(row, Fault) else encode(row), {}) for row in found)
+            yield from ((row.reason if isinstance(row, Fault) else encode(row), {}) for row in found)
             return
         for row, shown in self._pictures.of(found):
-            if isinstance(row, Fault) or isinstance(shown, str):
-                yield row if isinstance(row, Fault) else str(shown), {}
+            if isinstance(row, Fault):
+                yield row.reason, {}
             else:
-                yield encode(row, shown.pictures), shown.renditions
+                yield (shown, {}) if isinstance(shown, str) else (encode(row, shown.pictures), shown.renditions)
 
     def mark_doubled(self) -> None:
         """Write the late discovery that an id stands twice into the row indexes."""
@@ -287,9 +282,9 @@ def _collapse(database: duckdb.DuckDBPyConnection) -> None:
 
 
 def _counts(database: duckdb.DuckDBPyConnection) -> dict[str, int]:
-    asked, asked_bytes = database.execute("SELECT count(*), coalesce(sum(weight), 0)::BIGINT FROM spool WHERE key IS NOT NULL").fetchall()[
-        0
-    ]
+    [(asked, asked_bytes)] = database.execute(
+        "SELECT count(*), coalesce(sum(weight), 0)::BIGINT FROM spool WHERE key IS NOT NULL"
+    ).fetchall()
     found = database.execute("SELECT coalesce(known, 'new'), count(*), sum(weight)::BIGINT FROM requests GROUP BY 1").fetchall()
     by = {word: (count, size) for word, count, size in found}
     return {

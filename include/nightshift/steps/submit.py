@@ -141,8 +141,8 @@ def _send(site: Site, run: Run, shard: str, number: int, attempts: list[Attempt]
         if not site.ledger.claim(shard, number, claim):
             raise ShardHeld(shard, "another worker", LEASE.total_seconds())
         labels = {"shard": shard[:12], "job": run.job.name, "attempt": str(number), "work": work_of(shard, claim)}
-        with _refusals_recorded(site, shard, number, claim.asked, attempts):
-            holding = _Holding(site, shard, Attempt(number=number, claim=claim))
+        with refusals_recorded(site, shard, number, claim.asked, attempts):
+            holding = Holding(site, shard, Attempt(number=number, claim=claim))
             receipt = provider.create(uploaded, claim.model, claim.token, labels, holding, run.job.patience)
     return site.ledger.record_receipt(shard, number, receipt)
 
@@ -187,7 +187,7 @@ def _provider(site: Site, run: Run, name: ProviderName) -> Provider:
     return site.open_provider(run.job.spec.request.model_copy(update={"provider": name}))
 
 
-class _Holding:
+class Holding:
     """Asked before a create call goes out: whether the claim is still ours, renewing its lease in time.
 
     A process that slept past its lease finds it taken over, or leaves it to be, and sends nothing.
@@ -210,7 +210,7 @@ class _Holding:
 
 
 @contextmanager
-def _refusals_recorded(site: Site, shard: str, attempt: int, count: int, before: list[Attempt]) -> Iterator[None]:
+def refusals_recorded(site: Site, shard: str, attempt: int, count: int, before: list[Attempt]) -> Iterator[None]:
     """A refused create call ends its attempt, so that the next one need not wait for the claim to lapse. A doubt does not.
 
     Where the provider has as many batches as it takes, the shard waits for a place: it is held, for some time.
