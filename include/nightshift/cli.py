@@ -19,7 +19,8 @@ from nightshift import __version__
 from nightshift.errors import InputMissing, JobInvalid, NightshiftError
 from nightshift.job import Job, Policy, job_schema
 from nightshift.job_file import find_job, load_job, redriven
-from nightshift.pages import MEANING, render_job_reference, usd
+from nightshift.money.prices import farewells
+from nightshift.pages import MEANING, measured_on, render_job_reference, stated, usd
 from nightshift.settings import Settings, read_settings
 from nightshift.shapes import OUTCOMES, Plan, Settled, Summary
 
@@ -73,6 +74,8 @@ def validate(job: JobArgument) -> None:
     people.print(
         f"   checks {len(loaded.expectations)} expectations, publishes at {spec.policy.publish_at_least:.0%} succeeded", markup=False
     )
+    for said in farewells(spec.request.provider, (spec.request.model, *spec.stand_ins), date.today()):
+        people.print(f"[yellow]soon[/] {said}")
 
 
 @app.command()
@@ -406,18 +409,15 @@ def _plan_table(drafted: Plan) -> Table:
         ("  reused", f"{drafted.reused:,}", "answered and paid for earlier"),
         ("  adopted", f"{drafted.adopted:,}", "in flight in another run"),
         ("  to submit", f"{drafted.submitted:,}", f"in {len(drafted.shards) - len(drafted.adopted_shards)} shards"),
-        ("input tokens", f"{estimate.input_tokens:,}", "measured from bytes"),
+        ("input tokens", f"{estimate.input_tokens:,}", measured_on(estimate)),
         ("output tokens", f"{estimate.output_tokens:,}", f"at most {estimate.output_tokens_max:,}"),
-        ("cost", usd(_float(estimate.usd)), f"at most {usd(_float(estimate.usd_max))}; {estimate.basis}"),
-        ("saved", usd(_float(drafted.saved_usd)), "by duplicates and reuse"),
+        ("cost", usd(estimate.usd), f"{stated(estimate).partition(', ')[2]}"),
+        ("", "", estimate.basis),
+        ("saved", usd(drafted.saved_usd), "by duplicates and reuse"),
     ]
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def _float(value: Any) -> float | None:
-    return None if value is None else float(value)
 
 
 def _runs(store: str, job: str, last: int) -> list[tuple[str, str, Summary | None]]:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from nightshift.errors import JobInvalid
 from nightshift.job import Job, Policy, RequestSpec
-from nightshift.money.estimate import estimate_variants, sum_estimates
+from nightshift.money.estimate import estimate_variants, measured_before, sum_estimates
 from nightshift.providers.protocol import Limits
 from nightshift.runs import Site
 from nightshift.shapes import PAID_OUTCOMES, Estimate, Outcome, ProviderName, Shard, Variant
@@ -134,11 +134,12 @@ def asked_from(provider: ProviderName, count: int, least: int) -> ProviderName:
 
 def estimate_shards(store: Objects, job: Job, shards: Iterable[Shard]) -> Estimate:
     """What shards cost, as their requests are asked: anew, or again in the way that each says; in batches, or on demand."""
-    estimates: list[Estimate] = []
+    estimates, measured = list[Estimate](), measured_before(store, job)
     for shard in shards:
         seed = seed_of(store, shard)
         again = [] if seed is None else map(Variant.model_validate_json, seed.column("again").to_pylist())
-        estimates += estimate_variants(job, bought(Counter(again) or Counter({Variant(): shard.request_count}), shard), shard)
+        variants = bought(Counter(again) or Counter({Variant(): shard.request_count}), shard)
+        estimates += estimate_variants(job, variants, shard, measured)
     return sum_estimates(job, estimates)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import orjson
 from jinja2 import Environment, StrictUndefined, Template
 
-from nightshift.shapes import OUTCOMES, Summary
+from nightshift.shapes import OUTCOMES, Estimate, Summary
 
 MEANING = {
     "succeeded": "answered, parsed, valid under the output schema",
@@ -82,7 +83,24 @@ def _type_name(schema: Mapping[str, Any], field: Mapping[str, Any]) -> str:
     return str(field.get("type", "any"))
 
 
-def usd(value: float | None) -> str:
+def stated(estimate: Estimate) -> str:
+    """What a plan is estimated at, with its interval, in words for people."""
+    if estimate.usd is None:
+        return "unknown"
+    low, high, most = map(usd, (estimate.usd_low, estimate.usd_high, estimate.usd_max))
+    return f"{usd(estimate.usd)}, between {low} and {high}; {most} if every answer used its whole limit"
+
+
+def measured_on(estimate: Estimate) -> str:
+    """What an estimate's tokens rest on."""
+    return (
+        f"measured on {estimate.measured_on:,} paid answers of this job"
+        if estimate.measured_on
+        else "from bytes; no run of this job to go by"
+    )
+
+
+def usd(value: float | Decimal | None) -> str:
     """Dollars for people: four digits below a dollar, and never a made-up zero."""
     if value is None:
         return "unknown"

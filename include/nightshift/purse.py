@@ -8,7 +8,8 @@ from functools import cache
 
 import pyarrow.parquet as pq
 
-from nightshift.money.estimate import actual_cost, estimate_requests
+from nightshift.money.estimate import actual_cost, estimate_requests, measured_before
+from nightshift.money.prices import price_at
 from nightshift.providers.protocol import Reply
 from nightshift.runs import Run, Site
 from nightshift.settle import distinct, usage_of
@@ -41,18 +42,20 @@ def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], re
         return Purse(None, lambda asked_as: None)
     approved = site.store.get_shape(run.key("approved.json"), Plan)
     share = budget * facts.request_count / max(facts.request_count, approved.submitted if approved else 0)
-    spent = _cost(claim, sum((_tokens_of(reply) for reply in replies if reply.paid), Usage()))
+    spent = _cost(claim, sum((_tokens_of(reply, _above(claim)) for reply in replies if reply.paid), Usage()))
     for attempt in distinct(attempts):
         if attempt.is_harvested:
-            spent += _cost(attempt.claim, usage_of(pq.read_table(site.store.open(answers_key(facts.key, attempt.number)))))
+            table = pq.read_table(site.store.open(answers_key(facts.key, attempt.number)))
+            spent += _cost(attempt.claim, usage_of(table, _above(attempt.claim)))
 
+    measured = measured_before(site.store, run.job)
     is_dear = facts.least > 1  # what is asked again may be too little for a batch
 
     @cache
     def price(asked_as: Variant) -> Decimal | None:
         if is_dear:
             asked_as = asked_as.model_copy(update={"provider": "live"})
-        usd = estimate_requests(run.job, facts.request_count, facts.request_bytes, asked_as=asked_as).usd
+        usd = estimate_requests(run.job, facts.request_count, facts.request_bytes, asked_as=asked_as, measured=measured).usd
         return None if usd is None else usd / facts.request_count
 
     return Purse(max(Decimal(0), share - spent), price)
@@ -63,5 +66,13 @@ def _cost(claim: Claim, usage: Usage) -> Decimal:
     return actual_cost(claim.provider, claim.model, usage.model_copy(update={"unknown": 0})) or Decimal(0)
 
 
-def _tokens_of(reply: Reply) -> Usage:
-    return Usage(input_tokens=reply.input_tokens or 0, cached_tokens=reply.cached_tokens, output_tokens=reply.output_tokens or 0)
+def _above(claim: Claim) -> int | None:
+    """The input tokens above which one request costs more."""
+    price = price_at(claim.provider, claim.model)
+    return price.above if price else None
+
+
+def _tokens_of(reply: Reply, above: int | None) -> Usage:
+    tokens = {"input_tokens": reply.input_tokens or 0, "cached_tokens": reply.cached_tokens, "output_tokens": reply.output_tokens or 0}
+    is_long = above is not None and tokens["input_tokens"] > above
+    return Usage(**tokens, **{f"long_{name}": count for name, count in tokens.items() if is_long})

@@ -22,12 +22,13 @@ class Settings:
     bedrock_role_arn: str | None  # NIGHTSHIFT_BEDROCK_ROLE_ARN, the role that Bedrock reads and writes S3 as
     bedrock_files: str | None  # NIGHTSHIFT_BEDROCK_FILES, the S3 folder of its requests and results; None = the store
     bedrock_events: str | None  # NIGHTSHIFT_BEDROCK_EVENTS, the URL of an SQS queue with its job events; None = waits only look
+    prices: Path | None  # NIGHTSHIFT_PRICES, a CSV file whose prices count in place of the table's
     scratch: Path | None  # NIGHTSHIFT_SCRATCH, local disk for spools; None = the system's temporary folder
 
 
 def read_settings(env: Mapping[str, str] = os.environ) -> Settings:
     """Settings from environment variables; relative folders are taken from the working directory."""
-    scratch = env.get("NIGHTSHIFT_SCRATCH")
+    scratch, prices = env.get("NIGHTSHIFT_SCRATCH"), env.get("NIGHTSHIFT_PRICES")
     return Settings(
         store=env.get("NIGHTSHIFT_STORE"),
         jobs=Path(env.get("NIGHTSHIFT_JOBS") or Path(__file__).parent.parent / "jobs"),
@@ -37,6 +38,7 @@ def read_settings(env: Mapping[str, str] = os.environ) -> Settings:
         bedrock_role_arn=env.get("NIGHTSHIFT_BEDROCK_ROLE_ARN"),
         bedrock_files=env.get("NIGHTSHIFT_BEDROCK_FILES"),
         bedrock_events=env.get("NIGHTSHIFT_BEDROCK_EVENTS"),
+        prices=Path(prices) if prices else None,
         scratch=Path(scratch) if scratch else None,
     )
 

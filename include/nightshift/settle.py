@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 
 from nightshift.columns import rows_at_once
 from nightshift.errors import CountsDisagree
-from nightshift.money.prices import tier_of
+from nightshift.money.prices import price_at, tier_of
 from nightshift.runs import Site
 from nightshift.shapes import Paid, ProviderName, Settled, Shard, Usage
 from nightshift.stores.ledger import Attempt
 from nightshift.stores.shards import answers_key, request_keys
 
 GROUP_ROWS = 1 << 20  # in a row group of answers in words: all of a shard
+TOKENS = ("input_tokens", "cached_tokens", "output_tokens")
 RANK: dict[str, int] = {"succeeded": 3, "invalid": 2, "truncated": 2, "refused": 2, "filtered": 2}  # of two lines the better stays
 
 
@@ -82,7 +83,8 @@ def paid_by(attempts: Iterable[Attempt], tables: Mapping[int, pa.Table]) -> tupl
     paid = []
     for (run, provider, model), own in bought.items():
         found = [tables[attempt.number].filter(tables[attempt.number].column("paid")) for attempt in own if attempt.number in tables]
-        usage = sum((usage_of(table) for table in found), Usage())
+        price = price_at(provider, model)
+        usage = sum((usage_of(table, price.above if price else None) for table in found), Usage())
         answers, batches = sum(table.num_rows for table in found), len(own) if tier_of(provider) == "batch" else 0
         paid.append(Paid(run=run, provider=provider, model=model, batches=batches, answers=answers, usage=usage))
     return tuple(paid)
@@ -102,19 +104,19 @@ def _merge(everything: pa.Table) -> pa.Table:
     return everything.take(pa.array([position for _, position in best.values()], pa.int64()))
 
 
-def usage_of(everything: pa.Table) -> Usage:
-    """Tokens over all attempts: what was paid, not only what was kept."""
+def usage_of(everything: pa.Table, above: int | None) -> Usage:
+    """Tokens over all attempts: what was paid, not only what was kept. `above`: input tokens that make a request a long one."""
     paid = everything.filter(everything.column("paid"))
-
-    def total(name: str) -> int:
-        return int(pc.sum(paid.column(name)).as_py() or 0)
-
+    long = paid.filter(pc.greater(paid.column("input_tokens"), above)) if above is not None else paid.slice(0, 0)
     return Usage(
-        input_tokens=total("input_tokens"),
-        cached_tokens=total("cached_tokens"),
-        output_tokens=total("output_tokens"),
+        **{name: _total(paid, name) for name in TOKENS},
+        **{f"long_{name}": _total(long, name) for name in TOKENS},
         unknown=paid.column("input_tokens").null_count,
     )
+
+
+def _total(table: pa.Table, name: str) -> int:
+    return int(pc.sum(table.column(name)).as_py() or 0)
 
 
 def _alarms(attempts: Iterable[Attempt]) -> dict[str, int]:

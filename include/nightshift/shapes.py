@@ -77,15 +77,13 @@ class Usage(Wire):
     input_tokens: int = 0
     cached_tokens: int = 0  # part of input_tokens
     output_tokens: int = 0
+    long_input_tokens: int = 0  # part of input_tokens: of requests so long that their model costs more for them
+    long_cached_tokens: int = 0  # part of those
+    long_output_tokens: int = 0  # part of output_tokens
     unknown: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            input_tokens=self.input_tokens + other.input_tokens,
-            cached_tokens=self.cached_tokens + other.cached_tokens,
-            output_tokens=self.output_tokens + other.output_tokens,
-            unknown=self.unknown + other.unknown,
-        )
+        return Usage(**{name: getattr(self, name) + getattr(other, name) for name in Usage.model_fields})
 
 
 class Paid(Wire):
@@ -116,8 +114,22 @@ class Estimate(Wire):
     output_tokens: int  # expected
     output_tokens_max: int  # if every answer used its whole limit
     usd: Decimal | None
+    usd_low: Decimal | None = None  # the interval that the cost is expected in
+    usd_high: Decimal | None = None
     usd_max: Decimal | None
+    measured_on: int = 0  # paid answers of this job that the tokens were calibrated on; 0: on none
     basis: str  # price table, its date and its tier
+
+
+class Measured(Wire):
+    """What the requests of a job have cost. Stored as `runs/<job>/measured.json`; every run that pays replaces it."""
+
+    model: str
+    prompt_version: str
+    answers: int  # that were paid for
+    input_factor: Decimal  # input tokens as billed, by those that were expected from the bytes
+    cached_share: Decimal  # of the input tokens
+    output_per_request: Decimal  # tokens, with those of requests that were asked again
 
 
 class Plan(Wire):
@@ -206,6 +218,8 @@ class Cost(Wire):
     """Dollars. None = unknown, never 0."""
 
     estimated: float | None
+    estimated_low: float | None = None  # the interval that it was stated with
+    estimated_high: float | None = None
     actual: float | None
     saved: float | None
     by_tier: dict[Tier, float | None]  # of what was paid

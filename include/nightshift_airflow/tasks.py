@@ -15,6 +15,7 @@ from airflow.sdk.exceptions import AirflowSkipException
 from nightshift.errors import InputMissing, JobInvalid, RunFailed, RunHeld, ShardHeld
 from nightshift.job import Job
 from nightshift.job_file import load_job, redriven
+from nightshift.money.prices import farewells
 from nightshift.redrive import begin_redrive, find_run
 from nightshift.runs import approved_plan, run_id
 from nightshift.shapes import Assembled, Audit, Published
@@ -73,6 +74,8 @@ def _redrive(job: Job, name: str, outcomes: Sequence[str], context: Any) -> str:
 def plan(run_uri: str, **context: Any) -> str:
     """Plan the run; approve and everything after it read the plan in the store."""
     site, run = run_at(run_uri, owner_of(context))
+    for said in farewells(run.job.spec.request.provider, (run.job.spec.request.model, *run.job.spec.stand_ins), site.now().date()):
+        log.warning(said)
     planned = plan_run(site, run, progress=_every(100_000))
     log.info(
         "%s rows: %s rejected, %s duplicates, %s reused, %s adopted, %s to submit in %s shards; estimate %s",

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import re
-from dataclasses import dataclass
-from decimal import Decimal
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import date, timedelta
+from decimal import Decimal, InvalidOperation
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Literal
 
+from nightshift.errors import JobInvalid
+from nightshift.settings import read_settings
 from nightshift.shapes import Tier, Usage
 
 READ_ON = "2026-11-21"
@@ -20,6 +25,9 @@ PROFILE = re.compile(r"^(?P<region>us|us-gov|eu|apac|jp|au|ca|sa|me|global)\.(?P
 REGIONAL_SURCHARGE = Decimal("1.1")  # of a profile that stays in its region, for the models below
 SURCHARGED = re.compile(r"^(anthropic\.claude-[a-z]+-(4-[5-9]|[5-9])|amazon\.nova-2)")
 BATCH_SHARE = Decimal("0.5")  # of the standard price, where a batch price of Bedrock is not published
+NOTICE = timedelta(days=30)  # before a model is shut down, for it to be said
+COLUMNS = ("provider", "model", "tier", "above", "input", "cached", "output", "retires")
+REQUIRED = {"provider", "model", "tier", "input", "output"}
 
 PriceTier = Literal["batch", "standard"]
 BOUGHT: dict[str, tuple[str, PriceTier]] = {
@@ -27,6 +35,7 @@ BOUGHT: dict[str, tuple[str, PriceTier]] = {
     "bedrock": ("bedrock", "batch"),
     "live": ("openai", "standard"),
 }  # provider → table, tier; a model of Bedrock is found in Bedrock's
+_Key = tuple[str, str, str]  # vendor, model, tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,17 +45,34 @@ class Price:
     input: Decimal
     cached: Decimal | None  # None: no discount is published
     output: Decimal
+    above: int | None = None  # input tokens of one request; where it has more, all of it costs `long`
+    long: Price | None = None
+    retires: date | None = None  # when the model is shut down, as far as that is known
+    origin: str = f"prices of {READ_ON} ({SOURCE})"
 
     def of(self, usage: Usage) -> Decimal:
-        """Dollars for tokens; cached tokens are a part of the input tokens."""
+        """Dollars for tokens; cached tokens are a part of the input tokens, and long requests a part of all."""
+        if self.long is None:
+            return self._of(usage.input_tokens, usage.cached_tokens, usage.output_tokens)
+        return self.long._of(usage.long_input_tokens, usage.long_cached_tokens, usage.long_output_tokens) + self._of(
+            usage.input_tokens - usage.long_input_tokens,
+            usage.cached_tokens - usage.long_cached_tokens,
+            usage.output_tokens - usage.long_output_tokens,
+        )
+
+    def _of(self, input_tokens: int, cached_tokens: int, output_tokens: int) -> Decimal:
         cached = self.input if self.cached is None else self.cached
-        fresh = usage.input_tokens - usage.cached_tokens
-        return (fresh * self.input + usage.cached_tokens * cached + usage.output_tokens * self.output) / MILLION
+        return ((input_tokens - cached_tokens) * self.input + cached_tokens * cached + output_tokens * self.output) / MILLION
 
     def times(self, factor: Decimal) -> Price:
         """Another price, by a factor."""
-        cached = None if self.cached is None else self.cached * factor
-        return Price(input=self.input * factor, cached=cached, output=self.output * factor)
+        return replace(
+            self,
+            input=self.input * factor,
+            cached=None if self.cached is None else self.cached * factor,
+            output=self.output * factor,
+            long=None if self.long is None else self.long.times(factor),
+        )
 
 
 def models_of(vendor: str) -> list[str]:
@@ -92,11 +118,20 @@ def tier_of(provider: str) -> Tier:
 
 def basis(provider: str, model: str) -> str:
     """Where a price comes from, in words for a report."""
-    tier = BOUGHT[provider][1]
-    if price_at(provider, model) is None:
+    tier, price = BOUGHT[provider][1], price_at(provider, model)
+    if price is None:
         return f"no {tier} price known for {model}: cost unknown (table of {READ_ON})"
     assumed = ", half the standard price where none is published" if provider == "bedrock" and not _has_batch_price(model) else ""
-    return f"{tier} prices of {READ_ON} ({SOURCE}{assumed})"
+    return f"{tier} {price.origin}{assumed}"
+
+
+def farewell(provider: str, model: str, today: date) -> str | None:
+    """What to say of a model that has been shut down, or is about to be; None of every other one."""
+    price = price_at(provider, model)
+    if price is None or price.retires is None or price.retires - today > NOTICE:
+        return None
+    when = "was to be shut down on" if price.retires <= today else "is shut down on"
+    return f"{model} {when} {price.retires.isoformat()}: move the job to another model"
 
 
 def _has_batch_price(model: str) -> bool:
@@ -104,11 +139,54 @@ def _has_batch_price(model: str) -> bool:
 
 
 @cache
-def _table() -> dict[tuple[str, str, str], Price]:
-    with files("nightshift.money").joinpath("prices.csv").open(encoding="utf-8") as file:
-        return {(line["provider"], line["model"], line["tier"]): _price(line) for line in csv.DictReader(file)}
+def _table() -> dict[_Key, Price]:
+    """The table that comes with this package, with the lines of NIGHTSHIFT_PRICES in place of its own."""
+    shipped = files("nightshift.money").joinpath("prices.csv").read_text(encoding="utf-8")
+    own = read_settings().prices
+    return {**read_prices(shipped, None), **(_own_prices(own) if own else {})}
+
+
+def _own_prices(path: Path) -> dict[_Key, Price]:
+    try:
+        return read_prices(path.read_text(encoding="utf-8-sig"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobInvalid([f"NIGHTSHIFT_PRICES={path}: cannot be read: {error}"]) from error
+
+
+def read_prices(text: str, path: Path | None) -> dict[_Key, Price]:
+    """Prices from the lines of a CSV file; `path`: where it is, if it is a user's own. Raises JobInvalid naming the line to mend."""
+    lines = csv.DictReader(text.splitlines())
+    if lines.fieldnames is None or not REQUIRED <= set(lines.fieldnames) <= set(COLUMNS):
+        raise JobInvalid([f"{path}:1: expected the columns {','.join(COLUMNS)}, found {','.join(lines.fieldnames or ())}"])
+    found: dict[_Key, Price] = {}
+    longs: list[tuple[_Key, int, Price]] = []
+    for number, line in enumerate(lines, start=2):
+        try:
+            price, above = _price(line), line.get("above")
+            key = (line["provider"], line["model"], line["tier"])
+            if key[0] not in ("openai", "bedrock") or key[2] not in ("batch", "standard"):
+                raise ValueError(f"{key[0]} and {key[2]}: expected openai or bedrock, and batch or standard")
+            if above:
+                longs.append((key, int(above), price))
+            else:
+                found[key] = price if path is None else replace(price, origin=f"prices of {path.name}")
+        except (InvalidOperation, ValueError, TypeError, AttributeError) as error:
+            raise JobInvalid([f"{path}:{number}: not a line of prices: {error!s}"]) from error
+    for key, above_tokens, price in longs:
+        if key in found:
+            found[key] = replace(found[key], above=above_tokens, long=price)
+    return found
 
 
 def _price(line: dict[str, str]) -> Price:
-    cached = Decimal(line["cached"]) if line["cached"] else None
-    return Price(input=Decimal(line["input"]), cached=cached, output=Decimal(line["output"] or "0"))
+    amounts = [Decimal(line[name] or "0") for name in ("input", "output")]
+    cached = Decimal(line["cached"]) if line.get("cached") else None
+    if any(not amount.is_finite() or amount < 0 for amount in (*amounts, cached or Decimal(0))):
+        raise ValueError("a price is a number of dollars per million tokens, 0 or more")
+    retires = date.fromisoformat(line["retires"]) if line.get("retires") else None
+    return Price(input=amounts[0], cached=cached, output=amounts[1], retires=retires)
+
+
+def farewells(provider: str, models: Iterable[str], today: date) -> list[str]:
+    """What is to be said of some models' ends."""
+    return [said for model in models if (said := farewell(provider, model, today))]

@@ -17,6 +17,7 @@ import pyarrow as pa
 from nightshift.errors import ApprovalNeeded, BudgetExceeded
 from nightshift.job import Policy
 from nightshift.packing import ANSWERED, IN_FLIGHT, REQUESTS, Wanted, estimate_shards, freeze, mark_answered, mark_in_flight
+from nightshift.pages import measured_on, stated, usd
 from nightshift.runs import Run, Site, salt_of
 from nightshift.shapes import PAID_OUTCOMES, Outcome, Plan, Shard
 from nightshift.stores.answers import Reservation, seen
@@ -182,12 +183,12 @@ def _without_known(site: Site, run: Run, folder: Path, database: duckdb.DuckDBPy
 def question(run: Run, plan: Plan) -> str:
     """What a person needs to know to say yes, as Markdown."""
     estimate = plan.estimate
-    cost = "unknown (no price for this model)" if estimate.usd is None else f"**${estimate.usd:.4f}**, at most ${estimate.usd_max:.4f}"
-    saved = "" if plan.saved_usd is None else f"\n| spared by reuse and duplicates | ${plan.saved_usd:.4f} |"
+    cost = "unknown (no price for this model)" if estimate.usd is None else stated(estimate)
+    saved = "" if plan.saved_usd is None else f"\n| spared by reuse and duplicates | {usd(plan.saved_usd)} |"
     return (
         f"`{run.job.name}` wants to send **{plan.submitted:,} requests** to `{run.job.spec.request.model}`.\n\n"
         f"| | |\n|---|---|\n| estimated cost | {cost} |\n| rows | {plan.rows:,} |\n| rejected, never sent | {plan.rejected:,} |\n"
         f"| duplicates | {plan.duplicates:,} |\n| answered earlier, reused | {plan.reused:,} |{saved}\n"
-        f"| input tokens | {estimate.input_tokens:,} |\n\n"
+        f"| tokens | {estimate.input_tokens:,} in, {estimate.output_tokens:,} out ({measured_on(estimate)}) |\n\n"
         f"Prices: {estimate.basis}."
     )

@@ -22,7 +22,7 @@ from nightshift.encode import Encoder, Request
 from nightshift.errors import InputUnreadable, RequestTooLarge
 from nightshift.formats import BATCH_ROWS, PICTURE_ROWS, Fault, Rows, column_types, file_rows, read_rows
 from nightshift.job import Job
-from nightshift.money.estimate import estimate_requests
+from nightshift.money.estimate import estimate_requests, measured_before
 from nightshift.packing import ANSWERED, IN_FLIGHT, REQUESTS, estimate_shards, freeze, groups, mark_answered, mark_in_flight
 from nightshift.pictures import Pictures
 from nightshift.providers.protocol import Limits
@@ -106,7 +106,7 @@ def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows:
             answers=tuple(reused_files),
             slices=tuple(slices),
             estimate=estimate_shards(site.store, job, shards),
-            saved_usd=_saved(job, counted),
+            saved_usd=_saved(site, job, counted),
             seen=seen(files, in_flight),
         )
 
@@ -298,10 +298,10 @@ def _counts(database: duckdb.DuckDBPyConnection) -> dict[str, int]:
     }
 
 
-def _saved(job: Job, counted: dict[str, int]) -> Decimal | None:
+def _saved(site: Site, job: Job, counted: dict[str, int]) -> Decimal | None:
     """What the rows that cost nothing would have cost: duplicates, reused and adopted requests."""
-    spared = estimate_requests(job, counted["asked"] - counted["new"], counted["asked_bytes"] - counted["new_bytes"])
-    return spared.usd
+    count, size = counted["asked"] - counted["new"], counted["asked_bytes"] - counted["new_bytes"]
+    return estimate_requests(job, count, size, measured=measured_before(site.store, job)).usd
 
 
 def _one(database: duckdb.DuckDBPyConnection, query: str) -> int:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from nightshift.errors import CountsDisagree
 from nightshift.job import Job
-from nightshift.money.estimate import actual_cost
+from nightshift.money.estimate import actual_cost, measure, measured_key
 from nightshift.money.prices import tier_of
 from nightshift.pages import render_report
 from nightshift.runs import Run, Site
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import duckdb
 
 CHART_BARS = 12
+MEASURED_SHARDS = 50  # of a run: so many tell what its requests cost
 TIERS: tuple[Tier, ...] = ("batch", "on_demand")
 
 
@@ -48,9 +49,27 @@ def report(site: Site, run: Run, *, published: Published | None, problem: str | 
     check_sums(summary)
     store.put(run.key("summary.json"), dump_json(summary.model_dump(mode="json")))
     store.put(run.key("report.html"), render_report(summary).encode())
+    if plan and assembled and not run.input.redrive:  # a redrive asks otherwise, and says nothing of the next run
+        _measure(site, run, plan)
     if published:
         store.put(f"runs/{run.job.name}/last-published.json", LastPublished(run=run.input.run).model_dump_json().encode())
     return summary
+
+
+def _measure(site: Site, run: Run, plan: Plan) -> None:
+    """Keep what requests that this run alone has paid for have cost: the next estimate goes by it."""
+    settled = [each for shard in plan.own_shards[:MEASURED_SHARDS] if (each := site.ledger.settled(shard))]
+    own = [each for each in settled if all((paid.run, paid.model) == (run.uri, run.job.spec.request.model) for paid in each.paid)]
+    facts, paid = [site.ledger.shard(each.shard) for each in own], [paid for each in own for paid in each.paid]
+    measured = measure(
+        run.job,
+        sum(shard.request_count for shard in facts),
+        sum(shard.request_bytes for shard in facts),
+        sum(each.answers for each in paid),
+        sum((each.usage for each in paid), Usage()),
+    )
+    if measured is not None:
+        site.store.put(measured_key(run.job), measured.model_dump_json(indent=1).encode())
 
 
 def summarise(
@@ -97,6 +116,8 @@ def summarise(
         alarms=assembled.alarms if assembled else {},
         cost_usd=Cost(
             estimated=_dollars(plan.estimate.usd) if plan else None,
+            estimated_low=_dollars(plan.estimate.usd_low) if plan else None,
+            estimated_high=_dollars(plan.estimate.usd_high) if plan else None,
             actual=_dollars(cost_of(paid)) if assembled else None,
             saved=_dollars(plan.saved_usd) if plan else None,
             by_tier={tier: _dollars(cost_of(own)) for tier in TIERS if (own := [each for each in paid if tier_of(each.provider) == tier])},

@@ -1,0 +1,97 @@
+"""Estimates against the rehearsal's bill: within a quarter before a job was ever run, within a tenth after one run."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from local import sample
+from nightshift.drive import begin, drive
+from nightshift.money.estimate import answer_bytes, measure
+from nightshift.shapes import Summary, Usage
+from tests.conftest import World, reviews
+
+SUMMARY = {
+    "type": "object",
+    "properties": {"summary": {"type": "string", "maxLength": 120}, "grade": {"type": "integer", "minimum": 1, "maximum": 5}},
+    "required": ["summary", "grade"],
+    "additionalProperties": False,
+}
+TOPICS = {
+    "type": "object",
+    "properties": {
+        "sentiment": {"enum": ["positive", "neutral", "negative"]},
+        "topics": {"type": "array", "items": {"enum": ["cleanliness", "staff", "location", "food", "room", "noise", "value", "other"]}, "maxItems": 5},
+    },
+    "required": ["sentiment", "topics"],
+    "additionalProperties": False,
+}  # fmt: skip
+JOBS: list[Any] = [
+    pytest.param({}, id="a class and a number"),
+    pytest.param({"schema": TOPICS}, id="a list of topics"),
+    pytest.param({"schema": SUMMARY}, id="a sentence"),
+    pytest.param({"request": {"model": "gpt-5.4-mini", "endpoint": "/v1/responses"}}, id="another endpoint"),
+]
+
+
+def go(world: World, job, uri: str) -> Summary:
+    return drive(world.site, begin(world.site, job, pattern=uri, dates={}, scheduled=False), ask=lambda run, plan: True)
+
+
+def off(summary: Summary) -> float:
+    """By what part the estimate missed the bill."""
+    return abs(summary.cost_usd.estimated / summary.cost_usd.actual - 1)
+
+
+def hotel_reviews(count: int, seed: int) -> bytes:
+    return b"".join(line + b"\n" for line in sample.reviews(count, seed=seed))
+
+
+@pytest.mark.parametrize("changes", JOBS)
+def test_an_estimate_is_near_the_bill_and_nearer_after_one_run(world, changes):
+    job = world.job(input={"id": "review_id", "require": {"text": {"min_length": 1, "max_length": 20000}}}, **changes)
+    first = go(world, job, world.write("a.jsonl", hotel_reviews(300, 1)))
+    second = go(world, job, world.write("b.jsonl", hotel_reviews(400, 2)))
+    assert float(first.cost_usd.actual + second.cost_usd.actual) == pytest.approx(world.rehearsal.bill()["usd"], abs=1e-4)
+    assert off(first) <= 0.25
+    assert off(second) <= 0.10
+    assert first.cost_usd.estimated_low <= first.cost_usd.actual <= first.cost_usd.estimated_high
+    assert second.cost_usd.estimated_low <= second.cost_usd.actual <= second.cost_usd.estimated_high
+
+
+def test_what_is_asked_again_is_in_the_next_estimate(world):
+    world.rehearsal.faults(invalid=0.3)
+    job = world.job(policy={"retry": {"invalid": 1}, "publish_at_least": 0})
+    go(world, job, world.write("a.jsonl", reviews(300)))
+    second = go(world, job, world.write("b.jsonl", [{**row, "text": row["text"] + " Yes."} for row in reviews(300)]))
+    assert off(second) <= 0.10
+
+
+def test_a_run_that_pays_nothing_leaves_the_measure_alone(world):
+    job = world.job()
+    uri = world.write("a.jsonl", reviews(20))
+    go(world, job, uri)
+    before = world.site.store.get("runs/reviews/measured.json")
+    assert go(world, job, uri).cost_usd.estimated == 0
+    assert world.site.store.get("runs/reviews/measured.json") == before
+
+
+def test_nothing_is_measured_on_answers_without_usage(world):
+    assert measure(world.job(), 10, 4000, 10, Usage(input_tokens=100, unknown=1)) is None
+
+
+@pytest.mark.parametrize(
+    ("schema", "size"),
+    [
+        pytest.param({"enum": ["yes", "no"]}, Decimal("4.5"), id="the mean of the choices"),
+        pytest.param({"type": ["string", "null"], "maxLength": 10}, Decimal(7), id="half of the longest"),
+        pytest.param({"anyOf": [{"type": "integer"}, {"type": "null"}]}, Decimal(2), id="may be null"),
+        pytest.param({"type": "object", "properties": {"a": {"type": "boolean"}}}, Decimal(11), id="object"),
+        pytest.param({"type": "array", "items": {"type": "integer"}, "maxItems": 1}, Decimal(5), id="list"),
+        pytest.param(True, Decimal(40), id="anything"),
+    ],
+)
+def test_an_answer_is_as_long_as_its_schema_says(schema, size):
+    assert answer_bytes(schema) == size
