@@ -22,11 +22,11 @@ from nightshift.inbox import new_uploads, note_started
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.shapes import Summary
 from nightshift.steps.approve import approve
-from nightshift.steps.collect import FILES_GRACE, collect
+from nightshift.steps.collect import collect
 from nightshift.steps.discover import discover
 from nightshift.steps.plan import plan
 from nightshift.steps.submit import submit
-from nightshift.steps.wait import pauses
+from nightshift.steps.wait import FILES_GRACE, pauses
 from nightshift.stores.ledger import LEASE, QUEUE_PATIENCE
 from tests.conftest import World, reviews
 

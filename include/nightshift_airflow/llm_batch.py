@@ -32,8 +32,8 @@ from nightshift.providers.bedrock import LIMITS, BedrockJobs
 from nightshift.providers.bedrock_forms import ConverseForm
 from nightshift.providers.protocol import Question, Reply, Snapshot
 from nightshift.shapes import Receipt
-from nightshift.steps.collect import is_waiting_for_files
 from nightshift.steps.submit import Holding, refusals_recorded
+from nightshift.steps.wait import is_waiting_for_files
 from nightshift.stores.ledger import LEASE, Attach, Attempt, Claim, Ended, Hold, Lease, Search, next_move
 from nightshift_airflow.site import bedrock_access, site_for
 

@@ -84,6 +84,16 @@ def test_what_follows_from_a_look(look, waited, patience, move):
     assert isinstance(next_look(look, failures=1, failing=waited, waited=waited, patience=patience, poll_seconds=1.0), move)
 
 
+@pytest.mark.parametrize(
+    ("waited", "move"),
+    [pytest.param(HOUR, Look, id="its files lag behind"), pytest.param(2 * DAY, Ended, id="for longer than the deadline")],
+)
+def test_F60_a_batch_whose_result_files_lag_behind_is_waited_for(waited, move):
+    over = Snapshot(state="ended", status="completed", done=1, total=1, result_files=(), reasons=(), bad_lines={}, awaits_files=True)
+    found = next_look(over, failures=0, failing=waited, waited=waited, patience=DAY, poll_seconds=1.0, awaits_files=True)
+    assert isinstance(found, move)
+
+
 def test_failed_looks_come_at_growing_distances_up_to_a_bound():
     def pause(failures: int) -> float:
         look = ProviderUnavailable("x", "y")

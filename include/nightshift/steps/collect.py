@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -25,11 +25,11 @@ from nightshift.runs import Run, Site
 from nightshift.settle import RANK, settle
 from nightshift.shapes import Settled
 from nightshift.steps.submit import open_where, payer_of
+from nightshift.steps.wait import FILES_GRACE, is_waiting_for_files
 from nightshift.stores.ledger import Attach, Attempt, Done, Ended, is_stuck, next_move
 from nightshift.stores.shards import Left, answers_key, asked, pending, shared_lines
 
 LOST_AFTER = timedelta(minutes=2)  # from the first "not known" here; the wait before has looked for longer
-FILES_GRACE = timedelta(minutes=10)  # after its end, for a completed batch to show its result files
 
 
 def collect(site: Site, run: Run, shard: str) -> Settled | None:
@@ -144,13 +144,6 @@ def _give_up(
 
 def _batch_of(attempt: Attempt) -> str:
     return attempt.receipt.batch_id if attempt.receipt else "-"
-
-
-def is_waiting_for_files(snapshot: Snapshot, now: datetime) -> bool:
-    """Result files can lag behind the status (F60). Without a grace everything would count as missing, and be paid again."""
-    if snapshot.result_files or not (snapshot.awaits_files or (snapshot.state == "ended" and snapshot.absent == "missing")):
-        return False
-    return snapshot.ended_at is None or now - snapshot.ended_at < FILES_GRACE
 
 
 def _end_without_answers(site: Site, shard: str, attempt: Attempt, attempts: list[Attempt], snapshot: Snapshot, provider: Provider) -> None:

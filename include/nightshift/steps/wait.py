@@ -16,6 +16,7 @@ from nightshift.steps.submit import OWNER_PAUSE, may_pay, open_where, payer_of
 from nightshift.stores.ledger import Attach, Hold, Send, next_move
 
 UNKNOWN_PATIENCE = timedelta(minutes=10)  # how long a batch that we hold a receipt for may be unknown to the provider
+FILES_GRACE = timedelta(minutes=10)  # after its end, for a completed batch to show its result files
 ERROR_PAUSE_MAX_SECONDS = 300.0
 
 Seen = Callable[[Snapshot | NightshiftError], None]  # told of every look, also of those that failed
@@ -48,10 +49,11 @@ def next_look(
     waited: timedelta,
     patience: timedelta,
     poll_seconds: float,
+    awaits_files: bool = False,
 ) -> Look | Cancel | Ended:
     """Decide from one look. `failures`: looks in a row that failed, this one included; `failing`: since the first of them;
 
-    `waited`: since the batch began.
+    `waited`: since the batch began; `awaits_files`: whether it has ended, and its result files lag behind.
     """
     if isinstance(snapshot, BatchUnknown):
         return Ended() if failing > UNKNOWN_PATIENCE else Look(_backoff(poll_seconds, failures))
@@ -60,10 +62,17 @@ def next_look(
     if isinstance(snapshot, NightshiftError):
         return Look(_backoff(poll_seconds, failures))
     if snapshot.state != "running":
-        return Ended()
+        return Look(poll_seconds) if awaits_files and waited <= patience else Ended()
     if waited > patience and not snapshot.is_stopping:
         return Cancel(poll_seconds)
     return Look(poll_seconds)
+
+
+def is_waiting_for_files(snapshot: Snapshot, now: datetime) -> bool:
+    """Result files can lag behind the status (F60). Without a grace everything would count as missing, and be paid again."""
+    if snapshot.result_files or not (snapshot.awaits_files or (snapshot.state == "ended" and snapshot.absent == "missing")):
+        return False
+    return snapshot.ended_at is None or now - snapshot.ended_at < FILES_GRACE
 
 
 def watch(
@@ -85,6 +94,7 @@ def watch(
             waited=now() - receipt.created_at,
             patience=job.patience,
             poll_seconds=poll_seconds,
+            awaits_files=isinstance(snapshot, Snapshot) and is_waiting_for_files(snapshot, now()),
         )
         match move:
             case Ended():
