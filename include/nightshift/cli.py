@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import date, timedelta
+from datetime import date, datetime, time, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from zoneinfo import ZoneInfo
 
 import orjson
 import typer
@@ -18,7 +19,7 @@ from rich.table import Table
 from nightshift import __version__
 from nightshift.errors import InputMissing, JobInvalid, NightshiftError
 from nightshift.job import Job, Policy, job_schema
-from nightshift.job_file import find_job, load_job, redriven
+from nightshift.job_file import find_job, load_job, read_prompt, redriven, vary
 from nightshift.money.prices import farewells
 from nightshift.pages import MEANING, measured_on, render_job_reference, stated, usd
 from nightshift.settings import Settings, read_settings
@@ -41,6 +42,11 @@ StoreOption = Annotated[str | None, typer.Option("--store", help="where everythi
 DateOption = Annotated[str | None, typer.Option("--ds", metavar="YYYY-MM-DD", help="the date of a scheduled interval")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run as `status` names it, 16 hex digits")]
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object, last on stdout")]
+ModelOption = Annotated[str | None, typer.Option(help="ask this model in place of the job's")]
+PromptOption = Annotated[
+    str | None, typer.Option(metavar="FILE|VERSION", help="ask by this prompt and not by the job's: a file, or an earlier version")
+]
+SampleOption = Annotated[int | None, typer.Option(min=1, help="ask about so many rows only, and publish them beside the results")]
 YesOption = Annotated[bool, typer.Option("--yes", help="approve an estimate above policy.approve_above_usd")]
 
 
@@ -88,7 +94,15 @@ def schema(markdown: Annotated[bool, typer.Option(help="the same as a page for p
 
 
 @app.command()
-def plan(job: JobArgument, input: InputOption = None, store: StoreOption = None, ds: DateOption = None) -> None:
+def plan(
+    job: JobArgument,
+    input: InputOption = None,
+    store: StoreOption = None,
+    ds: DateOption = None,
+    model: ModelOption = None,
+    prompt: PromptOption = None,
+    sample: SampleOption = None,
+) -> None:
     """Rows, requests, reuse, shards and the estimate; sends nothing and keeps nothing."""
     from nightshift.local_site import local_site
     from nightshift.runs import Run, RunInput, render_dates
@@ -96,12 +110,19 @@ def plan(job: JobArgument, input: InputOption = None, store: StoreOption = None,
     from nightshift.steps.plan import draft
 
     settings = read_settings()
-    loaded = load_job(find_job(job, settings.jobs))
     site = local_site(settings, _store(store, settings))
-    dates, pattern = _dates(ds), _pattern(loaded, input, ds)
-    objects = pin(site, loaded, render_dates(pattern, dates)).objects
+    loaded = _varied(site, job, settings, model, prompt)
+    objects = pin(site, loaded, render_dates(_pattern(loaded, input, ds), _dates(loaded, ds))).objects
     asked = RunInput(
-        run="draft", label="draft", started_at=site.now(), partition="draft", objects=objects, job=loaded, fresh=loaded.spec.fresh
+        run="draft",
+        label="draft",
+        started_at=site.now(),
+        partition="draft",
+        objects=objects,
+        job=loaded,
+        fresh=loaded.spec.fresh,
+        sample=sample,
+        dry_run=True,
     )
     drafted = draft(site, Run(site.store, asked), keep=False)
     people.print(_plan_table(drafted))
@@ -113,6 +134,9 @@ def run(
     input: InputOption = None,
     store: StoreOption = None,
     ds: DateOption = None,
+    model: ModelOption = None,
+    prompt: PromptOption = None,
+    sample: SampleOption = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="buy every answer anew, whatever was answered before")] = False,
     json: JsonOption = False,
     yes: YesOption = False,
@@ -120,14 +144,16 @@ def run(
     """Take a job the whole way: discover, plan, approve, submit, wait, collect, assemble, audit, publish, report."""
     from nightshift.drive import begin
     from nightshift.local_site import local_site
+    from nightshift.runs import Options
 
     settings = read_settings()
-    loaded = load_job(find_job(job, settings.jobs))
     site = local_site(settings, _store(store, settings))
-    scheduled = ds is not None and input is None
+    loaded = _varied(site, job, settings, model, prompt)
+    options = Options(fresh=fresh, sample=sample)
+    pattern, dates, scheduled = _pattern(loaded, input, ds), _dates(loaded, ds), ds is not None and input is None
     _drive(
         site,
-        lambda: begin(site, loaded, pattern=_pattern(loaded, input, ds), dates=_dates(ds), scheduled=scheduled, fresh=fresh),
+        lambda: begin(site, loaded, pattern=pattern, dates=dates, scheduled=scheduled, options=options),
         json=json,
         yes=yes,
     )
@@ -348,6 +374,16 @@ def _store(given: str | None, settings: Settings) -> str:
     return store
 
 
+def _varied(site: Site, job: str, settings: Settings, model: str | None, prompt: str | None) -> Job:
+    """The job of a command, with another model or prompt where they are given."""
+    path = find_job(job, settings.jobs)
+    loaded = load_job(path)
+    if prompt is not None and Path(prompt).is_file():
+        prompt = str(Path(prompt).absolute())
+    source = None if prompt is None else read_prompt(site.store, path, prompt)
+    return loaded if model is None and source is None else vary(loaded, model=model, prompt_source=source)
+
+
 def _pattern(job: Job, given: str | None, ds: str | None) -> str:
     if given is None:
         if "{{" in job.spec.input.uri and ds is None:
@@ -356,21 +392,17 @@ def _pattern(job: Job, given: str | None, ds: str | None) -> str:
     return given if "://" in given else f"file://{Path(given).absolute()}"
 
 
-def _dates(ds: str | None) -> dict[str, str]:
-    """The dates a template may use: those of a daily interval that starts on `ds`."""
+def _dates(job: Job, ds: str | None) -> dict[str, Any]:
+    """The dates a template may use: those of the day `ds`, in the job's time zone."""
+    from nightshift.runs import interval_dates
+
     if ds is None:
         return {}
     try:
-        start = date.fromisoformat(ds)
-        end = start + timedelta(days=1)
+        start = datetime.combine(date.fromisoformat(ds), time(), ZoneInfo(job.spec.timezone))
+        return interval_dates(start, start + timedelta(days=1), job.spec.timezone)
     except (ValueError, OverflowError) as error:
         raise JobInvalid([f"--ds {ds}: expected a date such as 2026-11-22"]) from error
-    return {
-        "ds": ds,
-        "ds_nodash": ds.replace("-", ""),
-        "data_interval_start": f"{start.isoformat()}T00:00:00+00:00",
-        "data_interval_end": f"{end.isoformat()}T00:00:00+00:00",
-    }
 
 
 def _pairs(given: list[str] | None) -> dict[str, Any]:

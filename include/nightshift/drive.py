@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from threading import Event, Lock
+from typing import Any
 
 from nightshift.errors import Interrupted, NightshiftError, RunHeld, ShardHeld, Transient
 from nightshift.job import Job, Policy
 from nightshift.providers.protocol import Snapshot
 from nightshift.redrive import begin_redrive, find_run
-from nightshift.runs import Run, Site, run_folder, run_id
+from nightshift.runs import Options, Run, Site, current_run, render_dates, run_id
 from nightshift.shapes import Outcome, Plan, Published, Settled, Summary
 from nightshift.steps.approve import approve
 from nightshift.steps.assemble import assemble
 from nightshift.steps.audit import audit
 from nightshift.steps.collect import collect
-from nightshift.steps.discover import discover, pin
+from nightshift.steps.discover import AS_THE_JOB_SAYS, discover, pin
 from nightshift.steps.plan import plan
 from nightshift.steps.publish import publish
 from nightshift.steps.report import report
@@ -40,12 +40,12 @@ class Watcher:
     shard: Callable[[str, Snapshot | NightshiftError | Settled], None] = lambda shard, seen: None
 
 
-def begin(site: Site, job: Job, *, pattern: str, dates: Mapping[str, str], scheduled: bool, fresh: bool = False) -> Run:
+def begin(site: Site, job: Job, *, pattern: str, dates: Mapping[str, Any], scheduled: bool, options: Options = AS_THE_JOB_SAYS) -> Run:
     """Begin a run, or go on with one that was interrupted: the same job on the same objects is the same run until it is reported."""
-    identity = run_id(job.digest, pin(site, job, pattern).identity, *(["fresh"] if fresh else []))
-    number, name = _next_run(site, job.name, identity)
+    identity = run_id(job.digest, pin(site, job, render_dates(pattern, dates)).identity, options.model_dump_json())
+    number, name = current_run(site.store, job.name, identity)
     label = f"local {identity[:6]}-{number}"
-    return discover(site, job, pattern=pattern, label=label, run=name, dates=dates, scheduled=scheduled, fresh=fresh)
+    return discover(site, job, pattern=pattern, label=label, run=name, dates=dates, scheduled=scheduled, options=options)
 
 
 def begin_again(site: Site, name: str, outcomes: Sequence[Outcome], *, policy: Callable[[str], Policy | None]) -> Run:
@@ -56,18 +56,8 @@ def begin_again(site: Site, name: str, outcomes: Sequence[Outcome], *, policy: C
     original = find_run(site.store, name)
     wanted = policy(original.job.name) or original.job.spec.policy
     identity = run_id("redrive", name, wanted.model_dump_json(), *outcomes)
-    number, run = _next_run(site, original.job.name, identity)
+    number, run = current_run(site.store, original.job.name, identity)
     return begin_redrive(site, original, outcomes, label=f"redrive of {name[:6]}-{number}", run=run, policy=wanted)
-
-
-def _next_run(site: Site, job: str, identity: str) -> tuple[int, str]:
-    """The first run of an identity that has not been brought to its end: its number and its name."""
-    for number in itertools.count(1):
-        name = run_id(identity, str(number))
-        summary = site.store.get_shape(f"{run_folder(job, name)}/summary.json", Summary)
-        if summary is None or summary.state == "failed":
-            return number, name
-    raise AssertionError("counting has no end")
 
 
 def drive(site: Site, run: Run, *, ask: Callable[[Run, Plan], bool], watcher: Watcher | None = None) -> Summary:
@@ -80,7 +70,8 @@ def drive(site: Site, run: Run, *, ask: Callable[[Run, Plan], bool], watcher: Wa
     except NightshiftError as error:
         problem = error
     watcher.stage("report")
-    summary = report(site, run, published=published, problem=str(problem) if problem else None)
+    told = {"problem": str(problem), "error": type(problem).__name__} if problem else {}
+    summary = report(site, run, published=published, **told)
     if problem is not None and not isinstance(problem, RunHeld):
         raise problem
     return summary

@@ -6,6 +6,7 @@ NightshiftError
 │   ├── InputMissing              nothing there to read
 │   ├── BucketMissing             the bucket itself does not exist
 │   ├── InputUnreadable           there, but not what it says it is
+│   ├── UpToDate                  the partition was made of the same objects by the same job
 │   ├── InputChanged              the pinned object was replaced or deleted during the run
 │   ├── AccessDenied              credentials missing, wrong, expired, or not allowed
 │   ├── ModelNotFound             the provider does not offer this model
@@ -90,6 +91,16 @@ class InputUnreadable(Permanent):
         super().__init__(f"Cannot read {uri}: {why}. Nothing was sent.")
 
 
+class UpToDate(Permanent):
+    """The partition was made of the same objects by the same job: doing it again would make the same."""
+
+    exit_code = 0
+
+    def __init__(self, partition: str) -> None:
+        self.partition = partition
+        super().__init__(f"{partition} was made of the same objects by the same job. To buy its answers anew, set fresh.")
+
+
 class InputChanged(Permanent):
     """The object was replaced or deleted after this run pinned it."""
 
@@ -168,15 +179,16 @@ class QuotaExhausted(Permanent):
 
 
 class BudgetExceeded(Permanent):
-    """The estimate is over the job's budget; nothing was sent."""
+    """What is about to be bought does not fit into a budget; it was not sent."""
 
     exit_code = 4
 
-    def __init__(self, estimate: Decimal, budget: Decimal) -> None:
-        self.estimate, self.budget = estimate, budget
+    def __init__(self, estimate: Decimal, budget: Decimal, name: str = "policy.budget_usd", spent: Decimal = Decimal(0)) -> None:
+        self.estimate, self.budget, self.name, self.spent = estimate, budget, name, spent
+        so_far = f", of which ${spent:.4f} are spent or in flight" if spent else ""
         super().__init__(
-            f"The run is estimated at ${estimate:.4f}; policy.budget_usd allows ${budget:.4f}. "
-            "Raise the budget or shrink the input; nothing was sent."
+            f"It is estimated at ${estimate:.4f}; {name} allows ${budget:.4f}{so_far}. "
+            "Raise the budget or shrink the input; nothing more was sent, and what was paid for is kept."
         )
 
 

@@ -28,7 +28,7 @@ def new_uploads(site: Site, job: Job) -> list[Upload]:
     """Objects under the job's `on_upload` pattern without a note, oldest first. Empty objects and folder markers are none."""
     if not job.spec.on_upload:
         return []
-    bucket, pattern = site.open_input(job.spec.on_upload)
+    bucket, pattern = site.open_input(job.spec.on_upload.uri)
     noted = {PurePosixPath(found.key).stem for found in site.store.scan(f"inbox/{job.name}")}
     found = sorted(
         (item for item in matching(bucket, pattern) if item.size and not item.key.endswith("/")), key=lambda item: (item.modified, item.key)

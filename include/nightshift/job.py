@@ -250,6 +250,9 @@ class Policy(Section):
 
     retry: RetrySpec = Field(default_factory=RetrySpec)
     budget_usd: Decimal | None = Field(None, gt=0, description="a run estimated above it is stopped before it costs")
+    monthly_budget_usd: Decimal | None = Field(
+        None, gt=0, description="all runs of the job in a calendar month (UTC); nothing is sent past it"
+    )
     approve_above_usd: Decimal | None = Field(None, ge=0, description="a run estimated above it asks a person first")
     publish_at_least: float = Field(0.95, ge=0, le=1, description="share of the rows that must succeed, else the run is held")
     deadline_hours: float = Field(26, gt=0, le=336, description="a batch still running then is cancelled and harvested")
@@ -262,11 +265,70 @@ class Policy(Section):
         return min((bound for bound in (self.budget_usd, self.approve_above_usd) if bound is not None), default=None)
 
 
+class Together(Section):
+    """Uploads that share a run."""
+
+    files: int = Field(50, ge=1, le=10_000, description="in one run at most")
+    minutes: float = Field(5, gt=0, le=1440, description="how long the first of them waits for others")
+
+
+class UploadSpec(Section):
+    """Uploads that start runs. A pattern alone says where they land."""
+
+    uri: str = Field(description="pattern of uploads, each of which starts a run")
+    queue: str | None = Field(None, description="URL of the SQS queue that the bucket's events go to; without it the inbox is listed")
+    together: Together | None = Field(None, description="let uploads share a run: {files: 50, minutes: 5}; without it each has its own")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pattern_alone(cls, given: Any) -> Any:
+        return {"uri": given} if isinstance(given, str) else given
+
+    @field_validator("uri")
+    @classmethod
+    def _is_a_pattern(cls, uri: str) -> str:
+        if not URI.match(uri):
+            raise ValueError("expected a URI pattern such as s3://bucket/inbox/*.parquet")
+        return uri
+
+    @field_validator("queue")
+    @classmethod
+    def _is_a_url(cls, queue: str | None) -> str | None:
+        if queue is not None and not queue.startswith(("https://", "http://")):
+            raise ValueError("expected the URL of an SQS queue, such as https://sqs.eu-west-1.amazonaws.com/123456789012/uploads")
+        return queue
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(core)]}
+
+
+class Figure(Section):
+    """A figure of the periodic report, over all that a job has published in its period."""
+
+    title: str = Field(min_length=1)
+    value: str = Field("count(*)", description="SQL expression over the columns of the results, such as avg(confidence) or count(*)")
+    by: list[str] = Field(default_factory=list, max_length=3, description="columns or SQL expressions that it is broken down by")
+    share: bool = Field(False, description="as a share of the whole, within all but the last of `by`")
+
+
 class ReportSpec(Section):
     """What the report shows beside the counts."""
 
     drift: list[str] = Field(default_factory=list, description="answer fields compared with the last published run")
     charts: list[str] = Field(default_factory=list, description="columns drawn as distributions")
+    figures: list[Figure] = Field(default_factory=list, description="figures of the periodic report: {title, value, by, share}")
+
+
+class NotifySpec(Section):
+    """Airflow connections that are told: Slack, Slack webhook, SMTP or AWS (SNS)."""
+
+    on_failure: list[str] = Field(default_factory=list, description="a run has failed")
+    on_held: list[str] = Field(default_factory=list, description="a run's results are not good enough to be published")
+    on_budget: list[str] = Field(default_factory=list, description="a budget has stopped a run")
+    on_approval: list[str] = Field(default_factory=list, description="a run waits for a person")
+    on_deadline: list[str] = Field(default_factory=list, description="a run is not done by policy.deadline_hours")
+    on_success: list[str] = Field(default_factory=list, description="a run has published")
 
 
 class JobFile(Section):
@@ -274,10 +336,11 @@ class JobFile(Section):
 
     name: str = Field(pattern=NAME, description="also the DAG id and the folder of the results")
     description: str = ""
-    schedule: str | None = Field(None, description="cron expression; each run reads the interval that just ended")
-    timezone: str = "UTC"
+    schedule: str | list[str] | None = Field(None, description="cron expression or several; each run reads the interval that just ended")
+    timezone: str = Field("UTC", description="of the schedule, and of the dates in templates")
     start_date: date = date(2026, 1, 1)
-    on_upload: str | None = Field(None, description="pattern of uploads, each of which starts a run")
+    catchup: bool = Field(False, description="run every interval since start_date, not only the latest")
+    on_upload: UploadSpec | None = Field(None, description="pattern of uploads, each of which starts a run; or {uri, queue, together}")
     owner: str = "nightshift"
     tags: list[str] = Field(default_factory=list)
     input: InputSpec
@@ -286,18 +349,17 @@ class JobFile(Section):
     policy: Policy = Field(default_factory=Policy)
     fresh: bool = Field(False, description="buy every answer anew in every run, whatever was answered before")
     report: ReportSpec = Field(default_factory=ReportSpec)
+    notify: NotifySpec = Field(default_factory=NotifySpec)
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """The cron expressions that start runs."""
+        return () if self.schedule is None else (self.schedule,) if isinstance(self.schedule, str) else tuple(self.schedule)
 
     @property
     def stand_ins(self) -> tuple[str, ...]:
         """Models whose answers count in place of the job's own model's."""
         return tuple(model for model in self.policy.retry.models if model != self.request.model)
-
-    @field_validator("on_upload")
-    @classmethod
-    def _is_a_pattern(cls, uri: str | None) -> str | None:
-        if uri is not None and not URI.match(uri):
-            raise ValueError("expected a URI pattern such as s3://bucket/inbox/*.parquet")
-        return uri
 
     @field_validator("timezone")
     @classmethod
@@ -310,10 +372,11 @@ class JobFile(Section):
 
     @field_validator("schedule")
     @classmethod
-    def _is_cron(cls, schedule: str | None) -> str | None:
-        if schedule is not None and schedule not in PRESETS and not CRON.fullmatch(schedule):
-            raise ValueError('expected a cron expression of five fields, such as "0 2 * * *", or one of ' + ", ".join(PRESETS))
-        return schedule
+    def _is_cron(cls, schedule: str | list[str] | None) -> str | list[str] | None:
+        for each in [schedule] if isinstance(schedule, str) else schedule or ():
+            if each not in PRESETS and not CRON.fullmatch(each):
+                raise ValueError('expected a cron expression of five fields, such as "0 2 * * *", or one of ' + ", ".join(PRESETS))
+        return schedule or None
 
 
 class Expectation(Section):
@@ -352,6 +415,16 @@ class Job(Wire):
     def digest(self) -> str:
         """Hash of the whole job: the same digest asks the same of the same input."""
         return hashlib.sha256(orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+    @cached_property
+    def recipe(self) -> str:
+        """Hash of all that the results depend on: a change of schedule, budget or report makes no other results."""
+        spec = self.spec.model_dump(mode="json")
+        asked = {name: spec["request"][name] for name in ("provider", "endpoint", "model", "parameters", "images")}
+        read = {name: spec["input"][name] for name in ("id", "require", "format", "compression")}
+        expected = [each.model_dump(mode="json") for each in self.expectations]
+        parts = [read, asked, spec["output"], self.prompt_source, self.answer_schema, expected]
+        return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from nightshift.formats import FILE_COLUMNS
 from nightshift.job import RETRYABLE, Expectation, Job, JobFile, Requirement
 from nightshift.prompts import PromptInvalid, parse_prompt
 from nightshift.providers.bedrock_forms import MAKERS_THAT_SEE, maker_of
+from nightshift.runs import interval_dates, prompt_key, render_dates
 from nightshift.shapes import Outcome
+from nightshift.stores.objects import Objects
 
+VERSION = re.compile(r"[0-9a-f]{12}")
 OWN_COLUMNS = frozenset({"_model", "_tier", "_prompt_version", "_request_key", "row", "outcome", "reason", "raw"})
 
 
@@ -61,6 +65,44 @@ def load_job(path: Path) -> Job:
     return job
 
 
+def vary(job: Job, *, model: str | None = None, prompt_source: str | None = None) -> Job:
+    """A job that asks another model, or by another prompt. Raises JobInvalid where that does not fit the rest of it."""
+    request = job.spec.request.model_copy(update={"model": model} if model else {})
+    varied = Job(
+        spec=job.spec.model_copy(update={"request": request}),
+        prompt_source=prompt_source or job.prompt_source,
+        answer_schema=job.answer_schema,
+        expectations=job.expectations,
+    )
+    try:
+        parse_prompt(varied.prompt_source)
+    except PromptInvalid as error:
+        raise JobInvalid([f"the prompt, line {error.line}: {error}"]) from error
+    problems = [f"{'.'.join(keys)}: {why}" for keys, why in _contradictions(varied)]
+    if problems:
+        raise JobInvalid(problems)
+    return varied
+
+
+def read_prompt(store: Objects, path: Path, name: str) -> str:
+    """A prompt by the version that an earlier run has asked with (12 hex digits), or by its file as a job names it. Raises JobInvalid."""
+    if VERSION.fullmatch(name):
+        kept = store.get(prompt_key(name))
+        if kept is None:
+            raise JobInvalid([f"no run has asked with version {name} of a prompt: name a version of a report, or a prompt file"])
+        return kept.decode()
+    part = _part_path(path, name)
+    try:
+        return part.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise JobInvalid([f"{name}: no such prompt{_nearest(name, prompt_files(path))}"]) from error
+
+
+def prompt_files(path: Path) -> list[str]:
+    """The prompt files beside a job file, as a job names them."""
+    return [f"prompts/{part.name}" for part in sorted((path.parent.parent / "prompts").glob("*.md"))]
+
+
 def redriven(names: Iterable[str]) -> tuple[Outcome, ...]:
     """The outcomes of these names that can be driven again; all of them where none is named. Raises JobInvalid."""
     wanted = tuple(names) or RETRYABLE
@@ -73,9 +115,7 @@ def redriven(names: Iterable[str]) -> tuple[Outcome, ...]:
 def _contradictions(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
     """Parts that are fine alone and do not fit each other: (keys of the job file, what to mend)."""
     spec, fields = job.spec, job.fields
-    if not spec.schedule and not spec.on_upload and "{{" in spec.input.uri:
-        yield ("input", "uri"), "uses run dates, but the job has no schedule; name the objects or set a schedule"
-    for part in (_wrong_places, _wrong_embedding, _wrong_pictures):
+    for part in (_wrong_dates, _wrong_places, _wrong_embedding, _wrong_pictures):
         yield from part(job)
     if spec.policy.on_demand and spec.request.provider == "live":
         yield ("policy", "on_demand"), "is for batches; the provider live is asked on demand already"
@@ -103,6 +143,19 @@ def _contradictions(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
                 ("output", "expectations"),
                 f"{expectation.type} looks at {expectation.column!r}, which is not in the results{_nearest(expectation.column, readable)}",
             )
+
+
+def _wrong_dates(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Templates that a run could not fill in."""
+    spec = job.spec
+    if not spec.schedules and not spec.on_upload and "{{" in spec.input.uri:
+        yield ("input", "uri"), "uses run dates, but the job has no schedule; name the objects or set a schedule"
+    day = datetime(2026, 1, 1, tzinfo=UTC)
+    for loc, template in ((("input", "uri"), spec.input.uri), (("output", "partition"), spec.output.partition or "")):
+        try:
+            render_dates(template, interval_dates(day, day + timedelta(days=1), spec.timezone))
+        except JobInvalid as error:
+            yield loc, error.problems[0]
 
 
 def _wrong_places(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -25,6 +25,7 @@ def local_site(settings: Settings, store: str) -> Site:
         open_provider=lambda request: open_provider(request, objects, bedrock if request.is_on_bedrock else openai),
         owner=f"{getpass.getuser()}@{socket.gethostname()} pid {os.getpid()}",
         poll_seconds=settings.poll_seconds,
+        monthly_budget=lambda connection: settings.monthly_budget_usd,
         scratch_folder=settings.scratch,
     )
 

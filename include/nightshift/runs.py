@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
+from typing import Any
 from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo
 
 from jinja2 import TemplateError
 
@@ -18,12 +22,13 @@ from nightshift.errors import JobInvalid, LedgerCorrupt, ProviderUnavailable
 from nightshift.job import Job, RequestSpec
 from nightshift.prompts import environment
 from nightshift.providers.protocol import Limits, Provider
-from nightshift.shapes import Outcome, PinnedObject, Plan, Wire
+from nightshift.shapes import Outcome, PinnedObject, Plan, Summary, Wire
 from nightshift.stores.answers import AnswerStore
 from nightshift.stores.ledger import Claim, Ledger
 from nightshift.stores.objects import Objects
 
 VECTOR_BYTES = 32 << 20  # of a shard's embeddings: some copies of them are in memory when it is harvested and settled
+SHORTEST_DAY = timedelta(hours=20)  # whatever the clocks do
 UNSAFE = re.compile(r"[^A-Za-z0-9._=-]+")
 
 
@@ -42,6 +47,7 @@ class Site:
     owner: str  # who claims: readable, for messages
     poll_seconds: float
     scratch_folder: Path | None = None
+    monthly_budget: Callable[[str], Decimal | None] = lambda connection: None  # dollars that all jobs of a connection may spend
     now: Callable[[], datetime] = utc_now
     stopped: Callable[[], bool] = lambda: False  # whether a person has stopped this process: nothing more is sent
 
@@ -70,6 +76,14 @@ class Site:
         return AnswerStore(self.store, fingerprint)
 
 
+class Options(Wire):
+    """How one run departs from what its job says."""
+
+    fresh: bool = False  # buys every answer anew
+    sample: int | None = None  # asks about so many rows only, and publishes beside the results
+    dry_run: bool = False  # plans, and sends nothing
+
+
 class Redrive(Wire):
     """What a run drives again: the rows of another run that ended in these outcomes."""
 
@@ -77,7 +91,7 @@ class Redrive(Wire):
     outcomes: tuple[Outcome, ...]
 
 
-class RunInput(Wire):
+class RunInput(Options):
     """What a run was asked to do, frozen at discovery. Stored as `runs/<job>/<run>/input.json`, once."""
 
     run: str
@@ -86,7 +100,6 @@ class RunInput(Wire):
     partition: str
     objects: tuple[PinnedObject, ...]
     job: Job
-    fresh: bool = False  # buys every answer anew
     redrive: Redrive | None = None
 
 
@@ -111,6 +124,11 @@ class Run:
         """The key of one of the run's files."""
         return f"{run_folder(self.job.name, self.input.run)}/{name}"
 
+    @property
+    def made_from(self) -> str:
+        """What its results are made of: the same objects, asked the same, make the same partition."""
+        return run_id(self.job.recipe, *(f"{found.uri} {found.version or found.etag}" for found in self.input.objects))
+
 
 def check_models(site: Site, job: Job) -> None:
     """Raise AccessDenied or ModelNotFound now, where a provider would refuse every request of a job later."""
@@ -131,6 +149,11 @@ def approved_plan(run: Run) -> Plan:
 def salt_of(run: Run) -> str:
     """What tells the shards of a run that buys again from those that were bought before; nothing for every other run."""
     return run.input.run if run.input.fresh or run.input.redrive else ""
+
+
+def prompt_key(version: str) -> str:
+    """Where a version of a prompt is kept, so that it can be asked again when its file has changed."""
+    return f"prompts/{version}.md"
 
 
 def run_folder(job: str, run: str) -> str:
@@ -157,17 +180,31 @@ def work_of(shard: str, claim: Claim) -> str:
     return run_id(shard, claim.provider, claim.model, *map(str, claim.after))
 
 
-def render_dates(template: str, dates: Mapping[str, str]) -> str:
+def interval_dates(start: datetime, end: datetime, timezone: str) -> dict[str, Any]:
+    """What templates know of a run's interval, in the job's time zone: the day of a job in Berlin is Berlin's day."""
+    zone = ZoneInfo(timezone)
+    start, end = (datetime.fromtimestamp(moment.timestamp(), zone) for moment in (start, end))
+    return {
+        "ds": f"{start:%Y-%m-%d}",
+        "ds_nodash": f"{start:%Y%m%d}",
+        "ts": start.isoformat(),
+        "ts_nodash": f"{start:%Y%m%dT%H%M%S}",
+        "data_interval_start": start,
+        "data_interval_end": end,
+    }
+
+
+def render_dates(template: str, dates: Mapping[str, Any]) -> str:
     """A URI or partition template with the run's dates filled in. Raises JobInvalid where it asks for something else."""
     try:
-        return environment().from_string(template).render(dates) if "{{" in template else template
-    except TemplateError as error:
-        known = "ds, ds_nodash, data_interval_start, data_interval_end"
-        raise JobInvalid([f"{template!r} cannot be filled in: {error.message}. Known in a scheduled run: {known}"]) from error
+        return environment().from_string(template).render(dates) if "{" in template else template
+    except (TemplateError, TypeError, ValueError, AttributeError) as error:
+        known = "ds, ds_nodash, ts, ts_nodash, data_interval_start, data_interval_end"
+        raise JobInvalid([f"{template!r} cannot be filled in: {error}. Known in a run with an interval: {known}"]) from error
 
 
-def partition_of(job: Job, dates: Mapping[str, str], objects: Sequence[PinnedObject], *, scheduled: bool) -> str:
-    """The partition a run publishes: as the job says, else by its date, else by its input's name.
+def partition_of(job: Job, dates: Mapping[str, Any], objects: Sequence[PinnedObject], *, scheduled: bool) -> str:
+    """The partition a run publishes: as the job says, else by its interval, else by its input's name.
 
     Uploading a file again under its name replaces its partition; files of the same name in two folders stay apart.
     """
@@ -178,7 +215,39 @@ def partition_of(job: Job, dates: Mapping[str, str], objects: Sequence[PinnedObj
             raise JobInvalid([f"output.partition: {named!r} names no partition; write something like dt={{{{ ds }}}}"])
         return partition
     if scheduled:
-        return f"dt={dates['ds']}"
+        return dated_partition(dates)
     first = objects[0].uri
     stem = UNSAFE.sub("-", PurePosixPath(urlsplit(first).path).name.partition(".")[0])[:60] or "input"
     return f"input={stem}-{run_id(*(found.uri for found in objects))[:8]}"
+
+
+def dated_partition(dates: Mapping[str, Any]) -> str:
+    """The partition of an interval: its day, and for one that is shorter also its time, in UTC, which no clock change repeats."""
+    start, end = (dates[name].astimezone(UTC) for name in ("data_interval_start", "data_interval_end"))
+    return f"dt={start:%Y-%m-%d}/at={start:%H%M}Z" if end - start < SHORTEST_DAY else f"dt={dates['ds']}"
+
+
+def last_run(store: Objects, job: str, *identity: str) -> str:
+    """The name of the last run of an identity that was begun."""
+    number, name = current_run(store, job, *identity)
+    if number > 1 and store.head(f"{run_folder(job, name)}/input.json") is None:
+        return _numbered(identity, number - 1)
+    return name
+
+
+def _numbered(identity: Sequence[str], number: int) -> str:
+    return run_id(*identity, *([str(number)] if number > 1 else []))
+
+
+def current_run(store: Objects, job: str, *identity: str) -> tuple[int, str]:
+    """The run of an identity that is under way or comes next: its number and its name.
+
+    One that has ended is not gone on with, but begun anew: published, held, or stopped before anything was approved.
+    """
+    for number in itertools.count(1):
+        name = _numbered(identity, number)
+        folder = run_folder(job, name)
+        summary = store.get_shape(f"{folder}/summary.json", Summary)
+        if summary is None or (summary.state == "failed" and store.head(f"{folder}/approved.json") is not None):
+            return number, name
+    raise AssertionError("counting has no end")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from nightshift.errors import JobInvalid
@@ -22,6 +23,7 @@ class Settings:
     bedrock_role_arn: str | None  # NIGHTSHIFT_BEDROCK_ROLE_ARN, the role that Bedrock reads and writes S3 as
     bedrock_files: str | None  # NIGHTSHIFT_BEDROCK_FILES, the S3 folder of its requests and results; None = the store
     bedrock_events: str | None  # NIGHTSHIFT_BEDROCK_EVENTS, the URL of an SQS queue with its job events; None = waits only look
+    monthly_budget_usd: Decimal | None  # NIGHTSHIFT_MONTHLY_BUDGET_USD, outside Airflow: what all jobs of a connection may spend
     prices: Path | None  # NIGHTSHIFT_PRICES, a CSV file whose prices count in place of the table's
     scratch: Path | None  # NIGHTSHIFT_SCRATCH, local disk for spools; None = the system's temporary folder
 
@@ -38,6 +40,7 @@ def read_settings(env: Mapping[str, str] = os.environ) -> Settings:
         bedrock_role_arn=env.get("NIGHTSHIFT_BEDROCK_ROLE_ARN"),
         bedrock_files=env.get("NIGHTSHIFT_BEDROCK_FILES"),
         bedrock_events=env.get("NIGHTSHIFT_BEDROCK_EVENTS"),
+        monthly_budget_usd=_dollars(env, "NIGHTSHIFT_MONTHLY_BUDGET_USD"),
         prices=Path(prices) if prices else None,
         scratch=Path(scratch) if scratch else None,
     )
@@ -48,3 +51,18 @@ def _seconds(env: Mapping[str, str], name: str) -> float:
         return float(env.get(name, "30"))
     except ValueError as error:
         raise JobInvalid([f"{name}={env[name]!r}: expected a number of seconds"]) from error
+
+
+def _dollars(env: Mapping[str, str], name: str) -> Decimal | None:
+    return dollars(env[name], name) if env.get(name) else None
+
+
+def dollars(text: object, name: str) -> Decimal:
+    """An amount of dollars above nothing. Raises JobInvalid naming where it stands."""
+    try:
+        found = Decimal(str(text))
+    except InvalidOperation as error:
+        raise JobInvalid([f"{name}={text!r}: expected a number of dollars"]) from error
+    if not found.is_finite() or found <= 0:
+        raise JobInvalid([f"{name}={text!r}: expected a number of dollars above 0"])
+    return found

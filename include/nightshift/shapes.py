@@ -226,6 +226,14 @@ class Cost(Wire):
     basis: str
 
 
+class Problem(Wire):
+    """What a task of a run failed with. Stored as `runs/<job>/<run>/problem.json`; the last one stays."""
+
+    task: str
+    error: str  # class
+    message: str
+
+
 class Summary(Wire):
     """What happened, in numbers that add up. Stored as `runs/<job>/<run>/summary.json`."""
 
@@ -233,8 +241,10 @@ class Summary(Wire):
     run: str
     label: str  # what people call the run: Airflow's run id, or the command line's
     redrive_of: str | None  # the run whose failures this one drives again
-    state: Literal["published", "held", "failed"]
+    sample: int | None = None  # rows that it was asked to stay with: published beside the results
+    state: Literal["published", "held", "failed", "planned"]  # planned: a dry run
     problem: str | None
+    error: str | None = None  # the class of what stopped it
     partition: str
     model: str
     prompt_version: str

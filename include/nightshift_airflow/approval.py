@@ -8,11 +8,13 @@ from typing import Any
 
 from airflow.providers.standard.exceptions import HITLRejectException, HITLTimeoutError
 from airflow.providers.standard.operators.hitl import ApprovalOperator
+from airflow.sdk.exceptions import AirflowSkipException
 
 from nightshift.errors import ApprovalNeeded
 from nightshift.steps.approve import approve, must_ask, question
 from nightshift.steps.plan import plan
 from nightshift_airflow.site import owner_of, run_at
+from nightshift_airflow.tasks import DRY_RUN
 
 
 class ApproveRun(ApprovalOperator):
@@ -30,6 +32,8 @@ class ApproveRun(ApprovalOperator):
         """The shards to drive. A question waits in the state `awaiting_input`, with no worker and no trigger."""
         site, run = run_at(self.run_uri, owner_of(context))
         planned = plan(site, run)
+        if run.input.dry_run:
+            raise AirflowSkipException(DRY_RUN)
         if must_ask(site, run, planned):
             self.subject = f"Send {planned.submitted:,} requests of {run.job.name} to {run.job.spec.request.model}?"
             self.body = question(run, planned)

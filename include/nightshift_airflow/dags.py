@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pendulum
-from airflow.sdk import DAG, Asset, CronDataIntervalTimetable, Param, chain, task, task_group
+from airflow.sdk import DAG, Asset, CronDataIntervalTimetable, chain, task, task_group
 
 from nightshift.errors import JobInvalid
-from nightshift.job import RETRYABLE, JobFile
+from nightshift.job import JobFile
 from nightshift.settings import read_settings
 from nightshift_airflow.approval import ApproveRun
+from nightshift_airflow.form import form_of
+from nightshift_airflow.notices import deadline_of
 from nightshift_airflow.retries import RETRIES, RETRY_DELAY, ByErrorClass
-from nightshift_airflow.tasks import assemble, audit, discover, plan, publish_to, report, submit
+from nightshift_airflow.tasks import assemble, audit, discover, note_problem, plan, publish_to, report, submit
+from nightshift_airflow.timetables import CronsTimetable
 from nightshift_airflow.waits import CollectShard, WaitForShard
 
 STEP_TIMEOUT = timedelta(hours=6)
@@ -33,29 +36,15 @@ def job_dag(spec: JobFile, path: Path) -> DAG:
         dag_id=spec.name,
         description=spec.description or f"{spec.request.model} over {spec.input.uri}",
         doc_md=_doc(spec),
-        schedule=CronDataIntervalTimetable(spec.schedule, timezone=spec.timezone) if spec.schedule else None,
+        schedule=timetable_of(spec),
         start_date=pendulum.datetime(*spec.start_date.timetuple()[:3], tz=spec.timezone),
-        catchup=False,
+        catchup=spec.catchup,
         max_active_runs=16,
         max_active_tasks=64,
         tags=["nightshift", *spec.tags],
-        params={
-            "input": Param(
-                None, type=["null", "string"], title="Input", description="object, pattern or folder to read in place of the job's"
-            ),
-            "fresh": Param(False, type="boolean", title="Fresh", description="buy every answer anew, whatever was answered before"),
-            "redrive": Param(
-                None, type=["null", "string"], title="Redrive", description="an earlier run of this job whose failures are driven again"
-            ),
-            "outcomes": Param(
-                None,
-                type=["null", "array"],
-                items={"type": "string", "enum": list(RETRYABLE)},
-                title="Outcomes",
-                description="for a redrive: rows that ended so; empty: all that can be driven again",
-            ),
-        },
-        default_args={**DEFAULTS, "owner": spec.owner},
+        params=form_of(spec, path),
+        deadline=deadline_of(spec, path),
+        default_args={**DEFAULTS, "owner": spec.owner, "on_failure_callback": note_problem},
     ) as dag:
         run_uri: Any = discover.override(execution_timeout=STEP_TIMEOUT)(str(path))
         planned: Any = plan.override(execution_timeout=STEP_TIMEOUT)(run_uri)
@@ -78,6 +67,17 @@ def job_dag(spec: JobFile, path: Path) -> DAG:
         chain(approved, assembled)
         chain(published, reported)
     return dag
+
+
+def timetable_of(spec: JobFile) -> Any:
+    """When a job runs by the clock; None: never. Intervals are the job's own, in its time zone."""
+    match spec.schedules:
+        case ():
+            return None
+        case (cron,):
+            return CronDataIntervalTimetable(cron, timezone=spec.timezone)
+        case crons:
+            return CronsTimetable(*crons, timezone=spec.timezone)
 
 
 def results_asset(spec: JobFile) -> Asset:
@@ -112,8 +112,8 @@ def _doc(spec: JobFile) -> str:
     starts = " and ".join(
         part
         for part in (
-            f"on `{spec.schedule}` ({spec.timezone})" if spec.schedule else "",
-            f"for each upload to `{spec.on_upload}`" if spec.on_upload else "",
+            f"on {', '.join(f'`{cron}`' for cron in spec.schedules)} ({spec.timezone})" if spec.schedules else "",
+            f"for each upload to `{spec.on_upload.uri}`" if spec.on_upload else "",
         )
         if part
     )

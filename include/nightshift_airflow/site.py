@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache
 from typing import Any
 
@@ -17,7 +18,7 @@ from nightshift.providers.bedrock import BedrockAccess
 from nightshift.providers.openai import OpenAIAccess
 from nightshift.providers.opening import open_provider
 from nightshift.runs import Run, Site, load_run
-from nightshift.settings import read_settings
+from nightshift.settings import dollars, read_settings
 from nightshift.stores.objects import Objects, open_objects, split_input
 
 BEDROCK_SERVICES = ("bedrock", "bedrock-runtime", "service-quotas")
@@ -53,6 +54,7 @@ def site_for(spec: JobFile | None, owner: str) -> Site:
         ),
         owner=owner,
         poll_seconds=settings.poll_seconds,
+        monthly_budget=monthly_budget,
         scratch_folder=settings.scratch,
     )
 
@@ -89,6 +91,15 @@ def openai_access(connection_id: str) -> OpenAIAccess:
         api_key=connection.password or kwargs.get("api_key"),
         headers=tuple((kwargs.get("default_headers") or {}).items()),
     )
+
+
+def monthly_budget(connection_id: str) -> Decimal | None:
+    """What all jobs of a connection may spend in a month: `monthly_budget_usd` in its extra; None where it does not say."""
+    try:
+        found = BaseHook.get_connection(connection_id).extra_dejson.get("monthly_budget_usd")
+    except AirflowNotFoundException:
+        return None
+    return None if found is None else dollars(found, f"connection {connection_id}: monthly_budget_usd")
 
 
 def _open_input(pattern: str, connection_id: str) -> tuple[Objects, str]:

@@ -12,48 +12,60 @@ from typing import Any
 from airflow.sdk import task
 from airflow.sdk.exceptions import AirflowSkipException
 
-from nightshift.errors import InputMissing, JobInvalid, RunFailed, RunHeld, ShardHeld
+from nightshift.errors import InputMissing, JobInvalid, RunFailed, RunHeld, ShardHeld, UpToDate
 from nightshift.job import Job
-from nightshift.job_file import load_job, redriven
+from nightshift.job_file import load_job, read_prompt, redriven, vary
 from nightshift.money.prices import farewells
+from nightshift.notices import event_of, listeners, notice_of
+from nightshift.partitions import results_folder
 from nightshift.redrive import begin_redrive, find_run
-from nightshift.runs import approved_plan, run_id
-from nightshift.shapes import Assembled, Audit, Published
+from nightshift.runs import Options, Site, approved_plan, current_run, interval_dates, last_run
+from nightshift.shapes import Assembled, Audit, Problem, Published
 from nightshift.steps.assemble import assemble as assemble_run
 from nightshift.steps.audit import audit as audit_run
 from nightshift.steps.discover import discover as discover_run
 from nightshift.steps.plan import plan as plan_run
 from nightshift.steps.publish import publish as publish_run
-from nightshift.steps.publish import results_folder
 from nightshift.steps.report import report as report_run
 from nightshift.steps.submit import submit as submit_shard
+from nightshift_airflow.notices import tell
 from nightshift_airflow.site import owner_of, run_at, site_for
 
 log = logging.getLogger(__name__)
+DRY_RUN = "A dry run: planned, and nothing sent"
 RUN_NAME = re.compile(r"[0-9a-f]{16}")
 
 
 @task
 def discover(job_file: str, **context: Any) -> str:
     """Pin the objects of this run. Skips the run, green and quick, where a schedule finds nothing to do."""
-    job = load_job(Path(job_file))
-    params, dates, dag_run = context["params"], run_dates(context), context["dag_run"]
+    path, params, dag_run = Path(job_file), context["params"], context["dag_run"]
+    job = load_job(path)
+    site = site_for(job.spec, owner_of(context))
     if params.get("redrive"):
-        return _redrive(job, params["redrive"], params.get("outcomes") or (), context)
-    given = params.get("input")
+        return _redrive(site, job, params["redrive"], params.get("outcomes") or (), dag_run)
+    source = read_prompt(site.store, path, params["prompt"]) if params.get("prompt") else None
+    if source or params.get("model", job.spec.request.model) != job.spec.request.model:
+        job = vary(job, model=params.get("model"), prompt_source=source)
+    given, dates = params.get("input"), run_dates(context, job.spec.timezone)
     if not given and not dates and "{{" in job.spec.input.uri:
         raise JobInvalid([f"{job.name} reads {job.spec.input.uri}, and this run has no dates: give `input` in the trigger form."])
+    _, name = current_run(site.store, job.name, dag_run.dag_id, dag_run.run_id)
+    options = Options(fresh=bool(params.get("fresh")), sample=params.get("sample"), dry_run=bool(params.get("dry_run")))
     try:
         run = discover_run(
-            site_for(job.spec, owner_of(context)),
+            site,
             job,
             pattern=given or job.spec.input.uri,
             label=dag_run.run_id,
-            run=run_id(dag_run.dag_id, dag_run.run_id),
+            run=name,
             dates=dates,
             scheduled=not given and bool(dates),
-            fresh=bool(params.get("fresh")),
+            options=options,
+            unless_made=not given and bool(dates),
         )
+    except UpToDate as error:
+        raise AirflowSkipException(f"Nothing to do: {error}") from error
     except InputMissing as error:
         if given or job.spec.input.required:
             raise
@@ -62,12 +74,11 @@ def discover(job_file: str, **context: Any) -> str:
     return run.uri
 
 
-def _redrive(job: Job, name: str, outcomes: Sequence[str], context: Any) -> str:
+def _redrive(site: Site, job: Job, name: str, outcomes: Sequence[str], dag_run: Any) -> str:
     """Begin to drive an earlier run's failures again. It is named as in Airflow, or by its name in the store."""
-    site, dag_run = site_for(job.spec, owner_of(context)), context["dag_run"]
-    original = find_run(site.store, name if RUN_NAME.fullmatch(name) else run_id(dag_run.dag_id, name))
-    label, run = dag_run.run_id, run_id(dag_run.dag_id, dag_run.run_id)
-    return begin_redrive(site, original, redriven(outcomes), label=label, run=run, policy=job.spec.policy).uri
+    original = find_run(site.store, name if RUN_NAME.fullmatch(name) else last_run(site.store, job.name, dag_run.dag_id, name))
+    _, run = current_run(site.store, job.name, dag_run.dag_id, dag_run.run_id)
+    return begin_redrive(site, original, redriven(outcomes), label=dag_run.run_id, run=run, policy=job.spec.policy).uri
 
 
 @task
@@ -101,6 +112,8 @@ def submit(run_uri: str, shard: str, **context: Any) -> str:
 def assemble(run_uri: str, settled: Any, **context: Any) -> str:
     """Join answers to rows. The shards are read from the approved plan: a failed one vanishes from what its siblings return."""
     site, run = run_at(run_uri, owner_of(context))
+    if run.input.dry_run:
+        raise AirflowSkipException(DRY_RUN)
     assembled = assemble_run(site, run, approved_plan(run))
     log.info("Outcomes: %s", {name: count for name, count in assembled.outcomes.items() if count})
     return run_uri
@@ -134,6 +147,8 @@ def publish_to(asset: Any) -> Any:
         assembled = assemble_run(site, run, approved)
         published = publish_run(site, run, assembled, audit_run(site, run, approved, assembled))
         log.info("Published %s rows at %s", published.rows, published.uri)
+        if run.input.sample is not None:  # a task that is skipped tells nobody that there are new results
+            raise AirflowSkipException(f"A sample of {published.rows:,} rows stands at {published.uri}")
         context["outlet_events"][asset].extra = {"partition": run.input.partition, "rows": published.rows, "results": published.uri}
         return published.uri
 
@@ -150,30 +165,41 @@ def report(run_uri: str | None, **context: Any) -> str:
             raise RunFailed(f"{failed[0]} failed, so nothing was begun", None)
         raise AirflowSkipException("Nothing was begun, so there is nothing to report")
     site, run = run_at(run_uri, owner_of(context))
-    published = _published(site, run) if states.get("publish") == "success" else None
+    is_published = states.get("publish") == "success" or (run.input.sample is not None and states.get("publish") == "skipped")
+    published = _published(site, run) if is_published else None
     verdict = site.store.get_shape(run.key("audit.json"), Audit)
     held = verdict is not None and not verdict.passed
     problem = f"failed tasks: {', '.join(failed)}" if failed else "it was stopped"
-    summary = report_run(site, run, published=published, problem=None if published or held else problem)
+    is_dry, met = run.input.dry_run and not failed, site.store.get_shape(run.key("problem.json"), Problem) if failed else None
+    if met is not None:
+        problem = f"{problem}. {met.task}: {met.message}"
+    told = {} if published or held or is_dry else {"problem": problem, "error": met.error if met else None}
+    summary = report_run(site, run, published=published, **told)
     log.info("Report: %s", summary.report)
-    if published:
+    tell(listeners(run.job.spec.notify, event_of(summary)), notice_of(summary, context["ti"].log_url), context)
+    if published or is_dry:
         return summary.report
     if verdict is not None and held:
         raise RunHeld(verdict.reasons, summary.report)
     raise RunFailed(problem, summary.report)
 
 
-def run_dates(context: Any) -> dict[str, str]:
+def note_problem(context: Any) -> None:
+    """Keep what a task has failed with, for the report; called by Airflow where it failed."""
+    ti, error = context["ti"], context.get("exception")
+    run_uri = ti.xcom_pull(task_ids="discover", map_indexes=-1)
+    if isinstance(run_uri, str) and isinstance(error, BaseException) and ti.task_id != "report":
+        site, run = run_at(run_uri, owner_of(context))
+        problem = Problem(task=ti.task_id, error=type(error).__name__, message=str(error)[:2000])
+        site.store.put(run.key("problem.json"), problem.model_dump_json().encode())
+
+
+def run_dates(context: Any, timezone: str) -> dict[str, Any]:
     """The dates of a run's interval as templates know them; none for a run without an interval."""
     start, end = context.get("data_interval_start"), context.get("data_interval_end")
     if not isinstance(start, datetime) or not isinstance(end, datetime):
         return {}
-    return {
-        "ds": f"{start:%Y-%m-%d}",
-        "ds_nodash": f"{start:%Y%m%d}",
-        "data_interval_start": start.isoformat(),
-        "data_interval_end": end.isoformat(),
-    }
+    return interval_dates(start, end, timezone)
 
 
 def task_states(context: Any) -> dict[str, str]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from nightshift.budgets import Budget
 from nightshift.errors import AccessDenied, ApprovalNeeded, BatchUnknown, BudgetExceeded, ProviderUnavailable
-from nightshift.job import Policy, RetrySpec
+from nightshift.job import RetrySpec
 from nightshift.packing import Wanted, cut
 from nightshift.providers.protocol import Garbage, Reply, Snapshot
 from nightshift.shapes import Estimate, Plan
@@ -33,20 +34,27 @@ def plan(usd: str | None, submitted: int = 10) -> Plan:
     )  # fmt: skip
 
 
+RUN = Budget(name="policy.budget_usd", limit=Decimal(10), account="a")
+MONTH = Budget(name="policy.monthly_budget_usd", limit=Decimal(100), account="b")
+
+
 @pytest.mark.parametrize(
-    ("planned", "policy", "decision"),
+    ("planned", "limit", "budgets", "decision"),
     [
-        pytest.param(plan("5"), Policy(), Pass(), id="no bounds"),
-        pytest.param(plan("5"), Policy(budget_usd=10, approve_above_usd=6), Pass(), id="below both"),
-        pytest.param(plan("5"), Policy(budget_usd=10, approve_above_usd=4), Ask(Decimal(4)), id="above what passes unasked"),
-        pytest.param(plan("11"), Policy(budget_usd=10, approve_above_usd=4), Stop(Decimal(10)), id="over the budget, whoever agrees"),
-        pytest.param(plan(None), Policy(budget_usd=10), Ask(Decimal(10)), id="unknown price is not a price of zero"),
-        pytest.param(plan(None), Policy(), Pass(), id="unknown price, unbounded"),
-        pytest.param(plan("11", submitted=0), Policy(budget_usd=10), Pass(), id="nothing to send costs nothing"),
+        pytest.param(plan("5"), None, [], Pass(), id="no bounds"),
+        pytest.param(plan("5"), 6, [(RUN, 0)], Pass(), id="below both"),
+        pytest.param(plan("5"), 4, [(RUN, 0)], Ask(4), id="above what passes unasked"),
+        pytest.param(plan("11"), 4, [(RUN, 0)], Stop(RUN, 0), id="over the budget, whoever agrees"),
+        pytest.param(plan("5"), 4, [(RUN, 0), (MONTH, 96)], Stop(MONTH, 96), id="over what is left of the month"),
+        pytest.param(plan("5"), 6, [(RUN, 0), (MONTH, 95)], Pass(), id="just what is left of the month"),
+        pytest.param(plan(None), None, [(RUN, 0)], Ask(10), id="unknown price is not a price of zero"),
+        pytest.param(plan(None), None, [(RUN, 0), (MONTH, 99)], Ask(1), id="unknown price, at the end of the month"),
+        pytest.param(plan(None), None, [], Pass(), id="unknown price, unbounded"),
+        pytest.param(plan("11", submitted=0), None, [(RUN, 0)], Pass(), id="nothing to send costs nothing"),
     ],
 )
-def test_what_the_estimate_allows(planned, policy, decision):
-    assert decide(planned, policy) == decision
+def test_what_the_estimate_allows(planned, limit, budgets, decision):
+    assert decide(planned, limit, budgets) == decision
 
 
 def test_approval_is_asked_for_and_a_budget_is_not_negotiable(world):
@@ -54,7 +62,7 @@ def test_approval_is_asked_for_and_a_budget_is_not_negotiable(world):
     run = discover(world.site, job, pattern=world.write("in.jsonl", reviews(1)), label="x", run="r1", dates={})
     with pytest.raises(ApprovalNeeded, match=r"estimated at \$5.0000") as asked:
         approve(world.site, run, plan("5"), ask=lambda: False)
-    with pytest.raises(BudgetExceeded, match="nothing was sent") as stopped:
+    with pytest.raises(BudgetExceeded, match="nothing more was sent") as stopped:
         approve(world.site, run, plan("11"), ask=lambda: True)
     assert asked.value.exit_code == stopped.value.exit_code == 4
     approve(world.site, run, plan("5"), ask=lambda: True)

@@ -6,7 +6,7 @@ planned beside it: what somebody else has bought or reserved meanwhile is taken 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from nightshift.budgets import Budget, budgets_of
 from nightshift.errors import ApprovalNeeded, BudgetExceeded
-from nightshift.job import Policy
 from nightshift.packing import ANSWERED, IN_FLIGHT, REQUESTS, Wanted, estimate_shards, freeze, mark_answered, mark_in_flight
 from nightshift.pages import measured_on, stated, usd
 from nightshift.runs import Run, Site, salt_of
 from nightshift.shapes import PAID_OUTCOMES, Outcome, Plan, Shard
+from nightshift.stores.accounts import Account
 from nightshift.stores.answers import Reservation, seen
 from nightshift.stores.database import open_database
 from nightshift.stores.shards import key_of_line, request_keys, requests_key, seed_of
@@ -42,21 +43,26 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Over the budget, whoever says yes."""
+    """Over a budget, whoever says yes."""
 
-    budget: Decimal
+    budget: Budget
+    spent: Decimal
 
 
-def decide(plan: Plan, policy: Policy) -> Pass | Ask | Stop:
-    """What the estimate allows. A run that sends nothing always passes; an unknown price asks wherever money is bounded."""
+def decide(plan: Plan, limit: Decimal | None, budgets: Sequence[tuple[Budget, Decimal]] = ()) -> Pass | Ask | Stop:
+    """What the estimate allows. A run that sends nothing always passes; an unknown price asks wherever money is bounded.
+
+    `limit`: what passes without asking; `budgets`: each with what is spent of it.
+    """
     if plan.submitted == 0:
         return Pass()
-    estimate, budget, limit = plan.estimate.usd, policy.budget_usd, policy.approve_above_usd
+    estimate = plan.estimate.usd
     if estimate is None:
-        bound = limit if limit is not None else budget
-        return Pass() if bound is None else Ask(bound)
-    if budget is not None and estimate > budget:
-        return Stop(budget)
+        bounds = [*([] if limit is None else [limit]), *(budget.limit - spent for budget, spent in budgets)]
+        return Ask(min(bounds)) if bounds else Pass()
+    for budget, spent in budgets:
+        if spent + estimate > budget.limit:
+            return Stop(budget, spent)
     if limit is not None and estimate > limit:
         return Ask(limit)
     return Pass()
@@ -71,28 +77,33 @@ def approve(site: Site, run: Run, plan: Plan, *, ask: Callable[[], bool]) -> Pla
     stored = site.store.get_shape(run.key("approved.json"), Plan)
     if stored is not None:
         return stored
-    policy = run.job.spec.policy
-    _let_pass(plan, policy, ask)
+    _let_pass(site, run, plan, ask)
 
     def weigh(revised: Plan) -> None:
         if is_dearer(revised, plan):  # what others have taken out can leave less than a batch, and that costs more
-            _let_pass(revised, policy, ask)
+            _let_pass(site, run, revised, ask)
 
     reserved = reserve(site, run, plan, weigh=weigh)
     return site.store.settle(run.key("approved.json"), reserved.model_copy(update={"approved_at": site.now()}))
 
 
-def _let_pass(plan: Plan, policy: Policy, ask: Callable[[], bool]) -> None:
-    match decide(plan, policy):
-        case Stop(budget):
-            raise BudgetExceeded(plan.estimate.usd or Decimal(0), budget)
+def _let_pass(site: Site, run: Run, plan: Plan, ask: Callable[[], bool]) -> None:
+    match weighed(site, run, plan):
+        case Stop(budget, spent):
+            raise BudgetExceeded(plan.estimate.usd or Decimal(0), budget.limit, budget.name, spent)
         case Ask(limit) if not ask():
             raise ApprovalNeeded(plan.estimate.usd, limit)
 
 
+def weighed(site: Site, run: Run, plan: Plan) -> Pass | Ask | Stop:
+    """What the estimate of a plan allows now, with what is spent of every budget."""
+    budgets = [(budget, Account(site.store, budget.account).total) for budget in budgets_of(site, run)]
+    return decide(plan, run.job.spec.policy.approve_above_usd, budgets)
+
+
 def must_ask(site: Site, run: Run, plan: Plan) -> bool:
     """Whether a person has to say yes, and has not done so yet."""
-    return isinstance(decide(plan, run.job.spec.policy), Ask) and site.store.head(run.key("approved.json")) is None
+    return isinstance(weighed(site, run, plan), Ask) and site.store.head(run.key("approved.json")) is None
 
 
 def is_dearer(revised: Plan, plan: Plan) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from nightshift.budgets import settle_shard
 from nightshift.errors import BatchLost, BatchRejected, BatchUnknown, NightshiftError, ProviderUnavailable, ResultsGone
 from nightshift.judge import AS_IT_WAS, Answer, judge_for, write_answers
 from nightshift.money.prices import tier_of
@@ -56,6 +57,7 @@ def collect(site: Site, run: Run, shard: str) -> Settled | None:
 def _settle(site: Site, run: Run, shard: str, attempts: list[Attempt]) -> Settled:
     """The last word on a shard. What its batches have left in our store is removed, which may fail: the word stands."""
     word = settle(site, shard, attempts)
+    settle_shard(site, word)
     for attempt in attempts:
         with suppress(NightshiftError):
             open_where(site, run, shard, attempt).clean(attempt.claim.token, attempt.receipt.batch_id if attempt.receipt else None)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from nightshift.errors import InputMissing, InputUnreadable
+from nightshift.errors import InputMissing, InputUnreadable, UpToDate
 from nightshift.formats import count_rows, guess_format
 from nightshift.job import Job
-from nightshift.runs import Run, RunInput, Site, check_models, partition_of, render_dates, run_folder, run_id
+from nightshift.partitions import is_up_to_date
+from nightshift.runs import Options, Run, RunInput, Site, check_models, partition_of, prompt_key, render_dates, run_folder, run_id
 from nightshift.shapes import PinnedObject, Wire
 from nightshift.stores.objects import Found, Objects, matching
+
+AS_THE_JOB_SAYS = Options()
 
 
 class Pinned(Wire):
@@ -37,17 +41,26 @@ def pin(site: Site, job: Job, pattern: str) -> Pinned:
 
 
 def discover(
-    site: Site, job: Job, *, pattern: str, label: str, run: str, dates: Mapping[str, str], scheduled: bool = False, fresh: bool = False
+    site: Site,
+    job: Job,
+    *,
+    pattern: str,
+    label: str,
+    run: str,
+    dates: Mapping[str, Any],
+    scheduled: bool = False,
+    options: Options = AS_THE_JOB_SAYS,
+    unless_made: bool = False,
 ) -> Run:
     """Begin a run, or find it begun: a repeated discovery reads the objects of the first.
 
-    Raises AccessDenied or ModelNotFound now, where the provider would refuse every request later.
+    Raises AccessDenied or ModelNotFound now, where the provider would refuse every request later. With `unless_made` it raises UpToDate,
+    and begins nothing, where the partition was made of the same objects by the same job.
     """
     key = f"{run_folder(job.name, run)}/input.json"
     begun = site.store.get_shape(key, RunInput)
     if begun is None:
         objects = pin(site, job, render_dates(pattern, dates)).objects
-        check_models(site, job)
         asked = RunInput(
             run=run,
             label=label,
@@ -55,8 +68,12 @@ def discover(
             partition=partition_of(job, dates, objects, scheduled=scheduled),
             objects=objects,
             job=job,
-            fresh=fresh or job.spec.fresh,
+            **{**options.model_dump(), "fresh": options.fresh or job.spec.fresh},
         )
+        if unless_made and options == AS_THE_JOB_SAYS and not asked.fresh and is_up_to_date(Run(site.store, asked)):
+            raise UpToDate(asked.partition)
+        check_models(site, job)
+        site.store.create(prompt_key(job.prompt.version), job.prompt_source.encode())
         begun = site.store.settle(key, asked)
     return Run(site.store, begun)
 

@@ -7,7 +7,7 @@ requests are new; their lines are then copied from the spool into shards. Memory
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from decimal import Decimal
 from pathlib import Path
@@ -28,6 +28,7 @@ from nightshift.pictures import Pictures
 from nightshift.providers.protocol import Limits
 from nightshift.redrive import draft_redrive
 from nightshift.runs import Run, Site, salt_of
+from nightshift.sampling import choose, only
 from nightshift.shapes import PinnedObject, Plan
 from nightshift.stores.answers import seen
 from nightshift.stores.database import open_database
@@ -66,7 +67,8 @@ def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows:
     files_as_rows = run.input.objects if job.spec.input.format == "files" else ()
     with ExitStack() as stack, site.scratch() as folder, open_database(Path(folder)) as database:
         pictures = stack.enter_context(Pictures(site, job, files_as_rows, keep=keep)) if job.spec.request.images else None
-        spool = _Spool(Path(folder), database, encoder, limits, pictures, progress)
+        sample = None if run.input.sample is None else choose(_ids(site, run), run.input.sample)
+        spool = _Spool(Path(folder), database, encoder, limits, pictures, sample, progress)
         if files_as_rows:
             spool.take(job, file_rows(files_as_rows, job.columns), "rows-00000", _slice_schema(job, {"size": pa.int64()}))
         else:
@@ -111,6 +113,19 @@ def draft(site: Site, run: Run, *, keep: bool, progress: Progress = lambda rows:
         )
 
 
+def _ids(site: Site, run: Run) -> Iterator[Sequence[Any]]:
+    """The ids of all rows of a run, in batches, in order; of a row without one, what stands there."""
+    job, name = run.job, run.job.spec.input.id
+    if job.spec.input.format == "files":
+        yield from (rows.columns[name] for rows in file_rows(run.input.objects, (name,)))
+        return
+    for pinned in run.input.objects:
+        bucket, key = site.open_input(pinned.uri)
+        with bucket.open(key, etag=pinned.etag, version=pinned.version) as file:
+            for rows in read_rows(file, pinned.uri, pinned.format, pinned.compression, (name,)):
+                yield [rows.faults[i].raw if i in rows.faults else value for i, value in enumerate(rows.columns[name])]
+
+
 class _Place(NamedTuple):
     """Where a row's request stands in the spool, or why it has none."""
 
@@ -131,10 +146,12 @@ class _Spool:
         encoder: Encoder,
         limits: Limits,
         pictures: Pictures | None,
+        sample: frozenset[int] | None,
         progress: Progress,
     ) -> None:
         self._folder, self._database, self._encoder, self._limits, self._progress = folder, database, encoder, limits, progress
-        self._pictures = pictures
+        self._pictures, self._sample = pictures, sample  # `sample`: the places of the rows that are asked about; None: of all
+        self._read = 0  # rows, those that are not in the sample with them
         self.path = folder / "spool.jsonl"
         self._file = self.path.open("wb", buffering=1 << 20)
         self._end = 0
@@ -160,11 +177,16 @@ class _Spool:
         """Encode rows; their row index becomes one slice."""
         path = self._folder / f"{name}.parquet"
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-            for rows in batches:
+            for rows in self._sampled(batches):
                 self._encode(job, rows, writer, schema)
                 self._progress(self.rows)
         self._file.flush()
         self.slices.append(path)
+
+    def _sampled(self, batches: Iterable[Rows]) -> Iterator[Rows]:
+        for rows in batches:
+            yield from [rows] if self._sample is None else only([rows], self._sample, self._read)
+            self._read += rows.count
 
     def _encode(self, job: Job, rows: Rows, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
         ids = [_as_id(value) for value in rows.columns[job.spec.input.id]]

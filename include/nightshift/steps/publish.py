@@ -12,31 +12,12 @@ from pathlib import Path
 import orjson
 
 from nightshift.errors import RunHeld
+from nightshift.partitions import MANIFEST, Manifest, Part, quarantine_folder, results_folder
 from nightshift.runs import Run, Site
-from nightshift.shapes import Assembled, Audit, Outcome, Published, Wire
+from nightshift.shapes import Assembled, Audit, Published
 from nightshift.stores.objects import Found
 
-MANIFEST = "_manifest.json"
 ORPHAN_SECONDS = 3600.0  # a publisher is done with its parts long before
-
-
-class Part(Wire):
-    """One file of a partition."""
-
-    name: str
-    size: int  # bytes
-    sha256: str
-
-
-class Manifest(Wire):
-    """What a partition consists of. Stored as `results/<job>/<partition>/_manifest.json`: the commit."""
-
-    job: str
-    partition: str
-    parts: tuple[Part, ...]
-    outcomes: dict[Outcome, int]
-    prompt_version: str
-    model: str
 
 
 def publish(site: Site, run: Run, assembled: Assembled, audit: Audit) -> Published:
@@ -50,16 +31,6 @@ def publish(site: Site, run: Run, assembled: Assembled, audit: Audit) -> Publish
         rows=assembled.outcomes["succeeded"],
         parts=tuple(part.name for part in manifest.parts),
     )
-
-
-def results_folder(run: Run) -> str:
-    """Where the run's partition stands."""
-    return f"results/{run.job.name}/{run.input.partition}"
-
-
-def quarantine_folder(run: Run) -> str:
-    """Where the rows of the run's partition stand that did not succeed."""
-    return f"quarantine/{run.job.name}/{run.input.partition}"
 
 
 def _swap(site: Site, run: Run, folder: str, staged: tuple[str, ...], assembled: Assembled) -> Manifest:
@@ -84,6 +55,7 @@ def _swap(site: Site, run: Run, folder: str, staged: tuple[str, ...], assembled:
         outcomes=assembled.outcomes,
         prompt_version=run.job.prompt.version,
         model=run.job.spec.request.model,
+        made_from=run.made_from,
     )
     site.store.put(f"{folder}/{MANIFEST}", orjson.dumps(manifest.model_dump(mode="json"), option=orjson.OPT_INDENT_2))
     old = {part.name for part in replaced.parts} if replaced else set()

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow.parquet as pq
 
+from nightshift.budgets import cost_of
 from nightshift.errors import CountsDisagree
 from nightshift.job import Job
-from nightshift.money.estimate import actual_cost, measure, measured_key
+from nightshift.money.estimate import measure, measured_key
 from nightshift.money.prices import tier_of
 from nightshift.pages import render_report
+from nightshift.partitions import quarantine_folder
 from nightshift.runs import Run, Site
-from nightshift.shapes import OUTCOMES, Assembled, Audit, Cost, Counts, Paid, Plan, Published, Summary, Tier, Usage, Wire
-from nightshift.steps.publish import quarantine_folder
+from nightshift.shapes import OUTCOMES, Assembled, Audit, Cost, Counts, Plan, Published, Summary, Tier, Usage, Wire
 from nightshift.stores.database import open_database
 from nightshift.stores.objects import dump_json
 
@@ -34,7 +35,7 @@ class LastPublished(Wire):
     run: str
 
 
-def report(site: Site, run: Run, *, published: Published | None, problem: str | None = None) -> Summary:
+def report(site: Site, run: Run, *, published: Published | None, problem: str | None = None, error: str | None = None) -> Summary:
     """Write the summary and the page from what the run left in the store, however far it came.
 
     Raises CountsDisagree where a run that was assembled does not add up.
@@ -45,13 +46,13 @@ def report(site: Site, run: Run, *, published: Published | None, problem: str | 
     audit = store.get_shape(run.key("audit.json"), Audit)
     figures = distributions(site, run.job, assembled) if assembled else {}
     last = _last_published(site, run)
-    summary = summarise(site, run, plan, assembled, audit, published, problem, figures, last)
+    summary = summarise(site, run, plan, assembled, audit, published, problem, figures, last).model_copy(update={"error": error})
     check_sums(summary)
     store.put(run.key("summary.json"), dump_json(summary.model_dump(mode="json")))
     store.put(run.key("report.html"), render_report(summary).encode())
     if plan and assembled and not run.input.redrive:  # a redrive asks otherwise, and says nothing of the next run
         _measure(site, run, plan)
-    if published:
+    if published and run.input.sample is None:
         store.put(f"runs/{run.job.name}/last-published.json", LastPublished(run=run.input.run).model_dump_json().encode())
     return summary
 
@@ -86,13 +87,13 @@ def summarise(
     """The summary of a run from its facts."""
     job, request = run.job, run.job.spec.request
     paid = assembled.paid if assembled else ()
-    state: Literal["published", "held", "failed"] = "published" if published else "held" if audit and not audit.passed else "failed"
     return Summary(
         job=job.name,
         run=run.input.run,
         label=run.input.label,
         redrive_of=run.input.redrive.run if run.input.redrive else None,
-        state=state,
+        sample=run.input.sample,
+        state=_state(run, audit, published),
         problem=problem or ("; ".join(audit.reasons) if audit and not audit.passed else None),
         partition=run.input.partition,
         model=request.model,
@@ -134,10 +135,12 @@ def summarise(
     )
 
 
-def cost_of(paid: Iterable[Paid]) -> Decimal | None:
-    """Dollars for everything that was bought, each at its own price; None where any of it has no known price."""
-    costs = [actual_cost(each.provider, each.model, each.usage) for each in paid]
-    return None if any(cost is None for cost in costs) else sum((cost for cost in costs if cost is not None), Decimal(0))
+def _state(run: Run, audit: Audit | None, published: Published | None) -> Literal["published", "held", "failed", "planned"]:
+    if published:
+        return "published"
+    if run.input.dry_run:
+        return "planned"
+    return "held" if audit and not audit.passed else "failed"
 
 
 def check_sums(summary: Summary) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import orjson
 
+from nightshift.budgets import book_shard
 from nightshift.errors import BudgetExceeded, LedgerCorrupt, Permanent, QueueFull, ShardHeld, SubmissionInDoubt, Transient, WrongPlace
 from nightshift.money.estimate import sum_estimates
 from nightshift.packing import asked_from, estimate_shards
@@ -92,7 +93,7 @@ def may_pay(site: Site, run: Run, shard: str) -> bool:
     if fits(total, bound):
         return True
     if approved.approved_at is not None and site.now() - approved.approved_at > OWNER_PATIENCE:
-        raise BudgetExceeded(total or Decimal(0), bound)
+        raise BudgetExceeded(total or Decimal(0), bound, "what the run may spend unasked")
     return False
 
 
@@ -131,7 +132,8 @@ def _find(site: Site, run: Run, shard: str, search: Search) -> Receipt | None:
 
 
 def _send(site: Site, run: Run, shard: str, number: int, attempts: list[Attempt]) -> Receipt:
-    """Upload, claim, create, record. Whatever happens in between is found again by the claim's token."""
+    """Book, upload, claim, create, record. Whatever happens in between is found again by the claim's token."""
+    book_shard(site, run, shard)
     claim = _next_claim(site, run, shard, number, attempts)
     provider = _provider(site, run, claim.provider)
     with site.scratch() as folder:

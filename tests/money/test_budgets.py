@@ -1,0 +1,182 @@
+"""Budgets by run, by job and month, by connection and month: what is booked, what is held, what is stopped, whoever else is buying."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
+from decimal import Decimal
+
+import pytest
+
+from nightshift.budgets import PATIENCE, book_shard
+from nightshift.drive import begin, drive
+from nightshift.errors import BudgetExceeded, ShardHeld
+from nightshift.shapes import Summary
+from nightshift.steps.approve import approve
+from nightshift.steps.discover import discover
+from nightshift.steps.plan import plan
+from nightshift.stores.accounts import Account, Booked, Full
+from nightshift.stores.objects import open_objects
+from tests.conftest import NOON, Clock, World
+
+
+@pytest.fixture
+def account(tmp_path) -> Account:
+    return Account(open_objects(f"file://{tmp_path}/store"), "spending/2026-11/job-reviews")
+
+
+def book(account: Account, of: str, usd: float, limit: float | None = 10, high: float | None = None) -> Booked | Full:
+    return account.book(of, Decimal(str(usd)), None if limit is None else Decimal(str(limit)), Decimal(str(high or usd)), now=NOON)
+
+
+def test_what_is_booked_once_is_booked_once_however_often_it_is_said(account):
+    assert book(account, "a", 4) == book(account, "a", 4) == Booked()
+    assert account.total == 4
+
+
+def test_what_does_not_fit_is_not_booked_and_is_told_what_is_open(account):
+    book(account, "a", 6)
+    assert book(account, "b", 5) == Full(Decimal(6), 1, NOON)
+    account.settle("a", Decimal(2), now=NOON)
+    assert account.total == 2
+    assert book(account, "b", 5) == Booked()
+
+
+def test_beside_others_in_flight_the_most_that_is_expected_has_to_fit(account):
+    assert book(account, "a", 5, high=11) == Booked(), "alone, what is expected counts"
+    assert book(account, "b", 4, high=6) == Full(Decimal(5), 1, NOON)
+    account.settle("a", Decimal(5), now=NOON)
+    assert book(account, "b", 4, high=6) == Booked()
+
+
+def test_settling_is_done_once_and_only_for_what_was_booked(account):
+    book(account, "a", 5)
+    account.settle("a", Decimal(7), now=NOON)
+    account.settle("a", Decimal(9), now=NOON)
+    account.settle("never", Decimal(9), now=NOON)
+    assert account.total == 7
+
+
+def test_what_nobody_knows_the_cost_of_stays_as_it_was_booked(account):
+    book(account, "a", 5)
+    account.settle("a", None, now=NOON)
+    assert account.total == 5
+
+
+def test_a_booking_that_died_between_its_two_writes_is_made_good_and_not_made_twice(account):
+    first = account._enter
+    died = []
+
+    def dies(of, usd, number, last, opened, now):
+        if not died:
+            died.append(number)
+            account._objects.create(account._place_key(of, 0), b'{"account": "x", "number": %d}' % number)
+            raise KeyboardInterrupt
+        return first(of, usd, number, last, opened, now)
+
+    account._enter = dies
+    with pytest.raises(KeyboardInterrupt):
+        book(account, "a", 4)
+    assert book(account, "a", 4) == Booked()
+    assert account.total == 4
+
+
+def test_of_many_who_buy_at_once_only_those_who_fit_come_through(account):
+    with ThreadPoolExecutor(16) as pool:
+        done = list(pool.map(lambda i: book(account, f"s{i}", 1), range(40)))
+    assert sum(isinstance(each, Booked) for each in done) == 10
+    assert account.total == 10
+
+
+def go(world: World, job, uri: str) -> Summary:
+    return drive(world.site, begin(world.site, job, pattern=uri, dates={}, scheduled=False), ask=lambda run, plan: True)
+
+
+def texts(count: int, start: int = 0) -> list[dict]:
+    return [
+        {"id": f"r{i}", "text": f"The room number {i} was lovely, and so were the {i} others.", "stars": 3}
+        for i in range(start, start + count)
+    ]
+
+
+def test_a_months_budget_counts_what_was_paid_and_stops_what_does_not_fit_before_it_costs(world):
+    first = go(world, world.job(), world.write("a.jsonl", texts(100)))
+    budget = first.cost_usd.actual * 1.5
+    limited = world.job(policy={"monthly_budget_usd": budget})
+    go(world, limited, world.write("b.jsonl", texts(100, 100)))
+    with pytest.raises(BudgetExceeded, match=r"policy.monthly_budget_usd of reviews, 20\d\d-\d\d allows .* are spent or in flight"):
+        go(world, limited, world.write("c.jsonl", texts(100, 200)))
+    assert world.rehearsal.bill()["requests"] == 200
+    assert go(world, limited, world.write("d.jsonl", texts(20, 300))).published, "what fits goes on"
+
+
+def test_a_new_month_is_a_new_budget(world):
+    clock = Clock()
+    world.site = replace(world.site, now=clock)
+    cost = go(world, world.job(), world.write("a.jsonl", texts(100))).cost_usd.actual
+    job = world.job(policy={"monthly_budget_usd": cost * 1.5})
+    go(world, job, world.write("b.jsonl", texts(100, 100)))
+    with pytest.raises(BudgetExceeded):
+        go(world, job, world.write("c.jsonl", texts(100, 200)))
+    clock.pass_by(days=31)
+    _, shards = shards_of(world, job, world.write("c.jsonl", texts(100, 200)))
+    assert shards
+
+
+def test_a_connections_budget_holds_for_all_of_its_jobs(world):
+    cost = go(world, world.job(), world.write("a.jsonl", texts(100))).cost_usd.actual
+    world.site = replace(world.site, monthly_budget={"openai_default": Decimal(str(cost * 1.5))}.get)
+    go(world, world.job(), world.write("b.jsonl", texts(100, 100)))
+    other = world.job(name="others")
+    with pytest.raises(BudgetExceeded, match="the monthly budget of openai_default"):
+        go(world, other, world.write("c.jsonl", texts(100, 200)))
+
+
+def test_the_accounts_say_what_the_bill_says(world):
+    job = world.job(policy={"monthly_budget_usd": 1, "budget_usd": 1, "max_requests_per_shard": 20, "retry": {"errored": 2}})
+    world.rehearsal.faults(errored=0.2)
+    summary = go(world, job, world.write("a.jsonl", texts(100)))
+    [folder] = world.site.store.folders(f"spending/{summary.finished_at:%Y-%m}")[:1]
+    assert float(Account(world.site.store, folder).total) == pytest.approx(world.rehearsal.bill()["usd"], abs=1e-6)
+
+
+def site_estimate(world: World, run) -> Decimal:
+    """What a run is expected to cost: with all that it may be, it does not fit into as much."""
+    return plan(world.site, run).estimate.usd
+
+
+def shards_of(world: World, job, uri: str):
+    run = discover(world.site, job, pattern=uri, label="x", run="r1", dates={})
+    return run, approve(world.site, run, plan(world.site, run), ask=lambda: True).shards
+
+
+def test_a_hard_budget_is_never_passed_by_more_than_one_shard_when_answers_cost_more_than_they_should(world):
+    cheap = world.job(policy={"max_requests_per_shard": 10})
+    estimate = go(world, cheap, world.write("a.jsonl", texts(100))).cost_usd.actual
+    dear = world.job(
+        prompt="user:\nOnce more: {{ text }}\n",
+        policy={"max_requests_per_shard": 10, "budget_usd": estimate * 1.1, "retry": {"invalid": 5}},
+    )
+    world.rehearsal.faults(invalid=1.0)  # every answer is asked for again
+    before = world.rehearsal.bill()["usd"]
+    with suppress(BudgetExceeded):
+        go(world, dear, world.write("b.jsonl", texts(100)))
+    spent = world.rehearsal.bill()["usd"] - before
+    assert spent <= estimate * 1.1 + estimate / 10 * 3, "the budget, and one shard with all that it asks again"
+
+
+def test_a_shard_that_fits_only_if_others_turn_out_cheaper_is_held_and_not_for_ever(world):
+    clock = Clock()
+    world.site = replace(world.site, now=clock)
+    job = world.job(policy={"max_requests_per_shard": 10})
+    run, shards = shards_of(world, job, world.write("a.jsonl", texts(20)))
+    estimate = site_estimate(world, run)
+    bounded = replace(world.site, monthly_budget=lambda connection: estimate)
+    book_shard(bounded, run, shards[0])
+    with pytest.raises(ShardHeld, match="until others in flight are paid"):
+        book_shard(bounded, run, shards[1])
+    clock.at += PATIENCE + timedelta(minutes=1)
+    with pytest.raises(BudgetExceeded):
+        book_shard(bounded, run, shards[1])
