@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import getpass
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date, datetime, time, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from zoneinfo import ZoneInfo
 
 import orjson
@@ -23,7 +24,7 @@ from nightshift.job_file import find_job, load_job, read_prompt, redriven, vary
 from nightshift.money.prices import farewells
 from nightshift.pages import MEANING, measured_on, render_job_reference, stated, usd
 from nightshift.settings import Settings, read_settings
-from nightshift.shapes import OUTCOMES, Plan, Settled, Summary
+from nightshift.shapes import OUTCOMES, Approval, Plan, Settled, Summary
 
 if TYPE_CHECKING:
     from nightshift.runs import Run, Site
@@ -416,13 +417,19 @@ def _job_name(job: str, settings: Settings) -> str:
 
 def _asker(yes: bool) -> Callable[[Run, Plan], bool]:
     """A person at a terminal is asked; elsewhere only --yes approves."""
+    from nightshift.approvals import record
+    from nightshift.runs import utc_now
     from nightshift.steps.approve import question
 
     def ask(run: Run, planned: Plan) -> bool:
-        if yes or not sys.stdin.isatty():
-            return yes
-        people.print(question(run, planned), markup=False)
-        return typer.confirm("Send it?")
+        said = yes
+        if not yes and sys.stdin.isatty():
+            people.print(question(run, planned), markup=False)
+            said = typer.confirm("Send it?")
+        by = f"{getpass.getuser()}{' with --yes' if yes else ''}"
+        decision: Literal["approved", "refused"] = "approved" if said else "refused"
+        record(run, Approval(decision=decision, by=by, at=utc_now(), estimate_usd=planned.estimate.usd))
+        return said
 
     return ask
 

@@ -226,6 +226,17 @@ class Cost(Wire):
     basis: str
 
 
+class Approval(Wire):
+    """What was said to a run's cost. Stored as `runs/<job>/<run>/approval-<n>.json`, each once."""
+
+    decision: Literal["approved", "refused", "timed_out"]
+    by: str
+    at: datetime
+    estimate_usd: Decimal | None
+    note: str = ""
+    grant: int | None = None  # the question of a backfill that it goes back to
+
+
 class Problem(Wire):
     """What a task of a run failed with. Stored as `runs/<job>/<run>/problem.json`; the last one stays."""
 
@@ -241,6 +252,7 @@ class Summary(Wire):
     run: str
     label: str  # what people call the run: Airflow's run id, or the command line's
     redrive_of: str | None  # the run whose failures this one drives again
+    approvals: tuple[Approval, ...] = ()
     sample: int | None = None  # rows that it was asked to stay with: published beside the results
     state: Literal["published", "held", "failed", "planned"]  # planned: a dry run
     problem: str | None

@@ -1,31 +1,48 @@
-"""The task `approve`: passes, stops, or asks a person in the Airflow UI."""
+"""The task `approve`: passes, stops, or asks a person in the Airflow UI. The runs of a backfill ask once, for all of them."""
 
 from __future__ import annotations
 
-from datetime import timedelta
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, cast
 
+import structlog
 from airflow.providers.standard.exceptions import HITLRejectException, HITLTimeoutError
 from airflow.providers.standard.operators.hitl import ApprovalOperator
+from airflow.sdk import Param
+from airflow.sdk.definitions.param import ParamsDict
 from airflow.sdk.exceptions import AirflowSkipException
+from airflow.triggers.base import BaseTrigger, TriggerEvent
 
-from nightshift.errors import ApprovalNeeded
+from nightshift.approvals import ANSWER_WITHIN, Answer, Ask, Draw, Grants, Refused, record
+from nightshift.errors import ApprovalNeeded, NightshiftError
+from nightshift.notices import Notice, listeners
+from nightshift.pages import usd
+from nightshift.runs import Run, Site
+from nightshift.settings import dollars
+from nightshift.shapes import Approval, Plan
 from nightshift.steps.approve import approve, must_ask, question
 from nightshift.steps.plan import plan
+from nightshift_airflow.notices import tell
 from nightshift_airflow.site import owner_of, run_at
 from nightshift_airflow.tasks import DRY_RUN
+from nightshift_airflow.waits import RESUME_AFTER_SECONDS
+
+log = structlog.get_logger(__name__)
+LOOK_SECONDS = 15.0  # between two looks at whether somebody has answered
+UNFINISHED = ["queued", "running"]
 
 
 class ApproveRun(ApprovalOperator):
-    """Asks only where the estimate is above `policy.approve_above_usd`; over the budget nobody is asked."""
+    """Asks only where the estimate is above `policy.approve_above_usd`; over a budget nobody is asked."""
 
     template_fields = ("run_uri", "subject", "body")
 
     def __init__(self, *, run_uri: str, **kwargs: Any) -> None:
-        super().__init__(
-            subject="Send this run to the model?", body="", fail_on_reject=True, response_timeout=timedelta(hours=24), **kwargs
-        )
+        super().__init__(subject="Send this run to the model?", body="", fail_on_reject=True, response_timeout=ANSWER_WITHIN, **kwargs)
         self.run_uri = run_uri
 
     def execute(self, context: Any) -> list[str]:
@@ -34,19 +51,126 @@ class ApproveRun(ApprovalOperator):
         planned = plan(site, run)
         if run.input.dry_run:
             raise AirflowSkipException(DRY_RUN)
-        if must_ask(site, run, planned):
-            self.subject = f"Send {planned.submitted:,} requests of {run.job.name} to {run.job.spec.request.model}?"
-            self.body = question(run, planned)
-            super().execute(context)
-        return list(approve(site, run, planned, ask=lambda: False).shards)
+        if not must_ask(site, run, planned):
+            return _shards(site, run, planned, is_approved=False)
+        if context["dag_run"].run_type == "backfill":
+            return self._with_others(context, site, run, planned, waited_for=None)
+        return self._ask(context, run, planned, {})
+
+    def go_on(self, context: Any, event: dict[str, Any]) -> list[str]:
+        """Somebody has answered the question of another run of this backfill, or it has timed out."""
+        site, run = run_at(self.run_uri, owner_of(context))
+        return self._with_others(context, site, run, plan(site, run), waited_for=int(event["question"]))
 
     def execute_complete(self, context: Any, event: dict[str, Any]) -> list[str]:
         """Go on with a person's yes. A no, and no answer, end the task for good: asking again is a person's to decide."""
         site, run = run_at(self.run_uri, owner_of(context))
         planned = plan(site, run)
+        grants = Grants(site.store, run.job.name)
+        number, given = grants.asked_by(run.uri), event.get("params_input") or {}
+        person, note = _person(event), str(given.get("note") or "")
         try:
             super().execute_complete(context, event)
         except (HITLRejectException, HITLTimeoutError) as error:
-            limit = run.job.spec.policy.approve_above_usd or run.job.spec.policy.budget_usd or Decimal(0)
-            raise ApprovalNeeded(planned.estimate.usd, limit) from error
-        return list(approve(site, run, planned, ask=lambda: True).shards)
+            if number is not None:
+                grants.settle(number, Answer(usd=None, by=person, at=site.now(), note=note))
+            _record(run, planned, "timed_out" if isinstance(error, HITLTimeoutError) else "refused", person, site.now(), note, number)
+            raise _needed(run, planned) from error
+        _record(run, planned, "approved", person, site.now(), note, number)
+        if number is not None:
+            granted = dollars(given["up_to_usd"], "up_to_usd") if given.get("up_to_usd") else planned.estimate.usd or Decimal(0)
+            answer = grants.settle(number, Answer(usd=granted, by=person, at=site.now(), note=note))
+            grants.draw(Draw(number, answer), run.uri, planned.estimate.usd or Decimal(0), site.now())
+        return _shards(site, run, planned, is_approved=True)
+
+    def _with_others(self, context: Any, site: Site, run: Run, planned: Plan, *, waited_for: int | None) -> list[str]:
+        """Draw on what was granted to this backfill, wait for the answer to its question, or be the one who asks."""
+        grants = Grants(site.store, run.job.name)
+        step = grants.step(run.uri, waited_for=waited_for, now=site.now())
+        if isinstance(step, Draw):
+            drawn, step = step, grants.draw(step, run.uri, planned.estimate.usd or Decimal(0), site.now()) or step
+            if step is drawn:
+                _record(run, planned, "approved", drawn.answer.by, site.now(), drawn.answer.note, drawn.number)
+                return _shards(site, run, planned, is_approved=True)
+        if isinstance(step, Refused):
+            _record(run, planned, "refused", step.answer.by, site.now(), step.answer.note, step.number)
+            raise _needed(run, planned)
+        if isinstance(step, Ask):
+            if step.number == grants.asked_by(run.uri):
+                return self._ask(context, run, planned, self._for_all(context, planned))
+            step = grants.step(run.uri, waited_for=waited_for, now=site.now())  # another one was quicker
+        self.log.info("Another run of this backfill has asked; waiting for the answer")
+        self.defer(trigger=AnswerTrigger(self.run_uri, step.number), method_name="go_on")
+        raise AssertionError("defer does not return")
+
+    def _for_all(self, context: Any, planned: Plan) -> dict[str, Param]:
+        """What the form of a backfill's question says: how much all of its runs may spend together."""
+        runs = max(1, context["ti"].get_dr_count(dag_id=context["ti"].dag_id, states=UNFINISHED))
+        about = (planned.estimate.usd_high or planned.estimate.usd or Decimal(0)) * runs
+        return {
+            "up_to_usd": Param(
+                float(round(about, 4)),
+                type="number",
+                exclusiveMinimum=0,
+                title="All runs of this backfill together may spend (USD)",
+                description=f"{runs} runs are queued or running; alike they cost about {usd(about)}. Beyond it you are asked again.",
+            )
+        }
+
+    def _ask(self, context: Any, run: Run, planned: Plan, form: dict[str, Param]) -> list[str]:
+        spec = run.job.spec
+        self.subject = f"Send {planned.submitted:,} requests of {run.job.name} to {spec.request.model}?"
+        self.body = question(run, planned)
+        if form:
+            self.body += "\n\n**Your answer counts for all runs of this backfill.**"
+        self.params = ParamsDict({**form, "note": Param("", type=["null", "string"], title="Note", description="kept with the answer")})
+        text = f"{self.subject}\n\n{self.body}\n\n{context['ti'].log_url}"
+        tell(listeners(spec.notify, "approval"), Notice(event="approval", subject=self.subject, text=text), context)
+        return cast("list[str]", super().execute(context))
+
+
+class AnswerTrigger(BaseTrigger):
+    """Waits until a question of a backfill is answered, or can be answered no more."""
+
+    def __init__(self, run_uri: str, question: int) -> None:
+        super().__init__()
+        self.run_uri, self.question = run_uri, question
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        """See BaseTrigger."""
+        return f"{type(self).__module__}.{type(self).__qualname__}", {"run_uri": self.run_uri, "question": self.question}
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        """Each look runs in a thread; one that fails is logged and made again."""
+        started = time.monotonic()
+        while time.monotonic() - started < ANSWER_WITHIN.total_seconds():
+            try:
+                if await asyncio.to_thread(self._is_answered):
+                    break
+            except NightshiftError as error:
+                log.warning("A look failed; looking again", question=self.question, error=str(error))
+            await asyncio.sleep(LOOK_SECONDS)
+        await asyncio.sleep(max(0.0, RESUME_AFTER_SECONDS - (time.monotonic() - started)))
+        yield TriggerEvent({"question": self.question})
+
+    def _is_answered(self) -> bool:
+        site, run = run_at(self.run_uri, "triggerer")
+        return Grants(site.store, run.job.name).answer(self.question) is not None
+
+
+def _shards(site: Site, run: Run, planned: Plan, *, is_approved: bool) -> list[str]:
+    return list(approve(site, run, planned, ask=lambda: is_approved).shards)
+
+
+def _needed(run: Run, planned: Plan) -> ApprovalNeeded:
+    policy = run.job.spec.policy
+    return ApprovalNeeded(planned.estimate.usd, policy.approve_above_usd or policy.budget_usd or Decimal(0))
+
+
+def _person(event: dict[str, Any]) -> str:
+    who = event.get("responded_by_user") or {}
+    return str(who.get("name") or who.get("id") or "nobody")
+
+
+def _record(run: Run, planned: Plan, decision: Any, by: str, at: datetime, note: str, grant: int | None) -> None:
+    record(run, Approval(decision=decision, by=by, at=at, estimate_usd=planned.estimate.usd, note=note, grant=grant))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow.parquet as pq
 
+from nightshift.approvals import approvals_of
 from nightshift.budgets import cost_of
 from nightshift.errors import CountsDisagree
 from nightshift.job import Job
@@ -93,6 +94,7 @@ def summarise(
         label=run.input.label,
         redrive_of=run.input.redrive.run if run.input.redrive else None,
         sample=run.input.sample,
+        approvals=tuple(approvals_of(run)),
         state=_state(run, audit, published),
         problem=problem or ("; ".join(audit.reasons) if audit and not audit.passed else None),
         partition=run.input.partition,

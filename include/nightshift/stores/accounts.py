@@ -69,6 +69,12 @@ class Account:
         _, last = self._last()
         return last.total if last else NOTHING
 
+    @property
+    def used_at(self) -> datetime | None:
+        """When it was last entered into; None where nothing was."""
+        _, last = self._last()
+        return last.at if last else None
+
     def book(self, of: str, usd: Decimal, limit: Decimal | None, usd_high: Decimal | None = None, *, now: datetime) -> Booked | Full:
         """Enter what something is about to cost, once: a repeated call finds the first."""
         high = usd if usd_high is None else max(usd, usd_high)
