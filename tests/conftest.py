@@ -195,3 +195,10 @@ def reviews(count: int, **extra: Any) -> list[dict[str, Any]]:
         {"id": f"r{i}", "text": f"The room number {i} was {'lovely' if i % 2 else 'awful'}.", "stars": 1 + i % 5, **extra}
         for i in range(count)
     ]
+
+
+def s3_event(bucket: str, key: str, etag: str, name: str = "ObjectCreated:Put", **changes: Any) -> str:
+    """A message as S3 sends it to SQS; `key` as it stands there, encoded."""
+    found = {"key": key, "size": 10, "eTag": etag, "sequencer": "0055AED6DCD90281E5"}
+    record = {"eventVersion": "2.5", "eventSource": "aws:s3", "eventName": name, "s3": {"bucket": {"name": bucket}, "object": found}}
+    return json.dumps({"Records": [{**record, **changes}]})

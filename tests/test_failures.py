@@ -12,13 +12,15 @@ from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+import boto3
 import pyarrow.parquet as pq
 import pytest
 from pytest_httpserver import HTTPServer
 
 from nightshift.drive import begin, drive
 from nightshift.errors import BatchLost, BatchRejected, InputChanged, ProviderUnavailable, QuotaExhausted, StoreUnavailable
-from nightshift.inbox import new_uploads, note_started
+from nightshift.events import Hint, read_message
+from nightshift.inbox import hear, heard_uploads, new_uploads, note_started, starts
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.shapes import Summary
 from nightshift.steps.approve import approve
@@ -28,7 +30,7 @@ from nightshift.steps.plan import plan
 from nightshift.steps.submit import submit
 from nightshift.steps.wait import FILES_GRACE, pauses
 from nightshift.stores.ledger import LEASE, QUEUE_PATIENCE
-from tests.conftest import World, reviews
+from tests.conftest import World, reviews, s3_event
 
 
 def go(world: World, job, uri: str, **changes) -> Summary:
@@ -49,24 +51,58 @@ def until_ended(world: World, run, shard: str, site=None) -> None:
         time.sleep(pause)
 
 
-# ---- A. Input and events: the inbox is listed, so an event that is doubled, late, out of order or lost changes nothing
+# ---- A. Input and events: both ways into the inbox give the same identities, so an event that is doubled, late, out of order or lost changes nothing
 
 
 @pytest.fixture
 def inbox(world):
-    job = world.job(on_upload=f"file://{world.folder}/input/*.jsonl")
-    return world, job
+    """Its job, and how its files look as events of S3. The world's own folder plays the bucket."""
+    return world, world.job(on_upload={"uri": f"file://{world.folder}/input/*.jsonl", "queue": "https://sqs.example/uploads"})
 
 
-def test_F01_F03_an_upload_starts_one_run_however_often_and_however_late_it_is_seen(inbox):
+def start_all(world, job, waiting):
+    for start in starts(job, waiting, free=100, now=world.site.now()):
+        note_started(world.site.store, start)
+
+
+def test_F01_F03_F09_an_upload_starts_one_run_however_often_and_however_late_it_is_seen(inbox):
     world, job = inbox
     world.write("a.jsonl", reviews(1))
     seen = [new_uploads(world.site, job) for _ in range(3)]
     assert seen[0] == seen[1] == seen[2]
-    [upload] = seen[0]
     for _ in range(2):
-        note_started(world.site.store, job.name, upload.run_label, upload.uri)
+        start_all(world, job, seen[0])
     assert new_uploads(world.site, job) == []
+
+
+def test_F01_F03_events_and_listings_give_the_same_identity(cloud):
+    bucket = cloud.site.store.uri.removesuffix("/store")
+    job = cloud.job(on_upload=f"{bucket}/in/**", input={"uri": f"{bucket}/in/*"})
+    client = boto3.client("s3")
+    client.put_object(Bucket=bucket[5:], Key="in/a b+%é.jsonl", Body=b'{"id": 1, "text": "x"}')
+    [listed] = new_uploads(cloud.site, job)
+    assert listed.uri == f"{bucket}/in/a b+%é.jsonl"
+    body = s3_event(bucket[5:], "in/a+b%2B%25%C3%A9.jsonl", listed.etag)
+    for _ in range(3):
+        hear(cloud.site, [job], read_message(body))
+    [heard] = heard_uploads(cloud.site, job)
+    assert heard.label == listed.label
+    start_all(cloud, job, [heard])
+    assert new_uploads(cloud.site, job) == heard_uploads(cloud.site, job) == []
+    hear(cloud.site, [job], read_message(body))
+    assert heard_uploads(cloud.site, job) == [], "days later"
+
+
+def test_F02_F13_an_event_of_what_is_gone_or_was_replaced_starts_nothing(cloud):
+    bucket = cloud.site.store.uri.removesuffix("/store")
+    job, client = cloud.job(on_upload=f"{bucket}/in/*", input={"uri": f"{bucket}/in/*"}), boto3.client("s3")
+    old = client.put_object(Bucket=bucket[5:], Key="in/a.jsonl", Body=b"1")["ETag"]
+    new = client.put_object(Bucket=bucket[5:], Key="in/a.jsonl", Body=b"2")["ETag"]
+    for etag in (new, old):
+        hear(cloud.site, [job], read_message(s3_event(bucket[5:], "in/a.jsonl", etag.strip('"'))))
+    hear(cloud.site, [job], read_message(s3_event(bucket[5:], "in/gone.jsonl", "0" * 32)))
+    [upload] = heard_uploads(cloud.site, job)
+    assert upload.etag == new.strip('"')
 
 
 def test_F02_an_object_written_again_is_a_new_upload_and_the_old_one_never_comes_back(inbox):
@@ -75,8 +111,8 @@ def test_F02_an_object_written_again_is_a_new_upload_and_the_old_one_never_comes
     [first] = new_uploads(world.site, job)
     world.write("a.jsonl", reviews(2))
     [second] = new_uploads(world.site, job)
-    assert (first.uri, first.run_label != second.run_label) == (second.uri, True)
-    note_started(world.site.store, job.name, second.run_label, second.uri)
+    assert (first.uri, first.label != second.label) == (second.uri, True)
+    start_all(world, job, [second])
     assert new_uploads(world.site, job) == []
 
 
@@ -85,6 +121,9 @@ def test_F10_empty_objects_and_folder_markers_start_nothing(inbox):
     world.write("empty.jsonl", b"")
     (world.folder / "input" / "folder.jsonl").mkdir()
     assert new_uploads(world.site, job) == []
+    s3_job = world.job(on_upload="s3://b/in/*", input={"uri": "s3://b/in/*"})
+    for key, size in (("in/", 0), ("in/empty.jsonl", 0), ("in/folder/", 5), ("out/a.jsonl", 5)):
+        assert hear(world.site, [s3_job], [Hint(bucket="b", key=key, etag="e", size=size)]) == 0
 
 
 def test_F12_an_object_replaced_between_plan_and_read_stops_the_run_before_it_pays(world):

@@ -318,3 +318,9 @@ class SubmissionInDoubt(Transient):
 
 class Interrupted(Transient):
     """Another shard failed, or a person stopped the process; this work can be gone on with."""
+
+
+def is_permanent(name: str | None) -> bool:
+    """Whether an error of this name is one that somebody has to mend."""
+    known = globals().get(name or "")
+    return isinstance(known, type) and issubclass(known, Permanent)

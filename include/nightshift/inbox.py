@@ -1,51 +1,175 @@
-"""The inbox of a job: which uploaded objects have not started a run yet. Identity is the object and its version or eTag."""
+"""The inbox of a job: which uploaded objects have not started a run yet. Identity is the object and its eTag.
+
+Two ways lead into it, and both give the same identities: a listing, and events, which are noted as they come. So it does not
+matter whether an event comes twice, late, out of order or not at all.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
+from urllib.parse import quote, urlsplit
 
-from nightshift.job import Job
+from nightshift.events import Hint, Strange
+from nightshift.job import Job, Together
 from nightshift.runs import UNSAFE, Site, run_id
 from nightshift.shapes import Wire
-from nightshift.stores.objects import Objects, matching
+from nightshift.stores.objects import Found, Objects, matches, matching
+
+MANY = "and-{}-more"
 
 
 class Upload(Wire):
-    """One uploaded object that a run is to be started for."""
+    """One uploaded object."""
+
+    uri: str
+    etag: str
+    size: int  # bytes
+    at: datetime  # when it landed, or was heard of
+
+    @property
+    def label(self) -> str:
+        """The name of its run: readable, and the same for the same object of the same content."""
+        stem = UNSAFE.sub("-", PurePosixPath(self.uri).name)[:80]
+        return f"upload__{stem}__{run_id(self.uri, self.etag)[:10]}"
+
+
+class Start(Wire):
+    """A run that is to be started, for one upload or for several together."""
 
     job: str
-    uri: str
-    run_label: str  # the run's name: readable, and the same for the same object in the same version
+    label: str
+    uploads: tuple[Upload, ...]
+
+    @property
+    def note(self) -> str:
+        """What stands at the run, as Markdown: where its objects are."""
+        shown = [f"[{each.uri}]({console_link(each.uri)})" for each in self.uploads[:10]]
+        more = [f"and {len(self.uploads) - 10} more"] if len(self.uploads) > 10 else []
+        return "\n\n".join([*shown, *more])
 
 
 class Started(Wire):
-    """A note that an upload has its run. Stored as `inbox/<job>/<run label>.json`, once."""
+    """A note that an upload has its run. Stored as `inbox/<job>/<label of the upload>.json`, once."""
 
     uri: str
+    run: str | None = None  # label; None: the upload's own
+
+
+class Parked(Wire):
+    """A message that is no event of S3. Stored as `inbox/_parked/<hash>.json`."""
+
+    why: str
+    body: str
 
 
 def new_uploads(site: Site, job: Job) -> list[Upload]:
-    """Objects under the job's `on_upload` pattern without a note, oldest first. Empty objects and folder markers are none."""
+    """Objects under the job's `on_upload` pattern that have no run yet, oldest first. Empty objects and folder markers are none."""
+    return without_run(site, job, list_uploads(site, job))
+
+
+def heard_uploads(site: Site, job: Job) -> list[Upload]:
+    """Objects that events have told of, that are still there as they were, and that have no run yet, oldest first."""
+    heard = (site.store.get_shape(found.key, Upload) for found in site.store.scan(_heard_folder(job.name)))
+    waiting = without_run(site, job, sorted((each for each in heard if each is not None), key=lambda each: (each.at, each.uri)))
+    return [upload for upload in waiting if _is_there(site, upload)]
+
+
+def list_uploads(site: Site, job: Job) -> list[Upload]:
+    """Every object under the job's `on_upload` pattern, oldest first."""
     if not job.spec.on_upload:
         return []
     bucket, pattern = site.open_input(job.spec.on_upload.uri)
-    noted = {PurePosixPath(found.key).stem for found in site.store.scan(f"inbox/{job.name}")}
-    found = sorted(
-        (item for item in matching(bucket, pattern) if item.size and not item.key.endswith("/")), key=lambda item: (item.modified, item.key)
-    )
-    uploads = [
-        Upload(job=job.name, uri=bucket.uri_of(item.key), run_label=label(bucket.uri_of(item.key), item.version or item.etag))
+    found = sorted((item for item in matching(bucket, pattern) if _holds_something(item)), key=lambda item: (item.modified, item.key))
+    return [
+        Upload(uri=bucket.uri_of(item.key), etag=_plain(item.etag), size=item.size, at=datetime.fromtimestamp(item.modified, UTC))
         for item in found
     ]
-    return [upload for upload in uploads if upload.run_label not in noted]
 
 
-def note_started(store: Objects, job: str, run_label: str, uri: str) -> None:
-    """Note that an upload has its run."""
-    store.create_shape(f"inbox/{job}/{run_label}.json", Started(uri=uri))
+def without_run(site: Site, job: Job, uploads: Iterable[Upload]) -> list[Upload]:
+    """The uploads that no run was started for."""
+    noted = {PurePosixPath(found.key).stem for found in site.store.scan(f"inbox/{job.name}") if "/heard/" not in found.key}
+    return [upload for upload in uploads if upload.label not in noted]
 
 
-def label(uri: str, version: str) -> str:
-    """The name of the run of an upload."""
-    stem = UNSAFE.sub("-", PurePosixPath(uri).name)[:80]
-    return f"upload__{stem}__{run_id(uri, version)[:10]}"
+def hear(site: Site, jobs: Iterable[Job], said: Iterable[Hint | Strange]) -> int:
+    """Note what events tell of, under every job whose pattern it matches; park what is strange. How many objects were noted."""
+    jobs, noted = list(jobs), 0
+    for each in said:
+        if isinstance(each, Strange):
+            name = hashlib.sha256(each.body.encode()).hexdigest()[:24]
+            site.store.create_shape(f"inbox/_parked/{name}.json", Parked(why=each.why, body=each.body))
+            continue
+        for job in jobs:
+            if job.spec.on_upload and each.size and not each.key.endswith("/") and matches(each.uri, job.spec.on_upload.uri):
+                upload = Upload(uri=each.uri, etag=_plain(each.etag), size=each.size, at=site.now())
+                noted += site.store.create_shape(f"{_heard_folder(job.name)}/{upload.label}.json", upload)
+    return noted
+
+
+def starts(job: Job, waiting: Sequence[Upload], *, free: int, now: datetime) -> list[Start]:
+    """The runs to start now, oldest first, so many at most. Decides from what waits and the time alone.
+
+    Uploads that share a run wait until they are enough, or until the first of them has waited for long enough.
+    """
+    together = job.spec.on_upload.together if job.spec.on_upload else None
+    groups = [[upload] for upload in waiting] if together is None else list(_ripe(waiting, together, now))
+    return [Start(job=job.name, label=_label(group), uploads=tuple(group)) for group in groups[: max(0, free)]]
+
+
+def _ripe(waiting: Sequence[Upload], together: Together, now: datetime) -> Iterator[list[Upload]]:
+    for at in range(0, len(waiting), together.files):
+        group = list(waiting[at : at + together.files])
+        if len(group) == together.files or now - group[0].at >= timedelta(minutes=together.minutes):
+            yield group
+
+
+def note_started(store: Objects, start: Start) -> None:
+    """Note that the uploads of a run have it."""
+    for upload in start.uploads:
+        store.create_shape(f"inbox/{start.job}/{upload.label}.json", Started(uri=upload.uri, run=start.label))
+        store.delete([f"{_heard_folder(start.job)}/{upload.label}.json"])
+
+
+def started_run(store: Objects, job: str, upload: Upload) -> str | None:
+    """The label of the run that an upload has started; None where it has started none."""
+    note = store.get_shape(f"inbox/{job}/{upload.label}.json", Started)
+    return None if note is None else note.run or upload.label
+
+
+def console_link(uri: str) -> str:
+    """Where a person can look at an object."""
+    parts = urlsplit(uri)
+    if parts.scheme != "s3":
+        return uri
+    return f"https://s3.console.aws.amazon.com/s3/object/{parts.netloc}?prefix={quote(parts.path.lstrip('/'))}"
+
+
+def _label(group: Sequence[Upload]) -> str:
+    if len(group) == 1:
+        return group[0].label
+    stem = UNSAFE.sub("-", PurePosixPath(group[0].uri).name)[:60]
+    return f"upload__{stem}-{MANY.format(len(group) - 1)}__{run_id(*(upload.label for upload in group))[:10]}"
+
+
+def _heard_folder(job: str) -> str:
+    return f"inbox/{job}/heard"
+
+
+def _holds_something(item: Found) -> bool:
+    return bool(item.size) and not item.key.endswith("/")
+
+
+def _is_there(site: Site, upload: Upload) -> bool:
+    """Whether an object is still what an event has told of: an older event that comes late tells of what is gone (F02, F13)."""
+    bucket, key = site.open_input(upload.uri)
+    found = bucket.head(key)
+    return found is not None and _plain(found.etag) == upload.etag
+
+
+def _plain(etag: str) -> str:
+    """An eTag as events have it; listings put it in quotes."""
+    return etag.strip('"')

@@ -18,7 +18,7 @@ from zoneinfo import ZoneInfo
 
 from jinja2 import TemplateError
 
-from nightshift.errors import JobInvalid, LedgerCorrupt, ProviderUnavailable
+from nightshift.errors import JobInvalid, LedgerCorrupt, ProviderUnavailable, is_permanent
 from nightshift.job import Job, RequestSpec
 from nightshift.prompts import environment
 from nightshift.providers.protocol import Limits, Provider
@@ -242,12 +242,12 @@ def _numbered(identity: Sequence[str], number: int) -> str:
 def current_run(store: Objects, job: str, *identity: str) -> tuple[int, str]:
     """The run of an identity that is under way or comes next: its number and its name.
 
-    One that has ended is not gone on with, but begun anew: published, held, or stopped before anything was approved.
+    One that has ended is not gone on with, but begun anew: published, held, or stopped for good before anything was approved.
     """
     for number in itertools.count(1):
         name = _numbered(identity, number)
         folder = run_folder(job, name)
         summary = store.get_shape(f"{folder}/summary.json", Summary)
-        if summary is None or (summary.state == "failed" and store.head(f"{folder}/approved.json") is not None):
+        if summary is None or (summary.state == "failed" and (not is_permanent(summary.error) or store.head(f"{folder}/approved.json"))):
             return number, name
     raise AssertionError("counting has no end")

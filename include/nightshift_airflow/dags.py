@@ -5,12 +5,14 @@ from __future__ import annotations
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pendulum
-from airflow.sdk import DAG, Asset, CronDataIntervalTimetable, chain, task, task_group
+from airflow.sdk import DAG, Asset, AssetWatcher, CronDataIntervalTimetable, chain, task, task_group
 
 from nightshift.errors import JobInvalid
 from nightshift.job import JobFile
+from nightshift.runs import run_id
 from nightshift.settings import read_settings
 from nightshift_airflow.approval import ApproveRun
 from nightshift_airflow.form import form_of
@@ -18,6 +20,7 @@ from nightshift_airflow.notices import deadline_of
 from nightshift_airflow.retries import RETRIES, RETRY_DELAY, ByErrorClass
 from nightshift_airflow.tasks import assemble, audit, discover, note_problem, plan, publish_to, report, submit
 from nightshift_airflow.timetables import CronsTimetable
+from nightshift_airflow.uploads import S3UploadTrigger, jobs_with_uploads
 from nightshift_airflow.waits import CollectShard, WaitForShard
 
 STEP_TIMEOUT = timedelta(hours=6)
@@ -85,6 +88,23 @@ def results_asset(spec: JobFile) -> Asset:
     store = read_settings().store
     uri = f"{store.rstrip('/')}/results/{spec.name}" if store else None
     return Asset(name=f"{spec.name}_results", uri=uri, group="nightshift")
+
+
+def upload_assets() -> list[Asset]:
+    """One asset per queue of upload events, with the watcher that listens to it."""
+    queues: dict[str, str] = {}
+    for job in jobs_with_uploads(has_queue=True):
+        assert job.spec.on_upload
+        assert job.spec.on_upload.queue
+        queues.setdefault(job.spec.on_upload.queue, job.spec.input.connection)
+    return [
+        Asset(
+            name=f"uploads_of_{urlsplit(url).path.rpartition('/')[2]}_{run_id(url)[:6]}",
+            group="nightshift",
+            watchers=[AssetWatcher(name="queue", trigger=S3UploadTrigger(queue_url=url, connection=connection))],
+        )
+        for url, connection in queues.items()
+    ]
 
 
 def broken_job_dag(path: Path, error: JobInvalid) -> DAG:

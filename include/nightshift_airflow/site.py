@@ -139,12 +139,16 @@ def doorbell() -> Doorbell | None:
     settings = read_settings()
     if not settings.bedrock_events:
         return None
+    return Doorbell(listen_to(settings.bedrock_events, queue_client(settings.store_connection)))
+
+
+def queue_client(connection_id: str) -> Any:
+    """A client of SQS, from an AWS connection; boto3's own defaults where there is none."""
     import boto3
 
-    aws = _aws(settings.store_connection)
+    aws = _aws(connection_id)
     session: Any = aws.session if aws else boto3.Session()
-    client = session.client("sqs", **(_client_config(aws, "sqs") if aws else {}))
-    return Doorbell(listen_to(settings.bedrock_events, client))
+    return session.client("sqs", **(_client_config(aws, "sqs") if aws else {}))
 
 
 def _aws(connection_id: str) -> _Aws | None:

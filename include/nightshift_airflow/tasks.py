@@ -47,7 +47,8 @@ def discover(job_file: str, **context: Any) -> str:
     source = read_prompt(site.store, path, params["prompt"]) if params.get("prompt") else None
     if source or params.get("model", job.spec.request.model) != job.spec.request.model:
         job = vary(job, model=params.get("model"), prompt_source=source)
-    given, dates = params.get("input"), run_dates(context, job.spec.timezone)
+    uploads = [upload["uri"] for upload in (dag_run.conf or {}).get("uploads", ())]
+    given, dates = params.get("input") or uploads, run_dates(context, job.spec.timezone)
     if not given and not dates and "{{" in job.spec.input.uri:
         raise JobInvalid([f"{job.name} reads {job.spec.input.uri}, and this run has no dates: give `input` in the trigger form."])
     _, name = current_run(site.store, job.name, dag_run.dag_id, dag_run.run_id)

@@ -1,31 +1,38 @@
-"""Uploads: what lies in the inboxes of all jobs and has not started a run yet."""
+"""Uploads: what lies in the inboxes of all jobs and has not started a run yet, by listing them and by the events of their buckets."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import structlog
 from airflow.sdk import BaseOperator, task
-from airflow.triggers.base import BaseTrigger, StartTriggerArgs, TaskSuccessEvent, TriggerEvent
+from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+from airflow.triggers.base import BaseEventTrigger, BaseTrigger, StartTriggerArgs, TaskSuccessEvent, TriggerEvent
+from airflow.triggers.shared_stream import AdvanceItem, SharedStreamProducer
 
 from nightshift.errors import JobInvalid, NightshiftError
-from nightshift.inbox import Upload, new_uploads, note_started
+from nightshift.events import read_message
+from nightshift.inbox import Start, Upload, hear, heard_uploads, new_uploads, note_started, starts
 from nightshift.job import Job
 from nightshift.job_file import load_job
+from nightshift.runs import Site
 from nightshift.settings import read_settings
-from nightshift_airflow.site import open_store, site_for
+from nightshift_airflow.site import open_store, queue_client, site_for
 
 log = structlog.get_logger(__name__)
 
 LISTEN_SECONDS = 1800  # then the run of the DAG ends and the next begins, so that its history stays readable
-MOST_AT_ONCE = 200  # runs started per round; the rest follows in the next
+POLL_SECONDS = 20  # of one long poll of a queue, the most that SQS allows
+AFTER_ERROR_SECONDS = 30.0
+RUNS_AT_ONCE = 16  # of one job that uploads have started; the rest waits in the inbox, where nothing is lost
+UNFINISHED = ["queued", "running"]
 
 
 class UploadTrigger(BaseTrigger):
-    """Lists the inboxes until something new lies there, or the listening time is over."""
+    """Lists the inboxes until there is a run to start, or the listening time is over."""
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """See BaseTrigger."""
@@ -35,14 +42,14 @@ class UploadTrigger(BaseTrigger):
         """Each listing runs in a thread; one that fails is logged and tried again."""
         deadline = time.monotonic() + LISTEN_SECONDS
         while time.monotonic() < deadline:
-            if await asyncio.to_thread(uploads_of_all_jobs):
+            if await asyncio.to_thread(starts_of, jobs_with_uploads(has_queue=False), new_uploads):
                 break
             await asyncio.sleep(read_settings().upload_poll_seconds)
         yield TaskSuccessEvent()
 
 
 class UploadSensor(BaseOperator):
-    """The task `arrived`: waits in the triggerer for the first new upload of any job."""
+    """The task `arrived`: waits in the triggerer for the first upload of any job that a run can be started for."""
 
     start_from_trigger = True
     start_trigger_args = StartTriggerArgs(
@@ -57,42 +64,143 @@ class UploadSensor(BaseOperator):
         """Nothing to bring back: the next task lists again."""
 
 
+class S3UploadTrigger(BaseEventTrigger):
+    """Hears of uploads through a queue of S3 events, and notes them in the inboxes of all jobs of that queue.
+
+    A message is deleted once what it says is noted and the asset event is kept (an ack-mode shared stream), so a triggerer that dies in
+    between hears it again. The asset event itself is a doorbell: nothing is read from it.
+    """
+
+    def __init__(self, queue_url: str, connection: str) -> None:
+        super().__init__()
+        self.queue_url, self.connection = queue_url, connection
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        """See BaseTrigger."""
+        return f"{type(self).__module__}.{type(self).__qualname__}", {"queue_url": self.queue_url, "connection": self.connection}
+
+    def shared_stream_key(self) -> tuple[str, str, str]:
+        """One poll per queue, however many watch it."""
+        return "nightshift-uploads", self.queue_url, self.connection
+
+    @classmethod
+    def create_shared_stream_producer(cls, kwargs: dict[str, Any]) -> SharedStreamProducer:
+        """See BaseEventTrigger."""
+        return _Queue(kwargs["queue_url"], kwargs["connection"])
+
+    async def filter_shared_stream(self, shared_stream: AsyncIterator[str]) -> AsyncIterator[TriggerEvent]:
+        """Note what each message says; ring where there is something new."""
+        async for body in shared_stream:
+            noted = await asyncio.to_thread(_hear, self.queue_url, body)
+            if noted:
+                yield TriggerEvent({"uploads": noted})
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        """Never called where streams are shared; the same, alone."""
+        async for body, receipt in (queue := _Queue(self.queue_url, self.connection)).open_stream():
+            noted = await asyncio.to_thread(_hear, self.queue_url, body)
+            await asyncio.to_thread(queue.delete, [receipt])
+            if noted:
+                yield TriggerEvent({"uploads": noted})
+
+
+class _Queue(SharedStreamProducer):
+    """An SQS queue as a stream of message bodies."""
+
+    def __init__(self, queue_url: str, connection: str) -> None:
+        self._queue_url, self._connection = queue_url, connection
+        self._client: Any = None
+
+    async def open_stream(self) -> AsyncIterator[tuple[str, str]]:
+        """Bodies and their receipts, for ever. A queue that does not answer is asked again."""
+        while True:
+            try:
+                messages = await asyncio.to_thread(self._receive)
+            except Exception as error:  # noqa: BLE001 — whatever SQS or the network does, uploads are listed meanwhile
+                log.warning("The queue of uploads does not answer", queue=self._queue_url, error=str(error))
+                await asyncio.sleep(AFTER_ERROR_SECONDS)
+                continue
+            for message in messages:
+                yield message["Body"], message["ReceiptHandle"]
+
+    async def advance(self, batch: Sequence[AdvanceItem]) -> None:
+        """Delete what everybody has noted."""
+        await asyncio.to_thread(self.delete, [item.broker_payload for item in batch if item.outcome.is_clean])
+
+    def delete(self, receipts: Sequence[str]) -> None:
+        """Delete messages, ten a call. One that cannot be deleted comes again, and is known by then."""
+        for at in range(0, len(receipts), 10):
+            entries = [{"Id": str(number), "ReceiptHandle": receipt} for number, receipt in enumerate(receipts[at : at + 10])]
+            self._open().delete_message_batch(QueueUrl=self._queue_url, Entries=entries)
+
+    def _receive(self) -> list[Any]:
+        answer = self._open().receive_message(QueueUrl=self._queue_url, MaxNumberOfMessages=10, WaitTimeSeconds=POLL_SECONDS)
+        found: list[Any] = answer.get("Messages", [])
+        return found
+
+    def _open(self) -> Any:
+        self._client = self._client or queue_client(self._connection)
+        return self._client
+
+
+def _hear(queue_url: str, body: str) -> int:
+    jobs = [job for job in jobs_with_uploads(has_queue=True) if job.spec.on_upload and job.spec.on_upload.queue == queue_url]
+    return hear(site_for(None, "uploads"), jobs, read_message(body))
+
+
 @task
 def find_uploads() -> list[dict[str, Any]]:
-    """What to start: one DAG run per new upload, named for the object's identity."""
-    return [
-        {"trigger_dag_id": upload.job, "trigger_run_id": upload.run_label, "conf": {"input": upload.uri}}
-        for upload in uploads_of_all_jobs()[:MOST_AT_ONCE]
-    ]
+    """What to start now: one DAG run per upload, or per group of uploads, named for them. For jobs whose inboxes are listed."""
+    return [_as_run(start) for start in starts_of(jobs_with_uploads(has_queue=False), new_uploads)]
+
+
+@task
+def find_heard_uploads(**context: Any) -> list[dict[str, Any]]:
+    """The same for jobs that hear of uploads by events. When it is time, and not an event, that has started this: list, too (F03)."""
+    find = heard_uploads if context["dag_run"].run_type == "asset_triggered" else new_uploads
+    return [_as_run(start) for start in starts_of(jobs_with_uploads(has_queue=True), find)]
 
 
 @task(trigger_rule="none_failed")
 def note_uploads(started: list[dict[str, Any]]) -> int:
-    """Note what was started, so that the next listing passes it over; how many."""
+    """Note what was started, so that the next look passes it over; how many."""
     store = open_store()
     for each in started:
-        note_started(store, each["trigger_dag_id"], each["trigger_run_id"], each["conf"]["input"])
+        uploads = tuple(Upload.model_validate(upload) for upload in each["conf"]["uploads"])
+        note_started(store, Start(job=each["trigger_dag_id"], label=each["trigger_run_id"], uploads=uploads))
     return len(started)
 
 
-def uploads_of_all_jobs() -> list[Upload]:
-    """New uploads of every job. A job whose file or bucket cannot be read is passed over with a warning; the others go on."""
-    found: list[Upload] = []
-    for job in _jobs_with_uploads():
+def _as_run(start: Start) -> dict[str, Any]:
+    """A run as TriggerDagRunOperator takes it."""
+    conf = {"uploads": [upload.model_dump(mode="json") for upload in start.uploads]}
+    return {"trigger_dag_id": start.job, "trigger_run_id": start.label, "conf": conf, "note": start.note}
+
+
+def starts_of(jobs: Sequence[Job], find: Callable[[Site, Job], list[Upload]]) -> list[Start]:
+    """The runs to start now. A job whose bucket cannot be read is passed over with a warning; the others go on."""
+    found: list[Start] = []
+    for job in jobs:
+        site = site_for(job.spec, "uploads")
         try:
-            found += new_uploads(site_for(job.spec, "uploads"), job)
+            waiting = find(site, job)
         except NightshiftError as error:
-            log.warning("Cannot list the inbox of a job", job=job.name, error=str(error))
+            log.warning("Cannot look into the inbox of a job", job=job.name, error=str(error))
+            continue
+        if waiting:
+            free = RUNS_AT_ONCE - RuntimeTaskInstance.get_dr_count(dag_id=job.name, states=UNFINISHED)
+            found += starts(job, waiting, free=free, now=site.now())
     return found
 
 
-def _jobs_with_uploads() -> list[Job]:
+def jobs_with_uploads(*, has_queue: bool) -> list[Job]:
+    """The jobs that uploads start, by whether they hear of them through a queue."""
     jobs = []
     for path in sorted(read_settings().jobs.glob("*.y*ml")):
         try:
             job = load_job(path)
         except JobInvalid:
             continue  # its own DAG says so
-        if job.spec.on_upload:
+        if job.spec.on_upload and (job.spec.on_upload.queue is not None) == has_queue:
             jobs.append(job)
     return jobs

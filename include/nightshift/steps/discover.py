@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nightshift.errors import InputMissing, InputUnreadable, UpToDate
@@ -27,24 +27,30 @@ class Pinned(Wire):
         return run_id(*(f"{found.uri} {found.version or found.etag}" for found in self.objects))
 
 
-def pin(site: Site, job: Job, pattern: str) -> Pinned:
-    """Every object that matches a pattern, pinned. Folder markers hold no rows, nor do empty objects, unless objects are the rows.
+def pin(site: Site, job: Job, patterns: str | Sequence[str]) -> Pinned:
+    """Every object that matches a pattern, or one of several, pinned.
 
-    Raises InputMissing where nothing matches and InputUnreadable where a format cannot be told or a Parquet footer is broken.
+    Folder markers hold no rows, nor do empty objects, unless objects are the rows.
+
+    Raises InputMissing where a pattern matches nothing and InputUnreadable where a format cannot be told or a Parquet footer is broken.
     """
-    bucket, key_pattern = site.open_input(pattern)
+    pinned: dict[str, PinnedObject] = {}
     are_rows = job.spec.input.format == "files"
-    found = [item for item in matching(bucket, key_pattern) if (item.size or are_rows) and not item.key.endswith("/")]
-    if not found:
-        raise InputMissing(pattern)
-    return Pinned(objects=tuple(_pinned(bucket, item, job) for item in sorted(found, key=lambda item: item.key)))
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        bucket, key_pattern = site.open_input(pattern)
+        found = [item for item in matching(bucket, key_pattern) if (item.size or are_rows) and not item.key.endswith("/")]
+        if not found:
+            raise InputMissing(pattern)
+        for item in sorted(found, key=lambda item: item.key):
+            pinned.setdefault(bucket.uri_of(item.key), _pinned(bucket, item, job))
+    return Pinned(objects=tuple(pinned.values()))
 
 
 def discover(
     site: Site,
     job: Job,
     *,
-    pattern: str,
+    pattern: str | Sequence[str],
     label: str,
     run: str,
     dates: Mapping[str, Any],
@@ -60,7 +66,7 @@ def discover(
     key = f"{run_folder(job.name, run)}/input.json"
     begun = site.store.get_shape(key, RunInput)
     if begun is None:
-        objects = pin(site, job, render_dates(pattern, dates)).objects
+        objects = pin(site, job, render_dates(pattern, dates) if isinstance(pattern, str) else pattern).objects
         asked = RunInput(
             run=run,
             label=label,

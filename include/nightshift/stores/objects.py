@@ -275,6 +275,14 @@ def matching(objects: Objects, pattern: str) -> Iterator[Found]:
             yield found
 
 
+def matches(uri: str, pattern: str) -> bool:
+    """Whether an object is one of those that a pattern names, without asking the store."""
+    (root, key), (wanted_root, wanted) = split_input(uri), split_input(pattern)
+    if root != wanted_root:
+        return False
+    return key == wanted or (key.startswith(wanted) if wanted.endswith("/") else _matches(key, wanted))
+
+
 def _matches(key: str, pattern: str) -> bool:
     """Shell matching by path part: `*` stays inside one part, `**` crosses them."""
     return _match_parts(key.split("/"), pattern.split("/"))
