@@ -16,7 +16,7 @@ from nightshift.drive import begin, begin_again, drive
 from nightshift.errors import BatchLost, BatchUnknown, BudgetExceeded, InputMissing, JobInvalid, ShardHeld
 from nightshift.job import RETRYABLE
 from nightshift.job_file import redriven
-from nightshift.runs import approved_plan, load_run
+from nightshift.runs import Options, approved_plan, load_run
 from nightshift.shapes import Summary
 from nightshift.steps.approve import approve, reserve
 from nightshift.steps.collect import LOST_AFTER, collect
@@ -32,7 +32,9 @@ from tests.conftest import World, make_world, reviews
 
 def go(world: World, job, uri: str, *, fresh: bool = False, **changes) -> Summary:
     site = replace(world.site, **changes)
-    return drive(site, begin(site, job, pattern=uri, dates={}, scheduled=False, fresh=fresh), ask=lambda run, planned: True)
+    return drive(
+        site, begin(site, job, pattern=uri, dates={}, scheduled=False, options=Options(fresh=fresh)), ask=lambda run, planned: True
+    )
 
 
 def again(world: World, of: Summary, *outcomes: str, policy=None) -> Summary:
@@ -224,6 +226,7 @@ def test_F110_asking_again_ends_where_the_budget_does(world):
     world.rehearsal.faults(invalid=1.0)
     generous = go(world, world.job(policy={"retry": {"invalid": 5}}), world.write("a.jsonl", reviews(20)))
     assert generous.paid == 120
+    world.site.store.delete(["runs/reviews/measured.json"])  # who knows what was asked again is stopped before it costs
     before = world.rehearsal.bill()["usd"]
     budget = float(generous.cost_usd.estimated) * 1.6
     bounded = go(world, world.job(policy={"retry": {"invalid": 5}, "budget_usd": budget}), world.write("b.jsonl", reviews(40)[20:]))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date, datetime, time, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from zoneinfo import ZoneInfo
@@ -27,6 +28,7 @@ from nightshift.settings import Settings, read_settings
 from nightshift.shapes import OUTCOMES, Approval, Plan, Settled, Summary
 
 if TYPE_CHECKING:
+    from nightshift.compare import Comparison
     from nightshift.runs import Run, Site
 
 app = typer.Typer(
@@ -222,21 +224,27 @@ def forget(
 
 def _drive(site: Site, begin: Callable[[], Run], *, json: bool, yes: bool) -> None:
     """Take a run the whole way, with progress bars or in silence, and show what became of it."""
-    from nightshift.drive import drive
-
-    try:
-        with _shown(quiet=json) as watcher:
-            summary = drive(site, begin(), ask=_asker(yes), watcher=watcher)
-    except KeyboardInterrupt as error:
-        told = "\nStopped. Batches that were sent go on at the provider; the same command goes on from here and pays nothing twice."
-        people.print(told, soft_wrap=True)
-        raise typer.Exit(130) from error
+    summary = _take(site, begin, yes=yes, quiet=json)[1]
     if json:
         typer.echo(orjson.dumps(as_json(summary)).decode())
     else:
         show_summary(summary)
     if not summary.published:
         raise typer.Exit(3)
+
+
+def _take(site: Site, begin: Callable[[], Run], *, yes: bool, quiet: bool = False) -> tuple[Run, Summary]:
+    """Take a run the whole way, with progress bars or in silence."""
+    from nightshift.drive import drive
+
+    try:
+        with _shown(quiet=quiet) as watcher:
+            run = begin()
+            return run, drive(site, run, ask=_asker(yes), watcher=watcher)
+    except KeyboardInterrupt as error:
+        told = "\nStopped. Batches that were sent go on at the provider; the same command goes on from here and pays nothing twice."
+        people.print(told, soft_wrap=True)
+        raise typer.Exit(130) from error
 
 
 @app.command()
@@ -282,6 +290,44 @@ def report(
         raise InputMissing(objects.uri_of(folder), "there is no such run, or it has not ended")
     objects.put(f"{folder}/report.html", render_report(summary).encode())
     show_summary(summary)
+
+
+@app.command()
+def compare(
+    job: JobArgument,
+    runs: Annotated[list[str] | None, typer.Argument(metavar="[OLD NEW]", help="two runs that have ended; none: samples are run")] = None,
+    input: InputOption = None,
+    store: StoreOption = None,
+    ds: DateOption = None,
+    model: ModelOption = None,
+    prompt: PromptOption = None,
+    sample: Annotated[int, typer.Option(min=1, help="rows that both are asked about")] = 200,
+    json: JsonOption = False,
+    yes: YesOption = False,
+) -> None:
+    """Old against new on a sample: the job as it is, and with another prompt or model; or two runs that have ended."""
+    from nightshift.compare import compare
+    from nightshift.drive import begin
+    from nightshift.local_site import local_site
+    from nightshift.redrive import find_run
+    from nightshift.runs import Options
+
+    settings = read_settings()
+    site = local_site(settings, _store(store, settings))
+    if runs and len(runs) == 2:
+        old, new = (find_run(site.store, name) for name in runs)
+    elif runs or (model is None and prompt is None):
+        raise JobInvalid(["Compare what? Name two runs, or say what is new: --prompt or --model"])
+    else:
+        wanted = [_varied(site, job, settings, None, None), _varied(site, job, settings, model, prompt)]
+        pattern, dates = _pattern(wanted[0], input, ds), _dates(wanted[0], ds)
+        asked = partial(begin, pattern=pattern, dates=dates, scheduled=False, options=Options(sample=sample))
+        old, new = (_take(site, partial(asked, site, each), yes=yes, quiet=json)[0] for each in wanted)
+    found = compare(site, old, new)
+    if json:
+        typer.echo(found.model_dump_json())
+    else:
+        show_comparison(found)
 
 
 @app.command()
@@ -364,6 +410,25 @@ def show_summary(summary: Summary, console: Console = people) -> None:
         console.print(f"          {summary.problem}", markup=False, soft_wrap=True)
     console.print(f"results   {summary.results or 'not published: readers see what they saw before'}", soft_wrap=True)
     console.print(f"report    {summary.report}", soft_wrap=True)
+
+
+def show_comparison(found: Comparison) -> None:
+    """How much the new differs from the old, and where the page is."""
+    table = Table(box=None, header_style="dim")
+    for column in ("", "old", "new"):
+        table.add_column(column)
+    old, new = found.old, found.new
+    table.add_row("model", old.model, new.model)
+    table.add_row("prompt", old.prompt_version, new.prompt_version)
+    table.add_row("valid answers", f"{old.answered:,} of {old.rows:,}", f"{new.answered:,} of {new.rows:,}")
+    table.add_row("cost", usd(old.cost_usd), usd(new.cost_usd))
+    people.print(table)
+    for field in found.fields:
+        share = f"{field.changed / found.common:.1%}" if found.common else "–"
+        people.print(f"\n{field.name}: {field.changed:,} of {found.common:,} rows changed ({share})")
+        for change in field.changes[:5]:
+            people.print(f"  {change.rows:>6,}  {change.old} → {change.new}", markup=False, highlight=False)
+    people.print(f"\npage      {found.page}", soft_wrap=True)
 
 
 def _store(given: str | None, settings: Settings) -> str:

@@ -7,17 +7,20 @@ matter whether an event comes twice, late, out of order or not at all.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
+from typing import Literal
 from urllib.parse import quote, urlsplit
 
 from nightshift.events import Hint, Strange
 from nightshift.job import Job, Together
-from nightshift.runs import UNSAFE, Site, run_id
-from nightshift.shapes import Wire
+from nightshift.runs import UNSAFE, Site, last_run, run_folder, run_id
+from nightshift.shapes import Summary, Wire
 from nightshift.stores.objects import Found, Objects, matches, matching
 
+Reprocess = Literal["none", "failed", "all"]
+RunState = Literal["published", "held", "failed", "under way"]
 MANY = "and-{}-more"
 
 
@@ -132,6 +135,38 @@ def note_started(store: Objects, start: Start) -> None:
     for upload in start.uploads:
         store.create_shape(f"inbox/{start.job}/{upload.label}.json", Started(uri=upload.uri, run=start.label))
         store.delete([f"{_heard_folder(start.job)}/{upload.label}.json"])
+
+
+def again(
+    uploads: Iterable[Upload],
+    state_of: Callable[[Upload], RunState | None],
+    *,
+    prefix: str,
+    since: datetime | None,
+    until: datetime | None,
+    reprocess: Reprocess,
+    newest_first: bool,
+) -> list[Upload]:
+    """The uploads of a backfill: below a prefix, landed in a time range, and as far as what became of them says so.
+
+    `none`: that no run was started for; `failed`: those, and whose run has failed or was held; `all`: every one.
+    """
+    wanted = {"none": (None,), "failed": (None, "failed", "held"), "all": (None, "failed", "held", "published", "under way")}[reprocess]
+    found = [
+        upload
+        for upload in uploads
+        if upload.uri.startswith(prefix) and (since is None or upload.at >= since) and (until is None or upload.at < until)
+    ]
+    return sorted((each for each in found if state_of(each) in wanted), key=lambda each: (each.at, each.uri), reverse=newest_first)
+
+
+def state_of_run(store: Objects, job: str, upload: Upload) -> RunState | None:
+    """What became of the run of an upload; None where there is none."""
+    label = started_run(store, job, upload)
+    if label is None:
+        return None
+    summary = store.get_shape(f"{run_folder(job, last_run(store, job, job, label))}/summary.json", Summary)
+    return "under way" if summary is None else "published" if summary.state == "planned" else summary.state
 
 
 def started_run(store: Objects, job: str, upload: Upload) -> str | None:

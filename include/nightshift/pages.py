@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
 
 from nightshift.shapes import OUTCOMES, Estimate, Summary
 
@@ -30,6 +31,11 @@ MEANING = {
 def render_report(summary: Summary) -> str:
     """The report page of a run."""
     return _template("report.html.j2").render(s=summary, outcomes=OUTCOMES, meaning=MEANING)
+
+
+def render_comparison(comparison: Any) -> str:
+    """The page of two runs side by side."""
+    return _template("compare.html.j2").render(c=comparison)
 
 
 def render_job_reference(schema: Mapping[str, Any]) -> str:
@@ -113,4 +119,6 @@ def _template(name: str) -> Template:
     env.filters["usd"] = usd
     env.filters["n"] = lambda value: f"{value:,}"
     env.filters["pct"] = lambda part, whole: f"{part / whole:.1%}" if whole else "–"
-    return env.from_string(files("nightshift").joinpath("templates", name).read_text(encoding="utf-8"))
+    templates = files("nightshift").joinpath("templates")
+    env.globals["style"] = Markup(templates.joinpath("style.css").read_text(encoding="utf-8"))  # noqa: S704 — our own file
+    return env.from_string(templates.joinpath(name).read_text(encoding="utf-8"))

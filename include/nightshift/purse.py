@@ -55,7 +55,7 @@ def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], re
     def price(asked_as: Variant) -> Decimal | None:
         if is_dear:
             asked_as = asked_as.model_copy(update={"provider": "live"})
-        usd = estimate_requests(run.job, facts.request_count, facts.request_bytes, asked_as=asked_as, measured=measured).usd
+        usd = estimate_requests(run.job, facts.request_count, facts.request_bytes, asked_as=asked_as, measured=measured, once=True).usd
         return None if usd is None else usd / facts.request_count
 
     return Purse(max(Decimal(0), share - spent), price)

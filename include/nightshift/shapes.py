@@ -127,9 +127,10 @@ class Measured(Wire):
     model: str
     prompt_version: str
     answers: int  # that were paid for
+    per_request: Decimal  # answers: some are asked for again
     input_factor: Decimal  # input tokens as billed, by those that were expected from the bytes
     cached_share: Decimal  # of the input tokens
-    output_per_request: Decimal  # tokens, with those of requests that were asked again
+    output_per_answer: Decimal  # tokens
 
 
 class Plan(Wire):

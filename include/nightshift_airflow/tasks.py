@@ -12,6 +12,7 @@ from typing import Any
 from airflow.sdk import task
 from airflow.sdk.exceptions import AirflowSkipException
 
+from nightshift.budgets import cost_of
 from nightshift.errors import InputMissing, JobInvalid, RunFailed, RunHeld, ShardHeld, UpToDate
 from nightshift.job import Job
 from nightshift.job_file import load_job, read_prompt, redriven, vary
@@ -19,7 +20,7 @@ from nightshift.money.prices import farewells
 from nightshift.notices import event_of, listeners, notice_of
 from nightshift.partitions import results_folder
 from nightshift.redrive import begin_redrive, find_run
-from nightshift.runs import Options, Site, approved_plan, current_run, interval_dates, last_run
+from nightshift.runs import Options, Run, Site, approved_plan, current_run, interval_dates, last_run
 from nightshift.shapes import Assembled, Audit, Problem, Published
 from nightshift.steps.assemble import assemble as assemble_run
 from nightshift.steps.audit import audit as audit_run
@@ -28,11 +29,13 @@ from nightshift.steps.plan import plan as plan_run
 from nightshift.steps.publish import publish as publish_run
 from nightshift.steps.report import report as report_run
 from nightshift.steps.submit import submit as submit_shard
+from nightshift_airflow.lineage import reads, writes
 from nightshift_airflow.notices import tell
 from nightshift_airflow.site import owner_of, run_at, site_for
 
 log = logging.getLogger(__name__)
 DRY_RUN = "A dry run: planned, and nothing sent"
+PARTITION_KEY_MOST = 250  # characters that Airflow takes
 RUN_NAME = re.compile(r"[0-9a-f]{16}")
 
 
@@ -71,6 +74,7 @@ def discover(job_file: str, **context: Any) -> str:
         if given or job.spec.input.required:
             raise
         raise AirflowSkipException(f"Nothing to do: {error}") from error
+    reads(found.uri for found in run.input.objects)
     log.info("Pinned %s objects, %s bytes", len(run.input.objects), sum(found.size for found in run.input.objects))
     return run.uri
 
@@ -137,10 +141,10 @@ def audit(run_uri: str, **context: Any) -> str:
     return run_uri
 
 
-def publish_to(asset: Any) -> Any:
-    """The task `publish` of a job, whose results are an Airflow asset."""
+def publish_to(results: Any, partitions: Any) -> Any:
+    """The task `publish` of a job, whose results are an Airflow asset; `partitions`: the same, for who is scheduled by partition."""
 
-    @task(task_id="publish", outlets=[asset])
+    @task(task_id="publish", outlets=[results, partitions])
     def publish(run_uri: str, **context: Any) -> str:
         """Swap the partition, or hold it."""
         site, run = run_at(run_uri, owner_of(context))
@@ -150,10 +154,28 @@ def publish_to(asset: Any) -> Any:
         log.info("Published %s rows at %s", published.rows, published.uri)
         if run.input.sample is not None:  # a task that is skipped tells nobody that there are new results
             raise AirflowSkipException(f"A sample of {published.rows:,} rows stands at {published.uri}")
-        context["outlet_events"][asset].extra = {"partition": run.input.partition, "rows": published.rows, "results": published.uri}
+        writes(published.uri)
+        for asset in (results, partitions):
+            context["outlet_events"][asset].extra = results_event(run, assembled, published)
+        context["outlet_events"][partitions].add_partitions([run.input.partition[:PARTITION_KEY_MOST]])
         return published.uri
 
     return publish
+
+
+def results_event(run: Run, assembled: Assembled, published: Published) -> dict[str, Any]:
+    """What an asset event says of new results."""
+    cost = cost_of(assembled.paid)
+    return {
+        "partition": run.input.partition,
+        "rows": published.rows,
+        "outcomes": {name: count for name, count in assembled.outcomes.items() if count},
+        "cost_usd": None if cost is None else float(round(cost, 6)),
+        "results": published.uri,
+        "run": run.input.run,
+        "model": run.job.spec.request.model,
+        "prompt_version": run.job.prompt.version,
+    }
 
 
 @task(trigger_rule="all_done")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import structlog
@@ -15,9 +16,21 @@ from airflow.triggers.shared_stream import AdvanceItem, SharedStreamProducer
 
 from nightshift.errors import JobInvalid, NightshiftError
 from nightshift.events import read_message
-from nightshift.inbox import Start, Upload, hear, heard_uploads, new_uploads, note_started, starts
+from nightshift.inbox import (
+    Start,
+    Upload,
+    again,
+    hear,
+    heard_uploads,
+    list_uploads,
+    new_uploads,
+    note_started,
+    started_run,
+    starts,
+    state_of_run,
+)
 from nightshift.job import Job
-from nightshift.job_file import load_job
+from nightshift.job_file import find_job, load_job
 from nightshift.runs import Site
 from nightshift.settings import read_settings
 from nightshift_airflow.site import open_store, queue_client, site_for
@@ -159,6 +172,33 @@ def find_heard_uploads(**context: Any) -> list[dict[str, Any]]:
     """The same for jobs that hear of uploads by events. When it is time, and not an event, that has started this: list, too (F03)."""
     find = heard_uploads if context["dag_run"].run_type == "asset_triggered" else new_uploads
     return [_as_run(start) for start in starts_of(jobs_with_uploads(has_queue=True), find)]
+
+
+@task
+def choose_uploads(**context: Any) -> list[dict[str, Any]]:
+    """The runs of a backfill over uploads, in order. A run that is there already is cleared and begins anew."""
+    params = context["params"]
+    job = load_job(find_job(params["job"], read_settings().jobs))
+    site = site_for(job.spec, "uploads")
+    found = again(
+        list_uploads(site, job),
+        lambda upload: state_of_run(site.store, job.name, upload),
+        prefix=params.get("prefix") or "",
+        since=_moment(params.get("since")),
+        until=_moment(params.get("until")),
+        reprocess=params["reprocess"],
+        newest_first=bool(params.get("newest_first")),
+    )
+    labels = [started_run(site.store, job.name, upload) or upload.label for upload in found]
+    return [_as_run(Start(job=job.name, label=label, uploads=(upload,))) for upload, label in zip(found, labels, strict=True)]
+
+
+def _moment(text: str | None) -> datetime | None:
+    """A date-time as the form gives it; in UTC where it names no zone."""
+    if not text:
+        return None
+    moment = datetime.fromisoformat(text)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 @task(trigger_rule="none_failed")

@@ -31,26 +31,27 @@ ENOUGH_ANSWERS = 100  # to measure on
 
 
 def estimate_requests(
-    job: Job, requests: int, request_bytes: int, *, asked_as: Variant | None = None, measured: Measured | None = None
+    job: Job, requests: int, request_bytes: int, *, asked_as: Variant | None = None, measured: Measured | None = None, once: bool = False
 ) -> Estimate:
     """The estimate for some requests of a job; `request_bytes` counts their whole lines. `asked_as`: where they are asked again.
 
-    `measured`: what this job's requests have cost before; it counts where they asked the same model.
+    `measured`: what this job's requests have cost before; it counts where they asked the same model. `once`: without what is asked again.
     """
     request, asked_as = job.spec.request, asked_as or Variant()
     provider, model = asked_as.provider or request.provider, asked_as.model or request.model
     known = measured if measured is not None and measured.model == model else None
     limit = 0 if request.is_embedding else asked_as.max_output_tokens or job.token_limit or DEFAULT_OUTPUT_TOKENS
-    answer_tokens = min(Decimal(limit), known.output_per_request if known else expected_answer_tokens(job, limit))
+    answer_tokens = min(Decimal(limit), known.output_per_answer if known else expected_answer_tokens(job, limit))
     repair_bytes = int(answer_tokens * BYTES_PER_TOKEN) + REPAIR_BYTES if asked_as.repair else 0
     text_bytes = max(0, request_bytes - requests * (ENVELOPE_BYTES - repair_bytes))
     tokens = int(text_bytes / BYTES_PER_TOKEN) + requests * MESSAGE_TOKENS
-    input_tokens = int(tokens * known.input_factor) if known else tokens
+    times = known.per_request if known and not once else Decimal(1)
+    input_tokens = int(tokens * times * known.input_factor) if known else tokens
     cached_tokens = int(input_tokens * known.cached_share) if known else 0
     price = price_at(provider, model)
     above = price.above if price else None
-    expected = _usage(requests, input_tokens, cached_tokens, int(requests * answer_tokens), above)
-    most = _usage(requests, input_tokens, 0, requests * limit, above)
+    expected = _usage(requests, input_tokens, cached_tokens, int(requests * times * answer_tokens), above)
+    most = _usage(requests, input_tokens, 0, int(requests * times * limit), above)
     usd, spread = price.of(expected) if price else None, MEASURED if known and known.answers >= ENOUGH_ANSWERS else UNMEASURED
     return Estimate(
         input_tokens=input_tokens,
@@ -157,9 +158,10 @@ def measure(job: Job, requests: int, request_bytes: int, answers: int, usage: Us
         model=job.spec.request.model,
         prompt_version=job.prompt.version,
         answers=answers,
-        input_factor=_ratio(usage.input_tokens, expected.input_tokens),
+        per_request=_ratio(answers, requests),
+        input_factor=_ratio(usage.input_tokens * requests, expected.input_tokens * answers),
         cached_share=_ratio(usage.cached_tokens, usage.input_tokens),
-        output_per_request=_ratio(usage.output_tokens, requests),
+        output_per_answer=_ratio(usage.output_tokens, answers),
     )
 
 

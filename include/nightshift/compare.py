@@ -1,0 +1,160 @@
+"""compare: two runs over the same rows side by side: an old prompt or model against a new one, before it is asked about everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nightshift.errors import InputMissing
+from nightshift.pages import render_comparison
+from nightshift.partitions import MANIFEST, Manifest, results_folder
+from nightshift.runs import Run, Site, run_id
+from nightshift.shapes import Outcome, Summary, Wire
+from nightshift.stores.database import open_database
+from nightshift.stores.objects import dump_json
+
+if TYPE_CHECKING:
+    import duckdb
+
+CHANGES_SHOWN = 12  # per field
+EXAMPLES_SHOWN = 20
+
+
+class Side(Wire):
+    """One of the two runs."""
+
+    run: str
+    label: str
+    model: str
+    prompt_version: str
+    rows: int
+    outcomes: dict[Outcome, int]
+    answered: int  # rows with a valid answer
+    tokens_in: int
+    tokens_out: int
+    cost_usd: float | None  # that this run has paid; reused answers cost nothing
+    report: str
+
+
+class FieldChange(Wire):
+    """How often an answer's field has moved from one value to another. Long values are cut."""
+
+    old: str
+    new: str
+    rows: int
+
+
+class Field(Wire):
+    """One field of the answers, over the rows that both have answered."""
+
+    name: str
+    same: int
+    changed: int
+    changes: tuple[FieldChange, ...]  # the most frequent
+
+
+class Example(Wire):
+    """A row that is answered otherwise."""
+
+    id: str
+    field: str
+    old: str
+    new: str
+
+
+class Comparison(Wire):
+    """Two runs side by side. Stored as `samples/<job>/compare-<hash>.json`, with a page beside it."""
+
+    job: str
+    old: Side
+    new: Side
+    common: int  # rows that both have answered
+    only_old: int
+    only_new: int
+    fields: tuple[Field, ...]
+    examples: tuple[Example, ...]
+    page: str
+
+
+def compare(site: Site, old: Run, new: Run) -> Comparison:
+    """Compare what two runs of a job have published, row by row. Raises InputMissing where one of them has published nothing."""
+    job = old.job
+    identifier, fields = job.spec.input.id, [name for name in job.fields if name in new.job.fields]
+    key = f"samples/{job.name}/compare-{run_id(old.input.run, new.input.run)}"
+    with site.scratch() as folder, open_database(Path(folder)) as database:
+        for name, run in (("old", old), ("new", new)):
+            parts = _parts(site, run, Path(folder), name)
+            database.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet({parts})")
+        both = f"old JOIN new ON old.{_quoted(identifier)} = new.{_quoted(identifier)}"
+        [(common,)] = database.execute(f"SELECT count(*) FROM {both}").fetchall()
+        counts = [database.execute(f"SELECT count(*) FROM {name}").fetchall()[0][0] for name in ("old", "new")]
+        found = Comparison(
+            job=job.name,
+            old=_side(site, old, counts[0]),
+            new=_side(site, new, counts[1]),
+            common=common,
+            only_old=counts[0] - common,
+            only_new=counts[1] - common,
+            fields=tuple(_field(database, both, name) for name in fields),
+            examples=tuple(example for name in fields for example in _examples(database, both, identifier, name))[:EXAMPLES_SHOWN],
+            page=site.store.uri_of(f"{key}.html"),
+        )
+    site.store.put(f"{key}.json", dump_json(found.model_dump(mode="json")))
+    site.store.put(f"{key}.html", render_comparison(found).encode())
+    return found
+
+
+def _parts(site: Site, run: Run, folder: Path, name: str) -> str:
+    """The run's published parts on local disk, as DuckDB names a list of files."""
+    manifest = site.store.get_shape(f"{results_folder(run)}/{MANIFEST}", Manifest)
+    if manifest is None or manifest.made_from != run.made_from:
+        why = "it has published nothing, or its partition was published anew since; run it again with a sample"
+        raise InputMissing(run.uri, why)
+    keys = [f"{results_folder(run)}/{part.name}" for part in manifest.parts]
+    paths = [site.store.download(key, folder / f"{name}-{number}.parquet") for number, key in enumerate(keys)]
+    return "[" + ", ".join(f"'{path}'" for path in paths) + "]"
+
+
+def _side(site: Site, run: Run, answered: int) -> Side:
+    summary = site.store.get_shape(run.key("summary.json"), Summary)
+    if summary is None:
+        raise InputMissing(run.uri, "it has not come to its end")
+    return Side(
+        run=run.input.run,
+        label=run.input.label,
+        model=run.job.spec.request.model,
+        prompt_version=run.job.prompt.version,
+        rows=summary.rows,
+        outcomes=summary.outcomes,
+        answered=answered,
+        tokens_in=summary.usage.input_tokens,
+        tokens_out=summary.usage.output_tokens,
+        cost_usd=summary.cost_usd.actual,
+        report=summary.report,
+    )
+
+
+def _field(database: duckdb.DuckDBPyConnection, both: str, name: str) -> Field:
+    old, new = f"old.{_quoted(name)}", f"new.{_quoted(name)}"
+    [(same, changed)] = database.execute(
+        f"SELECT count(*) FILTER ({old} IS NOT DISTINCT FROM {new}), count(*) FILTER ({old} IS DISTINCT FROM {new}) FROM {both}"
+    ).fetchall()
+    moved = database.execute(
+        f"""SELECT left(coalesce({old}::VARCHAR, 'null'), 80) AS was, left(coalesce({new}::VARCHAR, 'null'), 80) AS is_now, count(*) AS n
+            FROM {both} WHERE {old} IS DISTINCT FROM {new} GROUP BY 1, 2 ORDER BY n DESC, 1, 2 LIMIT {CHANGES_SHOWN}"""
+    ).fetchall()
+    changes = tuple(FieldChange(old=was, new=is_now, rows=count) for was, is_now, count in moved)
+    return Field(name=name, same=same, changed=changed, changes=changes)
+
+
+def _examples(database: duckdb.DuckDBPyConnection, both: str, identifier: str, name: str) -> list[Example]:
+    old, new, row = f"old.{_quoted(name)}", f"new.{_quoted(name)}", f"old.{_quoted(identifier)}"
+    found: list[tuple[Any, ...]] = database.execute(
+        f"""SELECT {row}::VARCHAR, left(coalesce({old}::VARCHAR, 'null'), 300), left(coalesce({new}::VARCHAR, 'null'), 300)
+            FROM {both} WHERE {old} IS DISTINCT FROM {new} ORDER BY hash({row}), 1 LIMIT 5"""
+    ).fetchall()
+    return [Example(id=row_id, field=name, old=was, new=is_now) for row_id, was, is_now in found]
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'

@@ -1,0 +1,77 @@
+"""Old against new: two prompts on the same sample, two runs that have ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nightshift.compare import compare
+from nightshift.drive import begin, drive
+from nightshift.errors import InputMissing
+from nightshift.job_file import vary
+from nightshift.runs import Options, Run
+from tests.conftest import World, reviews
+
+
+def go(world: World, job, uri: str, **options) -> Run:
+    run = begin(world.site, job, pattern=uri, dates={}, scheduled=False, options=Options(**options))
+    drive(world.site, run, ask=lambda run, plan: True)
+    return run
+
+
+def test_two_prompts_are_compared_row_by_row_on_the_same_sample(world):
+    job, uri = world.job(), world.write("in.jsonl", reviews(100))
+    old = go(world, job, uri, sample=40)
+    new = go(world, vary(job, prompt_source="user:\nA terrible, awful, dirty hotel. {{ text }}\n"), uri, sample=40)
+    found = compare(world.site, old, new)
+    assert (found.common, found.only_old, found.only_new) == (40, 0, 0)
+    [sentiment] = [field for field in found.fields if field.name == "sentiment"]
+    assert sentiment.same + sentiment.changed == 40
+    assert sentiment.changed > 10
+    assert (sentiment.changes[0].old, sentiment.changes[0].new) == ("positive", "negative")
+    assert {example.field for example in found.examples} == {"sentiment", "confidence"}
+    page = world.site.store.get(world.site.store.key_of(found.page)).decode()
+    assert "old against new" in page
+    assert found.old.prompt_version in page
+    assert "<script" not in page
+
+
+def test_the_same_run_twice_differs_in_nothing(world):
+    run = go(world, world.job(), world.write("in.jsonl", reviews(10)))
+    found = compare(world.site, run, run)
+    assert [field.changed for field in found.fields] == [0, 0]
+    assert found.examples == ()
+
+
+def test_a_run_that_has_published_nothing_cannot_be_compared(world):
+    world.rehearsal.faults(errored=1.0)
+    held = go(world, world.job(policy={"retry": {"errored": 0}}), world.write("in.jsonl", reviews(3)))
+    with pytest.raises(InputMissing, match="has published nothing"):
+        compare(world.site, held, held)
+
+
+def test_the_command_runs_both_samples_and_says_what_changed(world, tmp_path):
+    world.job()
+    world.write("in.jsonl", reviews(30))
+    other = tmp_path / "other.md"
+    other.write_text("user:\nA terrible, awful hotel. {{ text }}\n")
+    env = {
+        **os.environ,
+        "OPENAI_BASE_URL": f"{world.rehearsal.url}/v1",
+        "OPENAI_API_KEY": world.rehearsal.key,
+        "NIGHTSHIFT_POLL_SECONDS": "0.1",
+    }
+    job = str(world.folder / "job-1" / "jobs" / "reviews.yaml")
+    command = [str(Path(sys.executable).parent / "nightshift"), "compare", job, "--store", world.site.store.uri, "--sample", "10"]
+    done = subprocess.run([*command, "--prompt", str(other), "--json"], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["common"], found["old"]["rows"]) == (10, 10)
+    assert world.rehearsal.bill()["requests"] == 20
+    wrong = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert (wrong.returncode, "say what is new" in wrong.stderr) == (2, True)
