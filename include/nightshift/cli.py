@@ -6,7 +6,7 @@ import getpass
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import date, datetime, time, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,7 +21,7 @@ from rich.table import Table
 from nightshift import __version__
 from nightshift.errors import InputMissing, JobInvalid, NightshiftError
 from nightshift.job import Job, Policy, job_schema
-from nightshift.job_file import find_job, load_job, read_prompt, redriven, vary
+from nightshift.job_file import find_job, load_job, load_jobs, read_prompt, redriven, vary
 from nightshift.money.prices import farewells
 from nightshift.pages import MEANING, measured_on, render_job_reference, stated, usd
 from nightshift.settings import Settings, read_settings
@@ -331,6 +331,28 @@ def compare(
 
 
 @app.command()
+def periodic(
+    since: Annotated[str, typer.Option(metavar="YYYY-MM-DD", help="first day, in UTC")],
+    until: Annotated[str, typer.Option(metavar="YYYY-MM-DD", help="the day after the last one")],
+    name: Annotated[str, typer.Option(help="what the report is called")] = "periodic_report",
+    store: StoreOption = None,
+) -> None:
+    """Write the report of a period over all jobs: rows, outcomes, cost by job, model and prompt version, and the jobs' figures."""
+    from nightshift.local_site import local_site
+    from nightshift.periodic import write_periodic
+
+    settings = read_settings()
+    start, end = _day(since, "--since"), _day(until, "--until")
+    if end <= start:
+        raise JobInvalid([f"--until {until}: expected a day after --since {since}"])
+    report = write_periodic(local_site(settings, _store(store, settings)), load_jobs(settings.jobs), name=name, since=start, until=end)
+    people.print(
+        f"{report.total('runs'):,} runs, {report.total('rows'):,} rows, cost {usd(report.cost_usd)}, saved {usd(report.saved_usd)}"
+    )
+    people.print(f"report    {report.page}", soft_wrap=True)
+
+
+@app.command()
 def rehearse(
     state: Annotated[Path, typer.Option(help="folder of the server's state; it goes on from there")] = Path(".nightshift/rehearsal"),
     host: Annotated[str, typer.Option()] = "127.0.0.1",
@@ -469,6 +491,13 @@ def _dates(job: Job, ds: str | None) -> dict[str, Any]:
         return interval_dates(start, start + timedelta(days=1), job.spec.timezone)
     except (ValueError, OverflowError) as error:
         raise JobInvalid([f"--ds {ds}: expected a date such as 2026-11-22"]) from error
+
+
+def _day(text: str, option: str) -> datetime:
+    try:
+        return datetime.combine(date.fromisoformat(text), time(), UTC)
+    except ValueError as error:
+        raise JobInvalid([f"{option} {text}: expected a date such as 2026-11-22"]) from error
 
 
 def _pairs(given: list[str] | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,15 @@ def find_job(name: str, jobs: Path) -> Path:
             return path
     known = sorted(path.stem for path in jobs.glob("*.y*ml"))
     raise JobInvalid([f"{name}: no such job file, and no job of that name in {jobs}{_nearest(name, known)}"])
+
+
+def load_jobs(folder: Path) -> list[Job]:
+    """Every job of a folder whose file can be used; of the others their own DAG says what to mend."""
+    jobs = []
+    for path in sorted(folder.glob("*.y*ml")):
+        with suppress(JobInvalid):
+            jobs.append(load_job(path))
+    return jobs
 
 
 def load_job(path: Path) -> Job:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from nightshift.job import NotifySpec
 from nightshift.pages import usd
+from nightshift.periodic import PeriodicReport
 from nightshift.shapes import Summary
 
 Event = Literal["failure", "held", "budget", "approval", "deadline", "success"]
@@ -49,6 +50,20 @@ def event_of(summary: Summary) -> Literal["failure", "held", "budget", "success"
     if summary.state == "held":
         return "held"
     return "budget" if summary.error == "BudgetExceeded" else "failure"
+
+
+def notice_of_period(report: PeriodicReport) -> Notice:
+    """What is said of a period."""
+    subject = f"{report.name}: {report.since:%Y-%m-%d} to {report.until:%Y-%m-%d}"
+    lines = [
+        subject,
+        f"{report.total('runs'):,} runs ({report.total('held') + report.total('failed'):,} not published), {report.total('rows'):,} rows.",
+        f"Cost {usd(report.cost_usd)} for {report.total('paid'):,} answers; {report.total('reused'):,} reused.",
+        f"Saved by reuse and duplicates: {usd(report.saved_usd)}.",
+        *(f"{line.job} ({line.model}): {line.rows:,} rows, {usd(line.cost_usd)}" for line in report.lines[:20]),
+        f"The report: {report.page}",
+    ]
+    return Notice(event="success", subject=subject, text="\n".join(lines))
 
 
 def _what_happened(summary: Summary) -> Iterator[str]:

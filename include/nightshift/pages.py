@@ -38,6 +38,11 @@ def render_comparison(comparison: Any) -> str:
     return _template("compare.html.j2").render(c=comparison)
 
 
+def render_periodic(report: Any) -> str:
+    """The page of a period."""
+    return _template("periodic.html.j2").render(r=report, outcomes=OUTCOMES)
+
+
 def render_job_reference(schema: Mapping[str, Any]) -> str:
     """Every key of a job file as Markdown, from the job file's JSON Schema."""
     lines = ["# Job files", "", "Written by `make schema` from the contract in `include/nightshift/job.py`. Unknown keys are errors.", ""]

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from nightshift.errors import JobInvalid
 
+DEFAULT_REPORTS = "periodic_report=@weekly"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -23,6 +25,10 @@ class Settings:
     bedrock_role_arn: str | None  # NIGHTSHIFT_BEDROCK_ROLE_ARN, the role that Bedrock reads and writes S3 as
     bedrock_files: str | None  # NIGHTSHIFT_BEDROCK_FILES, the S3 folder of its requests and results; None = the store
     bedrock_events: str | None  # NIGHTSHIFT_BEDROCK_EVENTS, the URL of an SQS queue with its job events; None = waits only look
+    reports: tuple[
+        tuple[str, str], ...
+    ]  # NIGHTSHIFT_REPORTS, DAG id and cron of each periodic report: "periodic_report=@weekly; daily=@daily"
+    report_to: tuple[str, ...]  # NIGHTSHIFT_REPORT_TO, Airflow connections that periodic reports are sent to
     monthly_budget_usd: Decimal | None  # NIGHTSHIFT_MONTHLY_BUDGET_USD, outside Airflow: what all jobs of a connection may spend
     prices: Path | None  # NIGHTSHIFT_PRICES, a CSV file whose prices count in place of the table's
     scratch: Path | None  # NIGHTSHIFT_SCRATCH, local disk for spools; None = the system's temporary folder
@@ -40,10 +46,20 @@ def read_settings(env: Mapping[str, str] = os.environ) -> Settings:
         bedrock_role_arn=env.get("NIGHTSHIFT_BEDROCK_ROLE_ARN"),
         bedrock_files=env.get("NIGHTSHIFT_BEDROCK_FILES"),
         bedrock_events=env.get("NIGHTSHIFT_BEDROCK_EVENTS"),
+        reports=_named(env.get("NIGHTSHIFT_REPORTS", DEFAULT_REPORTS), "NIGHTSHIFT_REPORTS"),
+        report_to=tuple(each.strip() for each in env.get("NIGHTSHIFT_REPORT_TO", "").split(",") if each.strip()),
         monthly_budget_usd=_dollars(env, "NIGHTSHIFT_MONTHLY_BUDGET_USD"),
         prices=Path(prices) if prices else None,
         scratch=Path(scratch) if scratch else None,
     )
+
+
+def _named(text: str, name: str) -> tuple[tuple[str, str], ...]:
+    """Pairs such as `a=x; b=y`."""
+    pairs = [tuple(part.strip() for part in each.split("=", 1)) for each in text.split(";") if each.strip()]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise JobInvalid([f"{name}={text!r}: expected names and schedules, such as {DEFAULT_REPORTS!r}"])
+    return tuple((pair[0], pair[1]) for pair in pairs)
 
 
 def _seconds(env: Mapping[str, str], name: str) -> float:

@@ -14,7 +14,7 @@ from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from airflow.triggers.base import BaseEventTrigger, BaseTrigger, StartTriggerArgs, TaskSuccessEvent, TriggerEvent
 from airflow.triggers.shared_stream import AdvanceItem, SharedStreamProducer
 
-from nightshift.errors import JobInvalid, NightshiftError
+from nightshift.errors import NightshiftError
 from nightshift.events import read_message
 from nightshift.inbox import (
     Start,
@@ -30,7 +30,7 @@ from nightshift.inbox import (
     state_of_run,
 )
 from nightshift.job import Job
-from nightshift.job_file import find_job, load_job
+from nightshift.job_file import find_job, load_job, load_jobs
 from nightshift.runs import Site
 from nightshift.settings import read_settings
 from nightshift_airflow.site import open_store, queue_client, site_for
@@ -235,12 +235,5 @@ def starts_of(jobs: Sequence[Job], find: Callable[[Site, Job], list[Upload]]) ->
 
 def jobs_with_uploads(*, has_queue: bool) -> list[Job]:
     """The jobs that uploads start, by whether they hear of them through a queue."""
-    jobs = []
-    for path in sorted(read_settings().jobs.glob("*.y*ml")):
-        try:
-            job = load_job(path)
-        except JobInvalid:
-            continue  # its own DAG says so
-        if job.spec.on_upload and (job.spec.on_upload.queue is not None) == has_queue:
-            jobs.append(job)
-    return jobs
+    jobs = load_jobs(read_settings().jobs)
+    return [job for job in jobs if job.spec.on_upload and (job.spec.on_upload.queue is not None) == has_queue]
