@@ -9,7 +9,7 @@ from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOpe
 from airflow.sdk import AssetOrTimeSchedule, CronTriggerTimetable, dag
 
 from nightshift_airflow.dags import DEFAULTS, upload_assets
-from nightshift_airflow.uploads import find_heard_uploads, note_uploads
+from nightshift_airflow.uploads import HeardSensor, find_heard_uploads, note_uploads, ring_again
 
 assets = upload_assets()
 
@@ -25,8 +25,10 @@ if assets:
         doc_md=__doc__,
     )
     def upload_events():
+        arrived = HeardSensor(task_id="arrived")
         found = find_heard_uploads()
         started = TriggerDagRunOperator.partial(task_id="start", logical_date=None, skip_when_already_exists=True).expand_kwargs(found)
-        started >> note_uploads(found)
+        arrived >> found
+        started >> note_uploads(found) >> ring_again(assets)()
 
     upload_events()

@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from local import postgres
+
 ROOT = Path(__file__).resolve().parent.parent
 BUCKETS = ("reviews", "pictures", "nightshift")
 STORE = "s3://nightshift/store"
@@ -42,6 +44,7 @@ class Stack:
 
     folder: str
     aws_port: int
+    database_port: int
     provider_port: int
     airflow_port: int
     worker_log_port: int
@@ -55,6 +58,11 @@ class Stack:
     def aws(self) -> str:
         """The S3 endpoint."""
         return f"http://127.0.0.1:{self.aws_port}"
+
+    @property
+    def database(self) -> str:
+        """Airflow's metadata database."""
+        return f"postgresql+psycopg2://{postgres.USER}:{self.password}@127.0.0.1:{self.database_port}/{postgres.DATABASE}"
 
     @property
     def provider(self) -> str:
@@ -79,6 +87,14 @@ def load(folder: Path) -> Stack | None:
     return Stack(**json.loads(path.read_text())) if path.exists() else None
 
 
+def reserve(folder: Path) -> Stack:
+    """The stack of a folder as it will be started: where its parts will listen."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stack = _ports(load(folder) or _new(folder))
+    stack.save()
+    return stack
+
+
 def up(
     folder: Path,
     *,
@@ -88,14 +104,19 @@ def up(
     extra: Mapping[str, str] | None = None,
 ) -> Stack:
     """Start what is not running; every part is healthy when this returns. Raises StackFailed with the log of what is not."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stack = _ports(load(folder) or _new(folder))
-    stack.save()
+    stack = reserve(folder)
     try:
         say("S3 (ministack)")
         _start(stack, "aws", [str(ROOT / ".venv/local/bin/ministack")], _aws_env(stack))
         _until(stack, "aws", lambda: _ok(f"{stack.aws}/_ministack/health"))
         _make_buckets(stack)
+        if postgres.wrapper() is None:
+            say("no PostgreSQL can be run here: SQLite in its place, with which Airflow creates no backfills")
+        else:
+            say("PostgreSQL")
+            postgres.make(folder / "database", stack.password)
+            _start(stack, "database", postgres.server(folder / "database", stack.database_port), client_env(stack))
+            _until(stack, "database", lambda: postgres.is_ready(stack.database_port))
         say("rehearsal provider")
         command = [
             sys.executable,
@@ -125,7 +146,7 @@ def down(folder: Path) -> None:
     stack = load(folder)
     if stack is None:
         return
-    for name in ("airflow", "provider", "aws"):
+    for name in ("airflow", "provider", "database", "aws"):
         pid = stack.pids.pop(name, None)
         if pid is not None:
             _end(pid)
@@ -135,7 +156,7 @@ def down(folder: Path) -> None:
 def is_up(folder: Path) -> bool:
     """Whether every part runs."""
     stack = load(folder)
-    return stack is not None and len(stack.pids) == 3 and all(_alive(pid) for pid in stack.pids.values())
+    return stack is not None and "airflow" in stack.pids and all(_alive(pid) for pid in stack.pids.values())
 
 
 def client_env(stack: Stack) -> dict[str, str]:
@@ -198,6 +219,7 @@ def airflow_env(stack: Stack, jobs: Path | None = None) -> dict[str, str]:
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(passwords),
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": "admin:admin",
         "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "30",
+        **({} if postgres.wrapper() is None else {"AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": stack.database}),
         "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(stack.trigger_log_port),
         "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(stack.worker_log_port),
         "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
@@ -248,6 +270,7 @@ def _new(folder: Path) -> Stack:
     return Stack(
         folder=str(folder),
         aws_port=4566,
+        database_port=5433,
         provider_port=8790,
         airflow_port=8080,
         worker_log_port=8793,
@@ -262,6 +285,7 @@ def _ports(stack: Stack) -> Stack:
     """Keep the ports of parts that run; move the others where somebody else listens."""
     owners = {
         "aws_port": "aws",
+        "database_port": "database",
         "provider_port": "provider",
         "airflow_port": "airflow",
         "worker_log_port": "airflow",

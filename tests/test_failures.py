@@ -20,7 +20,7 @@ from pytest_httpserver import HTTPServer
 from nightshift.drive import begin, drive
 from nightshift.errors import BatchLost, BatchRejected, InputChanged, ProviderUnavailable, QuotaExhausted, StoreUnavailable
 from nightshift.events import Hint, read_message
-from nightshift.inbox import hear, heard_uploads, new_uploads, note_started, starts
+from nightshift.inbox import hear, heard_uploads, new_uploads, note_started, starts, still_there
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.shapes import Summary
 from nightshift.steps.approve import approve
@@ -101,8 +101,9 @@ def test_F02_F13_an_event_of_what_is_gone_or_was_replaced_starts_nothing(cloud):
     for etag in (new, old):
         hear(cloud.site, [job], read_message(s3_event(bucket[5:], "in/a.jsonl", etag.strip('"'))))
     hear(cloud.site, [job], read_message(s3_event(bucket[5:], "in/gone.jsonl", "0" * 32)))
-    [upload] = heard_uploads(cloud.site, job)
+    [upload] = still_there(cloud.site, job.name, heard_uploads(cloud.site, job))
     assert upload.etag == new.strip('"')
+    assert heard_uploads(cloud.site, job) == [upload], "what is gone is forgotten"
 
 
 def test_F02_an_object_written_again_is_a_new_upload_and_the_old_one_never_comes_back(inbox):

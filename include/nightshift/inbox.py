@@ -74,10 +74,27 @@ def new_uploads(site: Site, job: Job) -> list[Upload]:
 
 
 def heard_uploads(site: Site, job: Job) -> list[Upload]:
-    """Objects that events have told of, that are still there as they were, and that have no run yet, oldest first."""
+    """Objects that events, or a listing, have told of and that have no run yet, oldest first."""
     heard = (site.store.get_shape(found.key, Upload) for found in site.store.scan(_heard_folder(job.name)))
-    waiting = without_run(site, job, sorted((each for each in heard if each is not None), key=lambda each: (each.at, each.uri)))
-    return [upload for upload in waiting if _is_there(site, upload)]
+    return without_run(site, job, sorted((each for each in heard if each is not None), key=lambda each: (each.at, each.uri)))
+
+
+def hear_all(site: Site, job: Job) -> int:
+    """Note what a listing finds and no event has told of (F03); how many."""
+    return sum(site.store.create_shape(_heard_key(job.name, upload), upload) for upload in new_uploads(site, job))
+
+
+def still_there(site: Site, job: str, uploads: Iterable[Upload]) -> list[Upload]:
+    """The uploads that are what was told of them. An older event that comes late tells of what is gone: it is forgotten (F02, F13)."""
+    kept = []
+    for upload in uploads:
+        bucket, key = site.open_input(upload.uri)
+        found = bucket.head(key)
+        if found is not None and _plain(found.etag) == upload.etag:
+            kept.append(upload)
+        else:
+            site.store.delete([_heard_key(job, upload)])
+    return kept
 
 
 def list_uploads(site: Site, job: Job) -> list[Upload]:
@@ -109,7 +126,7 @@ def hear(site: Site, jobs: Iterable[Job], said: Iterable[Hint | Strange]) -> int
         for job in jobs:
             if job.spec.on_upload and each.size and not each.key.endswith("/") and matches(each.uri, job.spec.on_upload.uri):
                 upload = Upload(uri=each.uri, etag=_plain(each.etag), size=each.size, at=site.now())
-                noted += site.store.create_shape(f"{_heard_folder(job.name)}/{upload.label}.json", upload)
+                noted += site.store.create_shape(_heard_key(job.name, upload), upload)
     return noted
 
 
@@ -134,7 +151,7 @@ def note_started(store: Objects, start: Start) -> None:
     """Note that the uploads of a run have it."""
     for upload in start.uploads:
         store.create_shape(f"inbox/{start.job}/{upload.label}.json", Started(uri=upload.uri, run=start.label))
-        store.delete([f"{_heard_folder(start.job)}/{upload.label}.json"])
+        store.delete([_heard_key(start.job, upload)])
 
 
 def again(
@@ -194,15 +211,12 @@ def _heard_folder(job: str) -> str:
     return f"inbox/{job}/heard"
 
 
+def _heard_key(job: str, upload: Upload) -> str:
+    return f"{_heard_folder(job)}/{upload.label}.json"
+
+
 def _holds_something(item: Found) -> bool:
     return bool(item.size) and not item.key.endswith("/")
-
-
-def _is_there(site: Site, upload: Upload) -> bool:
-    """Whether an object is still what an event has told of: an older event that comes late tells of what is gone (F02, F13)."""
-    bucket, key = site.open_input(upload.uri)
-    found = bucket.head(key)
-    return found is not None and _plain(found.etag) == upload.etag
 
 
 def _plain(etag: str) -> str:

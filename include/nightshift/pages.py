@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from nightshift.shapes import OUTCOMES, Estimate, Summary
+
+if TYPE_CHECKING:
+    from nightshift.compare import Comparison
+    from nightshift.periodic import PeriodicReport
+    from nightshift.progress import Progress
 
 MEANING = {
     "succeeded": "answered, parsed, valid under the output schema",
@@ -33,12 +38,19 @@ def render_report(summary: Summary) -> str:
     return _template("report.html.j2").render(s=summary, outcomes=OUTCOMES, meaning=MEANING)
 
 
-def render_comparison(comparison: Any) -> str:
+def render_comparison(comparison: Comparison) -> str:
     """The page of two runs side by side."""
     return _template("compare.html.j2").render(c=comparison)
 
 
-def render_periodic(report: Any) -> str:
+def render_progress(title: str, runs: Sequence[Progress], said: str) -> str:
+    """The page of runs that may still be under way; it asks for itself again while one is."""
+    costs = [run.cost_usd for run in runs]
+    cost = None if None in costs else sum((each for each in costs if each is not None), Decimal(0))
+    return _template("progress.html.j2").render(title=title, runs=runs, said=said, cost=cost)
+
+
+def render_periodic(report: PeriodicReport) -> str:
     """The page of a period."""
     return _template("periodic.html.j2").render(r=report, outcomes=OUTCOMES)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nightshift.errors import JobInvalid
 
-DEFAULT_REPORTS = "periodic_report=@weekly"
+DEFAULT_REPORTS = "periodic_report=0 0 * * 1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 import structlog
 from airflow.sdk import BaseOperator, task
+from airflow.sdk.exceptions import AirflowSkipException
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from airflow.triggers.base import BaseEventTrigger, BaseTrigger, StartTriggerArgs, TaskSuccessEvent, TriggerEvent
 from airflow.triggers.shared_stream import AdvanceItem, SharedStreamProducer
@@ -21,6 +23,7 @@ from nightshift.inbox import (
     Upload,
     again,
     hear,
+    hear_all,
     heard_uploads,
     list_uploads,
     new_uploads,
@@ -28,10 +31,10 @@ from nightshift.inbox import (
     started_run,
     starts,
     state_of_run,
+    still_there,
 )
 from nightshift.job import Job
 from nightshift.job_file import find_job, load_job, load_jobs
-from nightshift.runs import Site
 from nightshift.settings import read_settings
 from nightshift_airflow.site import open_store, queue_client, site_for
 
@@ -45,20 +48,29 @@ UNFINISHED = ["queued", "running"]
 
 
 class UploadTrigger(BaseTrigger):
-    """Lists the inboxes until there is a run to start, or the listening time is over."""
+    """Looks into the inboxes until there is a run to start, or the listening time is over.
+
+    `heard`: into those that events fill, and only until nothing waits there any more; without it the buckets are listed.
+    """
+
+    def __init__(self, heard: bool = False) -> None:
+        super().__init__()
+        self.heard = heard
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """See BaseTrigger."""
-        return f"{type(self).__module__}.{type(self).__qualname__}", {}
+        return f"{type(self).__module__}.{type(self).__qualname__}", {"heard": self.heard}
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
-        """Each listing runs in a thread; one that fails is logged and tried again."""
+        """Each look runs in a thread; one that fails is logged and made again."""
         deadline = time.monotonic() + LISTEN_SECONDS
-        while time.monotonic() < deadline:
-            if await asyncio.to_thread(starts_of, jobs_with_uploads(has_queue=False), new_uploads):
-                break
+        while time.monotonic() < deadline and not await asyncio.to_thread(self._is_over):
             await asyncio.sleep(read_settings().upload_poll_seconds)
         yield TaskSuccessEvent()
+
+    def _is_over(self) -> bool:
+        found, waiting = starts_of(self.heard)
+        return bool(found) or (self.heard and not waiting)
 
 
 class UploadSensor(BaseOperator):
@@ -69,12 +81,23 @@ class UploadSensor(BaseOperator):
         trigger_cls="nightshift_airflow.uploads.UploadTrigger", trigger_kwargs={}, next_method="execute_complete"
     )
 
+    heard = False
+
     def execute(self, context: Any) -> None:
         """Where nothing starts from a trigger (`dag.test()`): defer in the ordinary way."""
-        self.defer(trigger=UploadTrigger(), method_name="execute_complete")
+        self.defer(trigger=UploadTrigger(self.heard), method_name="execute_complete")
 
     def execute_complete(self, context: Any, event: Any = None) -> None:
-        """Nothing to bring back: the next task lists again."""
+        """Nothing to bring back: the next task looks again."""
+
+
+class HeardSensor(UploadSensor):
+    """The same for uploads that events have told of: ends at once where none of them waits for room, or for others."""
+
+    start_trigger_args = StartTriggerArgs(
+        trigger_cls="nightshift_airflow.uploads.UploadTrigger", trigger_kwargs={"heard": True}, next_method="execute_complete"
+    )
+    heard = True
 
 
 class S3UploadTrigger(BaseEventTrigger):
@@ -164,14 +187,29 @@ def _hear(queue_url: str, body: str) -> int:
 @task
 def find_uploads() -> list[dict[str, Any]]:
     """What to start now: one DAG run per upload, or per group of uploads, named for them. For jobs whose inboxes are listed."""
-    return [_as_run(start) for start in starts_of(jobs_with_uploads(has_queue=False), new_uploads)]
+    return [_as_run(start) for start in starts_of(heard=False)[0]]
 
 
 @task
 def find_heard_uploads(**context: Any) -> list[dict[str, Any]]:
-    """The same for jobs that hear of uploads by events. When it is time, and not an event, that has started this: list, too (F03)."""
-    find = heard_uploads if context["dag_run"].run_type == "asset_triggered" else new_uploads
-    return [_as_run(start) for start in starts_of(jobs_with_uploads(has_queue=True), find)]
+    """The same for jobs that hear of uploads by events. Where time has started this, and no event, their buckets are listed, too."""
+    if context["dag_run"].run_type != "asset_triggered":
+        for job in jobs_with_uploads(has_queue=True):
+            with _passed_over(job):
+                hear_all(site_for(job.spec, "uploads"), job)
+    return [_as_run(start) for start in starts_of(heard=True)[0]]
+
+
+def ring_again(assets: Sequence[Any]) -> Any:
+    """The task that rings for itself where uploads still wait: for room, or for others to share their run with."""
+
+    @task(task_id="ring_again", outlets=list(assets), trigger_rule="none_failed")
+    def ring() -> None:
+        _, waiting = starts_of(heard=True)
+        if not waiting:
+            raise AirflowSkipException("Nothing waits")
+
+    return ring
 
 
 @task
@@ -217,20 +255,30 @@ def _as_run(start: Start) -> dict[str, Any]:
     return {"trigger_dag_id": start.job, "trigger_run_id": start.label, "conf": conf, "note": start.note}
 
 
-def starts_of(jobs: Sequence[Job], find: Callable[[Site, Job], list[Upload]]) -> list[Start]:
-    """The runs to start now. A job whose bucket cannot be read is passed over with a warning; the others go on."""
+def starts_of(heard: bool) -> tuple[list[Start], int]:
+    """The runs to start now, of all jobs whose uploads are listed, or heard of; and how many uploads wait, with those."""
     found: list[Start] = []
-    for job in jobs:
-        site = site_for(job.spec, "uploads")
-        try:
-            waiting = find(site, job)
-        except NightshiftError as error:
-            log.warning("Cannot look into the inbox of a job", job=job.name, error=str(error))
-            continue
-        if waiting:
-            free = RUNS_AT_ONCE - RuntimeTaskInstance.get_dr_count(dag_id=job.name, states=UNFINISHED)
-            found += starts(job, waiting, free=free, now=site.now())
-    return found
+    waiting = 0
+    for job in jobs_with_uploads(has_queue=heard):
+        with _passed_over(job):
+            site = site_for(job.spec, "uploads")
+            uploads = heard_uploads(site, job) if heard else new_uploads(site, job)
+            if uploads:
+                free = RUNS_AT_ONCE - RuntimeTaskInstance.get_dr_count(dag_id=job.name, states=UNFINISHED)
+                for start in starts(job, uploads, free=free, now=site.now()):
+                    kept = still_there(site, job.name, start.uploads)
+                    found += [start.model_copy(update={"uploads": tuple(kept)})] if kept else []
+                waiting += len(uploads)
+    return found, waiting
+
+
+@contextmanager
+def _passed_over(job: Job) -> Iterator[None]:
+    """A job whose bucket cannot be read is passed over with a warning; the others go on."""
+    try:
+        yield
+    except NightshiftError as error:
+        log.warning("Cannot look into the inbox of a job", job=job.name, error=str(error))
 
 
 def jobs_with_uploads(*, has_queue: bool) -> list[Job]:

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from nightshift.inbox import new_uploads
+from nightshift.job_file import load_job
+from nightshift.stores.objects import open_objects
 from tests.airflow.conftest import ROOT, RUN, in_airflow
 from tests.conftest import Rehearsal, make_world, reviews
 
@@ -74,7 +77,7 @@ def test_a_broken_job_file_says_so_in_its_dag_and_leaves_the_others_alone(migrat
     folder = tmp_path / "job-1" / "jobs"
     (folder / "broken.yaml").write_text("name: broken\ninputt: {}\n")
     dags = bag(migrated, NIGHTSHIFT_JOBS=str(folder))["dags"]
-    assert set(dags) == {"reviews", "broken", "uploads"}
+    assert set(dags) == {"reviews", "broken", "uploads", "backfill_uploads", "periodic_report"}
     assert dags["broken"]["description"].startswith("INVALID JOB FILE")
     assert "invalid job file" in dags["broken"]["tags"]
 
@@ -192,17 +195,9 @@ def test_uploads_start_one_run_each_and_only_once(airflow_home, rehearsal, tmp_p
     world.write("d.jsonl", reviews(3))
     world.write("empty.jsonl", b"")
     jobs = tmp_path / "world" / "job-1" / "jobs"
-    code = """
-import json, os, logging
-logging.disable(logging.CRITICAL)
-from nightshift_airflow.uploads import find_uploads, note_uploads, open_store
-found = find_uploads.function()
-note_uploads.function(found[:1])
-print("RESULT" + json.dumps([found, find_uploads.function()]))
-"""
-    out = in_airflow(airflow_home, code, NIGHTSHIFT_JOBS=str(jobs), NIGHTSHIFT_STORE=f"file://{airflow_home}/store")
-    first, second = json.loads(out.rpartition("RESULT")[2])
-    assert [each["conf"]["input"].rpartition("/")[2] for each in first] == ["a b+c.jsonl", "d.jsonl"]
-    assert [each["trigger_dag_id"] for each in first] == ["reviews", "reviews"]
-    assert first[0]["trigger_run_id"].startswith("upload__a-b-c.jsonl__")
-    assert second == first[1:]
+    ended = run_dag(airflow_home, "uploads", {}, rehearsal, jobs)
+    assert (ended["state"], ended["tasks"]["start[0]"], ended["tasks"]["start[1]"]) == ("success", "success", "success")
+    store = open_objects(f"file://{airflow_home}/store")
+    assert len(list(store.scan("inbox/reviews"))) == 2
+    seen = make_world(tmp_path / "seen", rehearsal, store_uri=store.uri)
+    assert new_uploads(seen.site, load_job(jobs / "reviews.yaml")) == []
