@@ -10,7 +10,7 @@ from nightshift.job import RETRYABLE, URI, JobFile
 from nightshift.job_file import prompt_files
 from nightshift.money.prices import models_of
 
-ONCE, AGAIN = "This run", "Driving failures again"  # sections of the form
+AGAIN = "Driving failures again"  # a section of the form
 
 
 def form_of(spec: JobFile, path: Path) -> dict[str, Param]:
@@ -23,7 +23,6 @@ def form_of(spec: JobFile, path: Path) -> dict[str, Param]:
             type=["null", "string"],
             pattern=URI.pattern,
             title="Input",
-            section=ONCE,
             description=f"object, pattern or folder to read in place of the job's, such as {spec.input.uri}",
         ),
         "model": Param(
@@ -31,7 +30,6 @@ def form_of(spec: JobFile, path: Path) -> dict[str, Param]:
             type="string",
             enum=list(dict.fromkeys([request.model, *spec.stand_ins, *models_of(vendor)])),
             title="Model",
-            section=ONCE,
             description="asked in place of the job's; the answers of two models are never mixed up",
         ),
         "prompt": Param(
@@ -40,7 +38,6 @@ def form_of(spec: JobFile, path: Path) -> dict[str, Param]:
             pattern=r"^([0-9a-f]{12}|[^\s]+\.md)$",
             examples=prompt_files(path),
             title="Prompt version",
-            section=ONCE,
             description="a prompt file, or a version that was asked before (12 hex digits, from a report); empty: the job's own",
         ),
         "sample": Param(
@@ -48,13 +45,10 @@ def form_of(spec: JobFile, path: Path) -> dict[str, Param]:
             type=["null", "integer"],
             minimum=1,
             title="Sample",
-            section=ONCE,
             description="ask about so many rows only, always the same ones; they are published beside the results",
         ),
-        "dry_run": Param(False, type="boolean", title="Dry run", section=ONCE, description="plan and estimate; send nothing"),
-        "fresh": Param(
-            False, type="boolean", title="Fresh", section=ONCE, description="buy every answer anew, whatever was answered before"
-        ),
+        "dry_run": Param(False, type="boolean", title="Dry run", description="plan and estimate; send nothing"),
+        "fresh": Param(False, type="boolean", title="Fresh", description="buy every answer anew, whatever was answered before"),
         "redrive": Param(
             None,
             type=["null", "string"],
