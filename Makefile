@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export UV_COMPILE_BYTECODE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint chaos up down env lock schema clean help
+.PHONY: demo test lint chaos up down env lock schema clean help browser
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -14,8 +14,8 @@ help:            ## this list
 demo: $(VENV)/installed $(VENV)/local-installed    ## upload a sample to a local S3; see it come out as a dataset and a report
 	$(BIN)/python -m local.demo
 
-test: $(VENV)/installed $(VENV)/local-installed $(VENV)/llm-batch-installed    ## every test; starts what it needs itself
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(VENV)/installed $(VENV)/local-installed $(VENV)/llm-batch-installed $(VENV)/lineage-installed browser    ## every test; starts what it needs itself
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 lint: $(VENV)/installed    ## ruff, and mypy --strict on the core
 	$(BIN)/ruff check .
@@ -38,6 +38,7 @@ lock: $(UV)      ## resolve pyproject.toml into requirements.txt again
 	$(UV) pip compile -q --universal --extra airflow --extra rehearsal --extra dev --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" pyproject.toml -o requirements.txt
 	$(UV) pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" local/requirements.in -o local/requirements.txt
 	$(UV) pip compile -q --universal --no-deps --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" local/llm-batch.in -o local/llm-batch.txt
+	$(UV) pip compile -q --universal --no-deps --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" local/lineage.in -o local/lineage.txt
 
 schema: $(VENV)/installed    ## write the JSON Schema and the page of job files again
 	$(BIN)/nightshift schema > docs/job.schema.json
@@ -66,3 +67,13 @@ $(VENV)/local-installed: local/requirements.txt | $(UV)
 $(VENV)/llm-batch-installed: local/llm-batch.txt $(VENV)/installed | $(UV)
 	$(UV) pip install -q --python $(BIN)/python --target $(VENV)/llm-batch --no-deps --require-hashes -r local/llm-batch.txt
 	touch $@
+
+# OpenLineage's provider, for the test of our lineage: beside the environment, too.
+$(VENV)/lineage-installed: local/lineage.txt $(VENV)/installed | $(UV)
+	$(UV) pip install -q --python $(BIN)/python --target $(VENV)/lineage --no-deps --require-hashes -r local/lineage.txt
+	touch $@
+
+# The UI's tests want a Chromium. Where there is none and Debian's can be installed, it is; else those tests are skipped and say so.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	  (command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium) || true

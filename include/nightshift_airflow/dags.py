@@ -30,6 +30,7 @@ DEFAULTS = {
     "retry_exponential_backoff": 2.0,
     "max_retry_delay": timedelta(minutes=10),
     "retry_policy": ByErrorClass(),
+    "execution_timeout": STEP_TIMEOUT,
 }
 
 
@@ -49,23 +50,24 @@ def job_dag(spec: JobFile, path: Path) -> DAG:
         deadline=deadline_of(spec, path),
         default_args={**DEFAULTS, "owner": spec.owner, "on_failure_callback": note_problem},
     ) as dag:
-        run_uri: Any = discover.override(execution_timeout=STEP_TIMEOUT)(str(path))
-        planned: Any = plan.override(execution_timeout=STEP_TIMEOUT)(run_uri)
+        run_uri: Any = discover(str(path))
+        planned: Any = plan(run_uri)
         approved = ApproveRun(task_id="approve", run_uri=planned, retries=2)
 
         @task_group(group_id="shard")
         def shard_group(run_uri: str, shard: str) -> Any:
-            submitted = submit.override(execution_timeout=STEP_TIMEOUT)(run_uri, shard)
-            waited = WaitForShard(task_id="wait", run_uri=run_uri, shard=submitted)
+            submitted = submit(run_uri, shard)
+            patience = timedelta(hours=spec.policy.deadline_hours) + STEP_TIMEOUT  # by then a batch is cancelled and harvested
+            waited = WaitForShard(task_id="wait", run_uri=run_uri, shard=submitted, execution_timeout=patience)
             collected = CollectShard(task_id="collect", run_uri=run_uri, shard=submitted)
             chain(submitted, waited, collected)
             return collected.output
 
         settled = shard_group.partial(run_uri=run_uri).expand(shard=approved.output)  # nothing is submitted before it is approved
-        assembled = assemble.override(execution_timeout=STEP_TIMEOUT)(planned, settled)
-        audited = audit.override(execution_timeout=STEP_TIMEOUT)(assembled)
-        published = publish_to(results_asset(spec), partitions_asset(spec)).override(execution_timeout=STEP_TIMEOUT)(audited)
-        reported = report.override(execution_timeout=STEP_TIMEOUT)(run_uri)
+        assembled = assemble(planned, settled)
+        audited = audit(assembled)
+        published = publish_to(results_asset(spec), partitions_asset(spec))(audited)
+        reported = report(run_uri)
         chain(approved, dag.task_group_dict["shard"])  # the whole group, also where it is empty
         chain(approved, assembled)
         chain(published, reported)

@@ -14,15 +14,18 @@ class Files(BaseHook):
     """In whose name objects are read and written."""
 
 
+FILES = Files()
+
+
 def reads(uris: Iterable[str]) -> None:
     """The objects that a task has read."""
     for uri in datasets(uris):
-        get_hook_lineage_collector().add_input_asset(context=Files(), uri=uri)
+        get_hook_lineage_collector().add_input_asset(context=FILES, uri=uri)
 
 
 def writes(uri: str) -> None:
     """The folder that a task has written."""
-    get_hook_lineage_collector().add_output_asset(context=Files(), uri=uri)
+    get_hook_lineage_collector().add_output_asset(context=FILES, uri=uri)
 
 
 def datasets(uris: Iterable[str]) -> list[str]:

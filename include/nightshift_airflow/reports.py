@@ -14,7 +14,7 @@ from nightshift.job_file import load_jobs
 from nightshift.notices import notice_of_period
 from nightshift.periodic import write_periodic
 from nightshift.settings import read_settings
-from nightshift_airflow.dags import DEFAULTS, STEP_TIMEOUT
+from nightshift_airflow.dags import DEFAULTS
 from nightshift_airflow.lineage import writes
 from nightshift_airflow.notices import tell
 from nightshift_airflow.site import owner_of, site_for
@@ -39,7 +39,7 @@ def periodic_dag(name: str, cron: str, doc: str) -> DAG:
         },
         default_args={**DEFAULTS, "owner": "nightshift"},
     ) as dag:
-        report_period.override(execution_timeout=STEP_TIMEOUT)(name)
+        report_period(name)
     return dag
 
 

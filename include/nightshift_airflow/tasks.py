@@ -154,6 +154,7 @@ def publish_to(results: Any, partitions: Any) -> Any:
         log.info("Published %s rows at %s", published.rows, published.uri)
         if run.input.sample is not None:  # a task that is skipped tells nobody that there are new results
             raise AirflowSkipException(f"A sample of {published.rows:,} rows stands at {published.uri}")
+        reads(found.uri for found in run.input.objects)
         writes(published.uri)
         for asset in (results, partitions):
             context["outlet_events"][asset].extra = results_event(run, assembled, published)

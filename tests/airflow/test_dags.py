@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,32 @@ print("RESULT" + json.dumps({
         "tasks": {t.task_id: sorted(t.upstream_task_ids) for t in d.tasks},
         "retries": sorted({t.retries for t in d.tasks}),
         "policy": all(type(t.retry_policy).__name__ == "ByErrorClass" for t in d.tasks),
-        "doc": bool(d.doc_md), "tags": sorted(d.tags), "owner": d.owner, "catchup": d.catchup,
-        "timetable": type(d.timetable).__name__, "description": d.description,
+        "timeouts": all(t.execution_timeout for t in d.tasks),
+        "start": bool(d.start_date), "doc": bool(d.doc_md), "tags": sorted(d.tags), "owner": d.owner, "catchup": d.catchup,
+        "timetable": type(d.timetable).__name__, "params": list(d.params), "description": d.description,
     } for d in bag.dags.values()},
 }))
+"""
+
+EMPTY = """
+from airflow.sdk import DAG
+for number in range(100):
+    globals()[f"empty_{number}"] = DAG(f"empty_{number}", schedule=None)
+"""
+PARSE = """
+import json, logging, time
+logging.disable(logging.CRITICAL)
+import nightshift_airflow.dags
+from airflow.dag_processing.dagbag import DagBag
+
+def took(folder):
+    started = time.process_time()
+    bag = DagBag(dag_folder=folder)
+    assert len(bag.dags) == 100 and not bag.import_errors, bag.import_errors
+    return time.process_time() - started
+
+empty, jobs = %r, %r
+print("RESULT" + json.dumps([min(took(folder) for _ in range(3)) for folder in (empty, jobs)]))
 """
 
 
@@ -47,6 +70,8 @@ def test_every_dag_file_parses(found):
 def test_house_rules_hold_for_every_dag(found):
     for name, dag in found["dags"].items():
         assert dag["doc"], name
+        assert dag["owner"] not in ("", "airflow"), name
+        assert dag["timeouts"], f"{name}: every task ends at some time"
         assert "nightshift" in dag["tags"], name
         assert dag["policy"], name
         assert min(dag["retries"]) >= 2, f"{name}: a resumed task may be failed falsely (apache/airflow 72716)"
@@ -64,6 +89,44 @@ def test_nothing_is_submitted_before_it_is_approved(found):
     assert "approve" in tasks["shard.submit"]
     assert "plan" in tasks["approve"]
     assert set(tasks["assemble"]) >= {"plan", "shard.collect"}
+
+
+def test_every_step_has_the_parameters_of_the_form(found):
+    for name in ("review_sentiment", "review_sentiment_nightly", "image_alt_text"):
+        assert list(found["dags"][name]["params"]) == ["input", "model", "prompt", "sample", "dry_run", "fresh", "redrive", "outcomes"]
+
+
+def test_a_hundred_job_files_parse_within_a_stated_factor_of_a_hundred_empty_dags(migrated, tmp_path):
+    """Sixty times on a quiet machine: an empty DAG has no task, and a job has ten, with a form, a prompt, a schema and a suite."""
+    folder = tmp_path / "house"
+    (folder / "dags").mkdir(parents=True)
+    (folder / "empty").mkdir()
+    (folder / "empty" / "empty.py").write_text(EMPTY)
+    shutil.copy(ROOT / "dags" / "jobs.py", folder / "dags")
+    for name in ("prompts", "schemas", "expectations"):
+        shutil.copytree(ROOT / "include" / name, folder / name)
+    (folder / "jobs").mkdir()
+    text = (ROOT / "include" / "jobs" / "review_sentiment.yaml").read_text()
+    for number in range(100):
+        (folder / "jobs" / f"job_{number}.yaml").write_text(text.replace("name: review_sentiment", f"name: job_{number}"))
+    code = PARSE % (str(folder / "empty"), str(folder / "dags"))
+    empty, jobs = json.loads(in_airflow(migrated, code, NIGHTSHIFT_JOBS=str(folder / "jobs")).rpartition("RESULT")[2])
+    assert jobs / empty < 120
+
+
+def test_no_dag_file_opens_a_connection_or_a_store_at_import(migrated):
+    """Importing reads job files and nothing else: a socket would be an error, and so would a file outside this house."""
+    code = f"""
+import runpy, socket
+def refuse(*args, **kwargs):
+    raise AssertionError("a DAG file has opened a socket at import")
+import nightshift_airflow.dags, nightshift_airflow.reports
+socket.socket.connect = refuse
+for name in ("jobs", "uploads", "upload_events", "backfill_uploads", "periodic_report"):
+    runpy.run_path({str(ROOT / "dags")!r} + f"/{{name}}.py")
+print("RESULT ok")
+"""
+    assert in_airflow(migrated, code).rpartition("RESULT")[2].strip() == "ok"
 
 
 def test_a_cron_job_runs_on_data_intervals(found):
@@ -103,7 +166,7 @@ def run_dag(home: Path, dag: str, conf: dict, rehearsal: Rehearsal, jobs: Path, 
         AIRFLOW_CONN_OPENAI_DEFAULT=connection,
         **env,
     )
-    return json.loads(out.rpartition("RESULT")[2])
+    return json.loads(out.rpartition("RESULT")[2].partition("\n")[0])
 
 
 def summaries_of(home: Path) -> list[dict]:
@@ -154,6 +217,18 @@ def test_failures_are_driven_again_under_airflow_by_a_parameter(airflow_home, re
     assert second["requests"]["submitted"] == first["outcomes"]["refused"] > 0
     assert second["outcomes"]["succeeded"] == 25
     assert rehearsal.bill()["requests"] == 25 + first["outcomes"]["refused"]
+
+
+def test_a_sample_is_published_beside_the_results_and_tells_no_asset(airflow_home, rehearsal, job):
+    world, jobs = job
+    ended = run_dag(
+        airflow_home, "reviews", {"input": world.write("in.jsonl", reviews(25)), "sample": 5, "model": "gpt-5.4-mini"}, rehearsal, jobs
+    )
+    assert (ended["state"], ended["tasks"]["publish[-1]"], ended["tasks"]["report[-1]"]) == ("success", "skipped", "success")
+    summary = summary_of(airflow_home)
+    assert (summary["state"], summary["rows"], summary["model"]) == ("published", 5, "gpt-5.4-mini")
+    assert "/samples/reviews/" in summary["results"]
+    assert not (airflow_home / "store" / "results").exists()
 
 
 def test_a_live_server_is_asked_under_airflow_by_the_same_job(airflow_home, rehearsal, tmp_path):

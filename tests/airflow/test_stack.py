@@ -3,28 +3,55 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import boto3
 import pytest
+from playwright.sync_api import Page, sync_playwright
 
 from local import demo
 from local.sample import reviews
-from local.stack import AirflowApi, Stack, StackFailed, client_env, down, s3_client, tail, up
+from local.stack import AirflowApi, Stack, StackFailed, airflow_env, client_env, down, reserve, s3_client, tail, up
 from nightshift.shapes import Summary
+from tests.airflow.jobs import write_jobs
 
+DAYS = int(os.environ.get("NIGHTSHIFT_TEST_DAYS", "10"))  # of the backfill: thirty take three minutes longer
+FULL_DAYS = range(1, DAYS + 1, 8)  # that there is something to read of
 pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("stack")
-    started = up(folder, say=lambda part: None)
+    jobs = write_jobs(folder / "house", f"{reserve(folder).aws}/000000000000/uploads")
+    started = up(folder, jobs=jobs, say=lambda part: None)
+    tell_uploads(started)
     yield started
     down(folder)
+
+
+def tell_uploads(stack: Stack) -> None:
+    """A queue, and a bucket that tells it of what lands below `heard/`."""
+    queue = aws_client(stack, "sqs").create_queue(QueueName="uploads")["QueueUrl"]
+    arn = aws_client(stack, "sqs").get_queue_attributes(QueueUrl=queue, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
+    told = {"QueueArn": arn, "Events": ["s3:ObjectCreated:*"], "Filter": {"Key": {"FilterRules": [{"Name": "prefix", "Value": "heard/"}]}}}
+    s3_client(stack).put_bucket_notification_configuration(Bucket="reviews", NotificationConfiguration={"QueueConfigurations": [told]})
+
+
+def aws_client(stack: Stack, service: str) -> Any:
+    return boto3.client(
+        service, endpoint_url=stack.aws, aws_access_key_id="rehearsal", aws_secret_access_key="rehearsal", region_name="us-east-1"
+    )
 
 
 @pytest.fixture
@@ -111,6 +138,159 @@ def test_a_missing_object_named_by_hand_fails_at_once_and_says_what_to_mend(stac
     instance = api.get(f"/dags/{demo.JOB}/dagRuns/by-hand/taskInstances/discover")
     assert instance["try_number"] == 1, "what a person has to mend is not tried again"
     assert "Nothing to read at s3://reviews/inbox/none.jsonl" in demo._failed_log(api, "by-hand")
+
+
+def put_reviews(stack: Stack, key: str, count: int, seed: int) -> None:
+    s3_client(stack).put_object(Bucket="reviews", Key=key, Body=b"".join(line + b"\n" for line in reviews(count, seed=seed)))
+
+
+def runs_of(api: AirflowApi, dag: str, kind: str) -> list[dict[str, Any]]:
+    return [run for run in api.get(f"/dags/{dag}/dagRuns", limit="100")["dag_runs"] if run["run_type"] == kind]
+
+
+def tasks_of(api: AirflowApi, dag: str, run: str) -> dict[str, str]:
+    found = api.get(f"/dags/{dag}/dagRuns/{quote(run)}/taskInstances", limit="100")["task_instances"]
+    return {each["task_id"]: each["state"] for each in found}
+
+
+def requests_billed(stack: Stack) -> int:
+    return int(provider(stack, "GET", "/rehearsal/bill")["requests"])
+
+
+def backfill(stack: Stack, api: AirflowApi, *options: str) -> list[dict[str, Any]]:
+    """`airflow backfill create` over some days; the runs, once the backfill is done."""
+    before = {each["id"] for each in api.get("/backfills", dag_id="nightly")["backfills"]}
+    dates = ("--from-date", "2026-10-01", "--to-date", f"2026-10-{DAYS:02d}", "--max-active-runs", "16")
+    command = [str(Path(sys.executable).parent / "airflow"), "backfill", "create", "--dag-id", "nightly", *dates, *options]
+    env = airflow_env(stack, Path(stack.folder) / "house" / "jobs")
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    def is_done() -> bool:
+        [new] = [each for each in api.get("/backfills", dag_id="nightly")["backfills"] if each["id"] not in before]
+        return new["completed_at"] is not None
+
+    until(is_done, "the end of the backfill", 400)
+    return runs_of(api, "nightly", "backfill")
+
+
+def test_a_backfill_over_many_intervals_done_twice_pays_once(stack, api):
+    for day in FULL_DAYS:
+        put_reviews(stack, f"nightly/dt=2026-10-{day:02d}/a.jsonl", 20, seed=day)
+    before = requests_billed(stack)
+    first = backfill(stack, api)
+    assert (len(first), {run["state"] for run in first}) == (DAYS, {"success"})
+    assert requests_billed(stack) - before > 10 * len(FULL_DAYS)
+    manifests = s3_client(stack).list_objects_v2(Bucket="nightshift", Prefix="store/results/nightly/")["Contents"]
+    assert sorted(found["Key"].split("/")[3] for found in manifests if found["Key"].endswith("_manifest.json")) == [
+        f"dt=2026-10-{day:02d}" for day in FULL_DAYS
+    ]
+    paid = requests_billed(stack)
+    second = backfill(stack, api, "--reprocess-behavior", "completed", "--run-backwards")
+    assert {run["state"] for run in second} == {"success"}
+    assert requests_billed(stack) == paid, "intervals with unchanged inputs cost nothing"
+    made = tasks_of(api, "nightly", "backfill__2026-10-02T00:00:00+00:00")
+    assert made["discover"] == made["plan"] == "skipped", "what was made of the same is not made again"
+
+
+def test_F01_events_start_one_run_per_upload_that_is_named_for_it_and_links_to_it(stack, api):
+    for number in range(3):
+        put_reviews(stack, f"heard/file {number}+é.jsonl", 5, seed=100 + number)
+    put_reviews(stack, "heard/file 0+é.jsonl", 5, seed=100)  # the same again: another event, no other upload
+    until(lambda: len(runs_of(api, "heard", "operator_triggered")) == 3, "three runs")
+    until(lambda: {run["state"] for run in runs_of(api, "heard", "operator_triggered")} == {"success"}, "their end")
+    runs = sorted(runs_of(api, "heard", "operator_triggered"), key=lambda run: run["dag_run_id"])
+    assert [run["dag_run_id"].rpartition("__")[0] for run in runs] == [f"upload__file-{number}-.jsonl" for number in range(3)]
+    assert "s3://reviews/heard/file 0+é.jsonl" in runs[0]["note"]
+    assert any(run["state"] == "success" for run in runs_of(api, "upload_events", "asset_triggered"))
+    events = api.get("/assets/events", order_by="-timestamp", limit="100")["asset_events"]
+    published = [event["extra"] for event in events if event["name"] == "heard_results"]
+    assert len(published) == 3
+    assert all(extra["rows"] and extra["cost_usd"] and extra["partition"].startswith("input=file-") for extra in published)
+    keys = [event["partition_key"] for event in events if event["name"] == "heard_partitions"]
+    assert sorted(keys) == sorted(extra["partition"] for extra in published)
+
+
+def test_a_form_refuses_what_does_not_fit(stack, api):
+    for conf in ({"model": "gpt-of-tomorrow"}, {"sample": 0}, {"input": "reviews.csv"}, {"prompt": "not a version"}, {"outcomes": ["x"]}):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            api.call("POST", "/dags/careful/dagRuns", {"logical_date": None, "conf": conf})
+        assert refused.value.code in (400, 422), conf
+
+
+@pytest.fixture
+def page(stack: Stack) -> Iterator[Page]:
+    """A browser that is signed in to the UI."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on the PATH: make test installs Debian's where it may")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        opened = browser.new_context(viewport={"width": 1500, "height": 1600}).new_page()
+        opened.set_default_timeout(60_000)
+        opened.goto(f"{stack.airflow}/auth/login")
+        opened.fill("input[name=username]", "admin")
+        opened.fill("input[name=password]", stack.password)
+        opened.click("button[type=submit]")
+        opened.wait_for_url(lambda url: "login" not in url)
+        yield opened
+        browser.close()
+
+
+def pick_day(page: Page, place: int, day: str) -> None:
+    """Fill in one of the dates of a form."""
+    page.get_by_test_id("datetime-input").nth(place).click()
+    for name, text in (("YYYY/MM/DD", day), ("HH:mm", "00:00")):
+        page.get_by_placeholder(name).last.fill(text)
+        page.get_by_placeholder(name).last.press("Enter")
+    page.get_by_test_id("datetime-input").nth(place).click()
+
+
+def test_a_person_triggers_approves_and_backfills_in_the_browser(stack, api, page):
+    for day in (1, 2):
+        put_reviews(stack, f"careful/dt=2026-10-{day:02d}/a.jsonl", 20, seed=200 + day)
+
+    page.goto(f"{stack.airflow}/dags/careful")  # a dry run by hand: planned, and nothing sent
+    page.get_by_role("button", name="Trigger").first.click()
+    dialog = page.get_by_role("dialog")
+    dialog.locator("#element_input").fill("s3://reviews/careful/dt=2026-10-01/a.jsonl")
+    dialog.locator("input[name=element_dry_run]").locator("xpath=..").click()
+    before = requests_billed(stack)
+    dialog.get_by_role("button", name="Trigger").click()
+    [run] = until(lambda: runs_of(api, "careful", "manual"), "the run")
+    until(lambda: api.get(f"/dags/careful/dagRuns/{quote(run['dag_run_id'])}")["state"] == "success", "the end of the dry run")
+    tasks = tasks_of(api, "careful", run["dag_run_id"])
+    assert (tasks["plan"], tasks["approve"], tasks["publish"], tasks["report"]) == ("success", "skipped", "skipped", "success")
+    assert requests_billed(stack) == before
+
+    page.goto(f"{stack.airflow}/dags/careful")  # a backfill of two days, which asks once
+    page.get_by_role("button", name="Trigger").first.click()
+    dialog.get_by_text("Backfill", exact=True).click()
+    pick_day(page, 0, "2026/10/01")
+    pick_day(page, 1, "2026/10/02")
+    dialog.locator("input[name=max_active_runs]").fill("2")
+    page.get_by_role("button", name="Run Backfill").click()
+
+    def asked() -> list[dict[str, Any]]:
+        return list(api.get("/dags/~/dagRuns/~/hitlDetails")["hitl_details"])
+
+    until(lambda: {tasks_of(api, "careful", run["dag_run_id"]).get("approve") for run in runs_of(api, "careful", "backfill")} == {"awaiting_input", "deferred"}, "one question, and who waits for its answer")  # fmt: skip
+    [question] = [each for each in asked() if not each.get("response_received")]
+    assert "estimated cost" in question["body"]
+    page.goto(f"{stack.airflow}/required_actions")
+    page.get_by_role("link", name="of careful to gpt-5.4-nano?").first.click()
+    page.get_by_role("button", name="Approve").click()
+    until(lambda: {run["state"] for run in runs_of(api, "careful", "backfill")} == {"success"}, "the end of the backfill")
+    assert len([each for each in asked() if "careful" in each["subject"]]) == 1, "it asked once"
+    assert requests_billed(stack) > before
+
+    page.goto(f"{stack.airflow}/dags/careful/plugin/nightshift_runs")  # what they have cost, in a tab
+    shown = page.frame_locator("iframe")
+    shown.get_by_text("cost so far").wait_for()
+    assert shown.get_by_text("approved by admin").count() == 2
+    finished = runs_of(api, "careful", "backfill")[0]["dag_run_id"]
+    page.goto(f"{stack.airflow}/dags/careful/runs/{quote(finished)}/plugin/nightshift")
+    page.frame_locator("iframe").get_by_text("What became of every row").wait_for()
 
 
 def test_a_part_that_does_not_start_is_told_with_its_log(tmp_path):
