@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from nightshift.events import Hint, Strange, read_message
-from nightshift.inbox import Upload, console_link, hear, starts
+from nightshift.inbox import Upload, again, console_link, hear, starts
 from tests.conftest import NOON, s3_event
 
 A = Hint(bucket="b", key="in/a b.jsonl", etag="e1", size=10)
@@ -96,3 +96,25 @@ def test_a_run_is_named_for_its_object_and_links_to_it(world):
     assert start.label.startswith("upload__a-b.jsonl__")
     assert start.note == "[s3://b/in/a b.jsonl](https://s3.console.aws.amazon.com/s3/object/b?prefix=in/a%20b.jsonl)"
     assert console_link("file:///x/a.jsonl") == "file:///x/a.jsonl"
+
+
+STATES = {"a": None, "b": "failed", "c": "held", "d": "published", "e": "under way"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        pytest.param({"reprocess": "none"}, "a", id="what no run was started for"),
+        pytest.param({"reprocess": "failed"}, "abc", id="and what failed or was held"),
+        pytest.param({"reprocess": "all"}, "abcde", id="everything"),
+        pytest.param({"reprocess": "all", "newest_first": True}, "edcba", id="newest first"),
+        pytest.param({"reprocess": "all", "since": NOON + timedelta(hours=1), "until": NOON + timedelta(hours=3)}, "bc", id="a time range"),
+        pytest.param({"reprocess": "all", "prefix": "s3://b/in/c"}, "c", id="a prefix"),
+        pytest.param({"reprocess": "all", "prefix": "s3://b/out"}, "", id="another prefix"),
+    ],
+)
+def test_which_uploads_a_backfill_runs_and_in_which_order(asked, names):
+    landed = [Upload(uri=f"s3://b/in/{name}", etag=name, size=1, at=NOON + timedelta(hours=hour)) for hour, name in enumerate("abcde")]
+    given = {"prefix": "", "since": None, "until": None, "newest_first": False, **asked}
+    found = again(landed, lambda upload: STATES[upload.etag], **given)
+    assert "".join(upload.etag for upload in found) == names

@@ -22,7 +22,12 @@ def write_jobs(folder: Path, queue: str) -> Path:
     nightly = {"schedule": "@daily", "start_date": "2026-10-01", "input": {"uri": "s3://reviews/nightly/dt={{ ds }}/*.jsonl"}}
     careful = {"input": {"uri": "s3://reviews/careful/dt={{ ds }}/*.jsonl"}, "policy": {"approve_above_usd": 0, "budget_usd": 5}}
     heard = {"on_upload": {"uri": "s3://reviews/heard/*.jsonl", "queue": queue}, "input": {"uri": "s3://reviews/heard/*.jsonl"}}
-    for name, changes in {"nightly": nightly, "careful": {**nightly, **careful}, "heard": heard}.items():
+    late = {
+        "input": {"uri": "s3://reviews/late/*.jsonl"},
+        "policy": {"deadline_hours": 0.01, "retry": {"cancelled": 0}, "publish_at_least": 1},
+        "notify": {"on_deadline": ["chat"], "on_held": ["chat"]},
+    }
+    for name, changes in {"late": late, "nightly": nightly, "careful": {**nightly, **careful}, "heard": heard}.items():
         (jobs / f"{name}.yaml").write_text(yaml.safe_dump(job(name, changes)))
     return jobs
 

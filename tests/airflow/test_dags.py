@@ -231,6 +231,15 @@ def test_a_sample_is_published_beside_the_results_and_tells_no_asset(airflow_hom
     assert not (airflow_home / "store" / "results").exists()
 
 
+def test_a_period_is_reported_under_airflow(airflow_home, rehearsal, job):
+    world, jobs = job
+    run_dag(airflow_home, "reviews", {"input": world.write("in.jsonl", reviews(25))}, rehearsal, jobs)
+    assert run_dag(airflow_home, "periodic_report", {"since": "2026-01-01", "until": "2099-01-01"}, rehearsal, jobs)["state"] == "success"
+    [written] = (airflow_home / "store" / "reports" / "periodic_report").glob("*/report.json")
+    report = json.loads(written.read_text())
+    assert [(line["job"], line["rows"], line["paid"]) for line in report["lines"]] == [("reviews", 25, 25)]
+
+
 def test_a_live_server_is_asked_under_airflow_by_the_same_job(airflow_home, rehearsal, tmp_path):
     world = make_world(tmp_path / "world", rehearsal)
     world.job(request={"provider": "live"}, policy={"max_requests_per_shard": 10})

@@ -7,10 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -31,10 +33,29 @@ pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def chat() -> Iterator[tuple[str, list[str]]]:
+    """A Slack webhook: its address, and what it was told."""
+    told: list[str] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"ok")
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hook) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/services/x", told
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory, chat: tuple[str, list[str]]) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("stack")
     jobs = write_jobs(folder / "house", f"{reserve(folder).aws}/000000000000/uploads")
-    started = up(folder, jobs=jobs, say=lambda part: None)
+    hook = json.dumps({"conn_type": "slackwebhook", "password": chat[0]})
+    started = up(folder, jobs=jobs, say=lambda part: None, extra={"AIRFLOW_CONN_CHAT": hook})
     tell_uploads(started)
     yield started
     down(folder)
@@ -209,6 +230,33 @@ def test_F01_events_start_one_run_per_upload_that_is_named_for_it_and_links_to_i
     assert all(extra["rows"] and extra["cost_usd"] and extra["partition"].startswith("input=file-") for extra in published)
     keys = [event["partition_key"] for event in events if event["name"] == "heard_partitions"]
     assert sorted(keys) == sorted(extra["partition"] for extra in published)
+
+
+def test_uploads_are_backfilled_and_what_was_answered_costs_nothing(stack, api):
+    before, labels = requests_billed(stack), {run["dag_run_id"] for run in runs_of(api, "heard", "operator_triggered")}
+    conf = {"job": "heard", "prefix": "s3://reviews/heard/file 1", "reprocess": "all", "newest_first": True}
+    api.call("POST", "/dags/backfill_uploads/dagRuns", {"logical_date": None, "dag_run_id": "again", "conf": conf})
+    until(lambda: api.get("/dags/backfill_uploads/dagRuns/again")["state"] in ("success", "failed"), "the end of the backfill")
+    assert api.get("/dags/backfill_uploads/dagRuns/again")["state"] == "success"
+    assert {run["dag_run_id"] for run in runs_of(api, "heard", "operator_triggered")} == labels, "its run begins anew, and is no other one"
+    [cleared] = [label for label in labels if label.startswith("upload__file-1-")]
+    assert api.get(f"/dags/heard/dagRuns/{cleared}/taskInstances/discover")["try_number"] == 2
+    assert requests_billed(stack) == before
+
+
+def test_a_run_that_is_late_is_told_while_it_is_and_when_it_has_failed(stack, api, chat):
+    put_reviews(stack, "late/a.jsonl", 20, seed=300)
+    pace = {"validating": 0.1, "running": 600.0, "finalizing": 0.1, "cancelling": 0.5}
+    provider(stack, "PUT", "/rehearsal/pace", pace)
+    try:
+        api.call("POST", "/dags/late/dagRuns", {"logical_date": None, "dag_run_id": "slow", "conf": {}})
+        until(lambda: [text for text in chat[1] if text.startswith("late is not done after 0.01 hours: slow")], "the deadline alert")
+        until(lambda: [text for text in chat[1] if text.startswith("late held: ")], "the notice of its end")
+    finally:
+        provider(stack, "PUT", "/rehearsal/pace", {**pace, "running": 1.0})
+    [held] = [text for text in chat[1] if text.startswith("late held: ")]
+    assert "Next: look at the report" in held
+    assert api.get("/dags/late/dagRuns/slow")["state"] in ("running", "failed")
 
 
 def test_a_form_refuses_what_does_not_fit(stack, api):
