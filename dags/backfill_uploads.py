@@ -9,7 +9,7 @@ from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOpe
 from airflow.sdk import Param, dag
 
 from nightshift_airflow.dags import DEFAULTS
-from nightshift_airflow.uploads import choose_uploads, jobs_with_uploads, note_uploads
+from nightshift_airflow.uploads import choose_uploads, jobs_with_uploads
 
 AT_ONCE = 4
 jobs = [job.name for has_queue in (False, True) for job in jobs_with_uploads(has_queue=has_queue)]
@@ -41,7 +41,7 @@ jobs = [job.name for has_queue in (False, True) for job in jobs_with_uploads(has
 )
 def backfill_uploads():
     chosen = choose_uploads()
-    run = TriggerDagRunOperator.partial(
+    TriggerDagRunOperator.partial(
         task_id="run",
         logical_date=None,
         reset_dag_run=True,
@@ -49,9 +49,8 @@ def backfill_uploads():
         deferrable=True,
         poke_interval=20,
         max_active_tis_per_dagrun=AT_ONCE,
-        retries=2,
+        retries=0,
     ).expand_kwargs(chosen)
-    note_uploads(chosen) >> run
 
 
 backfill_uploads()

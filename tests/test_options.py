@@ -12,7 +12,7 @@ import pytest
 from nightshift.drive import begin, drive
 from nightshift.errors import BudgetExceeded, JobInvalid, UpToDate
 from nightshift.job_file import read_prompt, vary
-from nightshift.runs import Options, current_run, dated_partition, interval_dates, last_run, render_dates
+from nightshift.runs import Options, current_run, dated_partition, interval_dates, last_run, render_dates, ticks_once_a_day
 from nightshift.sampling import choose
 from nightshift.shapes import Summary
 from nightshift.steps.discover import discover
@@ -176,7 +176,25 @@ BERLIN = ZoneInfo("Europe/Berlin")
     ],
 )
 def test_an_interval_has_a_partition_of_its_own(start, hours, timezone, partition):
-    assert dated_partition(interval_dates(start, start + timedelta(hours=hours), timezone)) == partition
+    assert dated_partition(interval_dates(start, start + timedelta(hours=hours), timezone), ["0 0 * * *"]) == partition
+
+
+@pytest.mark.parametrize(
+    ("schedules", "alone"),
+    [
+        (["0 2 * * *"], True),
+        (["@weekly"], True),
+        (["30 4 1 * *"], True),
+        (["@hourly"], False),
+        (["0 0,20 * * *"], False),
+        (["*/5 2 * * *"], False),
+        (["0 0 * * 1", "0 20 * * *"], False),
+    ],
+)
+def test_a_day_that_may_have_several_intervals_has_a_partition_for_each(schedules, alone):
+    assert ticks_once_a_day(schedules) is alone
+    day = interval_dates(datetime(2026, 11, 23, tzinfo=UTC), datetime(2026, 11, 24, tzinfo=UTC), "UTC")
+    assert dated_partition(day, schedules) == ("dt=2026-11-23" if alone else "dt=2026-11-23/at=0000Z")
 
 
 def test_templates_know_the_interval_in_the_jobs_time_zone():

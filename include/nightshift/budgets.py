@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 
 from nightshift.errors import BudgetExceeded, ShardHeld
-from nightshift.money.estimate import actual_cost
+from nightshift.money.estimate import actual_cost, estimate_requests, measured_before
 from nightshift.packing import estimate_shards
 from nightshift.runs import Run, Site, run_id
-from nightshift.shapes import Paid, Settled, Wire
-from nightshift.stores.accounts import Account, Full
+from nightshift.shapes import Estimate, Paid, Settled, Shard, Variant, Wire
+from nightshift.stores.accounts import Account, Booked, Full
+from nightshift.stores.ledger import Claim
 
-PAUSE = timedelta(seconds=30)  # before a shard that does not fit beside others in flight is looked at again
 PATIENCE = timedelta(hours=26)  # with what is in flight: where nothing has been settled for so long, it is not waited for
 UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -52,34 +52,87 @@ def budgets_of(site: Site, run: Run) -> list[Budget]:
     return [Budget(name=name, limit=limit, account=account) for name, limit, account in found if limit is not None]
 
 
-def book_shard(site: Site, run: Run, shard: str) -> None:
-    """Book a shard that is about to be sent against every budget of its run, once.
+def book_attempt(site: Site, run: Run, facts: Shard, claim: Claim, number: int) -> None:
+    """Book an attempt of a shard that is about to be sent against every budget of its run, once.
 
     Raises ShardHeld where it fits only if what is in flight turns out cheaper than it may be, and BudgetExceeded where it does not fit.
     """
     budgets = budgets_of(site, run)
-    if not budgets:
-        return
-    estimate = estimate_shards(site.store, run.job, [site.ledger.shard(shard)])
-    if estimate.usd is None:
-        return  # nobody can tell what it costs: a person was asked
+    estimate = _estimate(site, run, facts, claim, number) if budgets else None
+    if estimate is None or estimate.usd is None:
+        return  # nothing bounds it, or nobody can tell what it costs, and a person was asked
+    of, high = _name(facts.key, run.uri, number), _high(estimate)
+    for budget in budgets:  # all of them before the first is booked: what one refuses must not weigh on another
+        _refuse_full(site, facts.key, budget, Account(site.store, budget.account).fits(of, estimate.usd, budget.limit, high), estimate.usd)
     for budget in budgets:
         booking = Booking(account=budget.account, run=run.uri)
-        site.store.create_shape(f"shards/{shard}/booked-{run_id(booking.account, booking.run)}.json", booking)
-        account = Account(site.store, budget.account)
-        full = account.book(_name(shard, run.uri), estimate.usd, budget.limit, estimate.usd_high, now=site.now())
-        if isinstance(full, Full):
-            if full.open and full.since is not None and site.now() - full.since < PATIENCE:
-                raise ShardHeld(shard, f"{budget.name}: until others in flight are paid", PAUSE.total_seconds())
-            raise BudgetExceeded(estimate.usd, budget.limit, budget.name, full.total)
+        site.store.create_shape(f"shards/{facts.key}/booked-{run_id(booking.account, booking.run)}.json", booking)
+        booked = Account(site.store, budget.account).book(of, estimate.usd, budget.limit, high, now=site.now())
+        _refuse_full(site, facts.key, budget, booked, estimate.usd)
 
 
-def settle_shard(site: Site, word: Settled) -> None:
-    """Put what a shard has cost in place of what was booked for it, in every account."""
-    for found in list(site.store.scan(f"shards/{word.shard}")):
-        if "/booked-" in found.key and (booking := site.store.get_shape(found.key, Booking)) is not None:
-            cost = cost_of(paid for paid in word.paid if paid.run == booking.run)
-            Account(site.store, booking.account).settle(_name(word.shard, booking.run), cost, now=site.now())
+def is_crowded(site: Site, run: Run, facts: Shard) -> bool:
+    """Whether a shard that nobody has sent would be held by a budget until others in flight are paid."""
+    budgets = budgets_of(site, run)
+    estimate = estimate_shards(site.store, run.job, [facts]) if budgets else None
+    if estimate is None or estimate.usd is None:
+        return False
+    of = _name(facts.key, run.uri, 1)
+    found = (Account(site.store, budget.account).fits(of, estimate.usd, budget.limit, _high(estimate)) for budget in budgets)
+    return any(isinstance(full, Full) and _may_pass(full, site.now()) for full in found)
+
+
+def left_of(site: Site, run: Run) -> Decimal | None:
+    """What the budgets of a run's month leave; None where none is set."""
+    months = [budget for budget in budgets_of(site, run) if budget.account != run.key("spending")]
+    return min((budget.limit - Account(site.store, budget.account).total for budget in months), default=None)
+
+
+def close_attempt(site: Site, shard: str, number: int) -> None:
+    """An attempt came to nothing: what was booked for it is free again."""
+    for booking in _bookings(site, shard):
+        Account(site.store, booking.account).settle(_name(shard, booking.run, number), Decimal(0), now=site.now())
+
+
+def settle_shard(site: Site, word: Settled, attempts: int) -> None:
+    """Put what a shard has cost in place of what was booked for its attempts, in every account: all of it for the first that was booked."""
+    for booking in _bookings(site, word.shard):
+        account, cost = Account(site.store, booking.account), cost_of(paid for paid in word.paid if paid.run == booking.run)
+        for number in range(1, attempts + 1):
+            if account.settle(_name(word.shard, booking.run, number), cost, now=site.now()) and cost is not None:
+                cost = Decimal(0)
+
+
+def _bookings(site: Site, shard: str) -> list[Booking]:
+    keys = [found.key for found in site.store.scan(f"shards/{shard}") if "/booked-" in found.key]
+    return [booking for key in keys if (booking := site.store.get_shape(key, Booking)) is not None]
+
+
+def _estimate(site: Site, run: Run, facts: Shard, claim: Claim, number: int) -> Estimate:
+    """What an attempt is expected to cost: the shard's own estimate for the first, what it asks for those after it."""
+    if number == 1:
+        return estimate_shards(site.store, run.job, [facts])
+    asked_as = Variant(provider=claim.provider, model=claim.model)
+    size = facts.request_bytes * claim.asked // facts.request_count
+    return estimate_requests(run.job, claim.asked, size, asked_as=asked_as, measured=measured_before(site.store, run.job), once=True)
+
+
+def _high(estimate: Estimate) -> Decimal:
+    """The most that is expected; where nothing was measured, the most that it can be."""
+    highest = estimate.usd_high if estimate.measured_on else estimate.usd_max
+    return max(each for each in (highest, estimate.usd) if each is not None)
+
+
+def _refuse_full(site: Site, shard: str, budget: Budget, found: Booked | Full, usd: Decimal) -> None:
+    if isinstance(found, Full):
+        if _may_pass(found, site.now()):
+            raise ShardHeld(shard, f"{budget.name}: until others in flight are paid", site.poll_seconds)
+        raise BudgetExceeded(usd, budget.limit, budget.name, found.total)
+
+
+def _may_pass(full: Full, now: datetime) -> bool:
+    """Whether what is in flight can still turn out cheaper."""
+    return bool(full.open) and full.since is not None and now - full.since < PATIENCE
 
 
 def cost_of(paid: Iterable[Paid]) -> Decimal | None:
@@ -88,5 +141,5 @@ def cost_of(paid: Iterable[Paid]) -> Decimal | None:
     return None if any(cost is None for cost in costs) else sum((cost for cost in costs if cost is not None), Decimal(0))
 
 
-def _name(shard: str, run: str) -> str:
-    return f"{shard}/{run.rpartition('/')[2]}"
+def _name(shard: str, run: str, number: int) -> str:
+    return f"{shard}/{run.rpartition('/')[2]}/{number}"

@@ -21,6 +21,7 @@ from nightshift.stores.objects import Found, Objects, matches, matching
 
 Reprocess = Literal["none", "failed", "all"]
 RunState = Literal["published", "held", "failed", "under way"]
+NOTE_CHARACTERS = 800  # of the thousand that Airflow keeps
 MANY = "and-{}-more"
 
 
@@ -49,8 +50,14 @@ class Start(Wire):
     @property
     def note(self) -> str:
         """What stands at the run, as Markdown: where its objects are."""
-        shown = [f"[{each.uri}]({console_link(each.uri)})" for each in self.uploads[:10]]
-        more = [f"and {len(self.uploads) - 10} more"] if len(self.uploads) > 10 else []
+        shown: list[str] = []
+        for each in self.uploads:
+            link = f"[{each.uri}]({console_link(each.uri)})"
+            if sum(map(len, shown)) + len(link) > NOTE_CHARACTERS:
+                break
+            shown.append(link)
+        left = len(self.uploads) - len(shown)
+        more = [f"{'and ' if shown else ''}{left} {'more' if shown else 'objects'}"] if left else []
         return "\n\n".join([*shown, *more])
 
 
@@ -111,7 +118,8 @@ def list_uploads(site: Site, job: Job) -> list[Upload]:
 
 def without_run(site: Site, job: Job, uploads: Iterable[Upload]) -> list[Upload]:
     """The uploads that no run was started for."""
-    noted = {PurePosixPath(found.key).stem for found in site.store.scan(f"inbox/{job.name}") if "/heard/" not in found.key}
+    folder = _inbox(job.name)
+    noted = {PurePosixPath(found.key).stem for found in site.store.scan(folder) if found.key.rpartition("/")[0] == folder}
     return [upload for upload in uploads if upload.label not in noted]
 
 
@@ -130,14 +138,30 @@ def hear(site: Site, jobs: Iterable[Job], said: Iterable[Hint | Strange]) -> int
     return noted
 
 
-def starts(job: Job, waiting: Sequence[Upload], *, free: int, now: datetime) -> list[Start]:
+def starts(job: Job, waiting: Sequence[Upload], *, free: int, now: datetime, begun: Sequence[Start] = ()) -> list[Start]:
     """The runs to start now, oldest first, so many at most. Decides from what waits and the time alone.
 
-    Uploads that share a run wait until they are enough, or until the first of them has waited for long enough.
+    Uploads that share a run wait until they are enough, or until the first of them has waited for long enough. `begun`: groups that were
+    to be started before, and may have been: they stay as they were, whatever has landed since.
     """
     together = job.spec.on_upload.together if job.spec.on_upload else None
-    groups = [[upload] for upload in waiting] if together is None else list(_ripe(waiting, together, now))
-    return [Start(job=job.name, label=_label(group), uploads=tuple(group)) for group in groups[: max(0, free)]]
+    taken = {upload.label for start in begun for upload in start.uploads}
+    left = [upload for upload in waiting if upload.label not in taken]
+    groups = [[upload] for upload in left] if together is None else list(_ripe(left, together, now))
+    new = [Start(job=job.name, label=_label(group), uploads=tuple(group)) for group in groups]
+    return [*begun, *new][: max(0, free)]
+
+
+def begun_groups(store: Objects, job: str) -> list[Start]:
+    """Groups of uploads that were to be started and are not noted as started, in key order."""
+    found = (store.get_shape(each.key, Start) for each in store.scan(f"{_inbox(job)}/groups"))
+    return [start for start in found if start is not None]
+
+
+def begin_group(store: Objects, start: Start) -> None:
+    """Fix who shares a run, before it is started: a look after a crash finds the same group under the same name."""
+    if len(start.uploads) > 1:
+        store.create_shape(_group_key(start), start)
 
 
 def _ripe(waiting: Sequence[Upload], together: Together, now: datetime) -> Iterator[list[Upload]]:
@@ -150,8 +174,9 @@ def _ripe(waiting: Sequence[Upload], together: Together, now: datetime) -> Itera
 def note_started(store: Objects, start: Start) -> None:
     """Note that the uploads of a run have it."""
     for upload in start.uploads:
-        store.create_shape(f"inbox/{start.job}/{upload.label}.json", Started(uri=upload.uri, run=start.label))
+        store.create_shape(f"{_inbox(start.job)}/{upload.label}.json", Started(uri=upload.uri, run=start.label))
         store.delete([_heard_key(start.job, upload)])
+    store.delete([_group_key(start)])
 
 
 def again(
@@ -188,7 +213,7 @@ def state_of_run(store: Objects, job: str, upload: Upload) -> RunState | None:
 
 def started_run(store: Objects, job: str, upload: Upload) -> str | None:
     """The label of the run that an upload has started; None where it has started none."""
-    note = store.get_shape(f"inbox/{job}/{upload.label}.json", Started)
+    note = store.get_shape(f"{_inbox(job)}/{upload.label}.json", Started)
     return None if note is None else note.run or upload.label
 
 
@@ -208,7 +233,15 @@ def _label(group: Sequence[Upload]) -> str:
 
 
 def _heard_folder(job: str) -> str:
-    return f"inbox/{job}/heard"
+    return f"{_inbox(job)}/heard"
+
+
+def _inbox(job: str) -> str:
+    return f"inbox/{job}"
+
+
+def _group_key(start: Start) -> str:
+    return f"{_inbox(start.job)}/groups/{start.label}.json"
 
 
 def _heard_key(job: str, upload: Upload) -> str:

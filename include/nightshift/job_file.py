@@ -42,7 +42,8 @@ def load_jobs(folder: Path) -> list[Job]:
     jobs = []
     for path in sorted(folder.glob("*.y*ml")):
         with suppress(JobInvalid):
-            jobs.append(load_job(path))
+            job = load_job(path)
+            jobs += [job] if job.name == path.stem else []
     return jobs
 
 
@@ -148,6 +149,12 @@ def _contradictions(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
         for column in getattr(spec.report, key):
             if column not in readable:
                 yield ("report", key), f"{column!r} is not in the results{_nearest(column, readable)}"
+    for column in ("partition", "day"):
+        if spec.report.figures and column in readable:
+            yield (
+                ("report", "figures"),
+                f"the results have a column {column!r} of their own, which figures know as that of the partition; rename it",
+            )
     for expectation in job.expectations:
         if expectation.column and expectation.column not in readable:
             yield (

@@ -161,16 +161,27 @@ def _figures(site: Site, job: Job, summaries: list[Summary]) -> Iterator[tuple[F
     partitions = {each.partition: each.finished_at for each in summaries if each.published and each.sample is None}
     if not job.spec.report.figures or not partitions:
         return
+    import duckdb
+
     with site.scratch() as folder, open_database(Path(folder)) as database:
         views = [view for number, each in enumerate(partitions.items()) for view in _view(site, job, Path(folder), number, *each)]
         if not views:
             return
-        database.execute(f"CREATE VIEW results AS {' UNION ALL BY NAME '.join(views)}")
+        try:
+            database.execute(f"CREATE VIEW results AS {' UNION ALL BY NAME '.join(views)}")
+        except duckdb.Error as error:  # partitions whose columns do not go together
+            for figure in job.spec.report.figures:
+                yield _undrawn(job.name, figure, error), None
+            return
         database.execute(f"SET allowed_directories = ['{folder}']")  # a figure's SQL sees the results and nothing else
         database.execute("SET enable_external_access = false")
         database.execute("SET lock_configuration = true")
         for figure in job.spec.report.figures:
             yield _draw(database, job.name, figure)
+
+
+def _undrawn(job: str, figure: Figure, error: Exception) -> FigureTable:
+    return FigureTable(job=job, title=figure.title, columns=(), rows=(), total=0, problem=str(error).strip().splitlines()[0])
 
 
 def _view(site: Site, job: Job, folder: Path, number: int, partition: str, published_at: datetime) -> Iterator[str]:
@@ -194,8 +205,7 @@ def _draw(database: duckdb.DuckDBPyConnection, job: str, figure: Figure) -> tupl
         columns = tuple(each[0] for each in found.description or ())
         rows = [tuple(_plain(value) for value in row) for row in found.fetchall()]
     except duckdb.Error as error:
-        problem = str(error).strip().splitlines()[0]
-        return FigureTable(job=job, title=figure.title, columns=(), rows=(), total=0, problem=problem), None
+        return _undrawn(job, figure, error), None
     table = FigureTable(job=job, title=figure.title, columns=columns, rows=tuple(rows[:ROWS_SHOWN]), total=len(rows))
     return table, _csv(dict(zip(columns, row, strict=True)) for row in rows)
 

@@ -8,6 +8,7 @@ from functools import cache
 
 import pyarrow.parquet as pq
 
+from nightshift.budgets import left_of
 from nightshift.money.estimate import actual_cost, estimate_requests, measured_before
 from nightshift.money.prices import price_at
 from nightshift.providers.protocol import Reply
@@ -37,11 +38,11 @@ class Purse:
 
 def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], replies: Iterable[Reply], claim: Claim) -> Purse:
     """What the job's budget leaves for a shard once all its answers so far are paid: its share by requests, less what it cost."""
-    budget = run.job.spec.policy.budget_usd
-    if budget is None:
+    budget, month = run.job.spec.policy.budget_usd, left_of(site, run)
+    if budget is None and month is None:
         return Purse(None, lambda asked_as: None)
     approved = site.store.get_shape(run.key("approved.json"), Plan)
-    share = budget * facts.request_count / max(facts.request_count, approved.submitted if approved else 0)
+    share = None if budget is None else budget * facts.request_count / max(facts.request_count, approved.submitted if approved else 0)
     spent = _cost(claim, sum((_tokens_of(reply, _above(claim)) for reply in replies if reply.paid), Usage()))
     for attempt in distinct(attempts):
         if attempt.is_harvested:
@@ -58,7 +59,8 @@ def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], re
         usd = estimate_requests(run.job, facts.request_count, facts.request_bytes, asked_as=asked_as, measured=measured, once=True).usd
         return None if usd is None else usd / facts.request_count
 
-    return Purse(max(Decimal(0), share - spent), price)
+    left = [each for each in (None if share is None else share - spent, month) if each is not None]
+    return Purse(max(Decimal(0), min(left)), price)
 
 
 def _cost(claim: Claim, usage: Usage) -> Decimal:

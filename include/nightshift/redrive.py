@@ -37,7 +37,9 @@ def find_run(store: Objects, name: str) -> Run:
     raise InputMissing(store.uri_of("runs"), f"no run is called {name}; `nightshift status JOB` lists them")
 
 
-def begin_redrive(site: Site, original: Run, outcomes: Sequence[Outcome], *, label: str, run: str, policy: Policy | None) -> Run:
+def begin_redrive(
+    site: Site, original: Run, outcomes: Sequence[Outcome], *, label: str, run: str, policy: Policy | None, dry_run: bool = False
+) -> Run:
     """Begin to drive a run's failures again, or find it begun. `policy`: in place of that of the first run.
 
     Raises InputMissing where the first run has not come as far as its outcomes.
@@ -60,6 +62,8 @@ def begin_redrive(site: Site, original: Run, outcomes: Sequence[Outcome], *, lab
         partition=original.input.partition,
         objects=original.input.objects,
         job=job,
+        sample=original.input.sample,  # what was published beside the results stays beside them
+        dry_run=dry_run,
         redrive=Redrive(run=original.input.run, outcomes=tuple(outcomes)),
     )
     return Run(site.store, site.store.settle(f"{run_folder(job.name, run)}/input.json", begun))

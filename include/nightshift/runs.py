@@ -215,16 +215,25 @@ def partition_of(job: Job, dates: Mapping[str, Any], objects: Sequence[PinnedObj
             raise JobInvalid([f"output.partition: {named!r} names no partition; write something like dt={{{{ ds }}}}"])
         return partition
     if scheduled:
-        return dated_partition(dates)
+        return dated_partition(dates, job.spec.schedules)
     first = objects[0].uri
     stem = UNSAFE.sub("-", PurePosixPath(urlsplit(first).path).name.partition(".")[0])[:60] or "input"
     return f"input={stem}-{run_id(*(found.uri for found in objects))[:8]}"
 
 
-def dated_partition(dates: Mapping[str, Any]) -> str:
-    """The partition of an interval: its day, and for one that is shorter also its time, in UTC, which no clock change repeats."""
+def dated_partition(dates: Mapping[str, Any], schedules: Sequence[str]) -> str:
+    """The partition of an interval: its day; where a day may have several, also its time, in UTC, which no clock change repeats."""
     start, end = (dates[name].astimezone(UTC) for name in ("data_interval_start", "data_interval_end"))
-    return f"dt={start:%Y-%m-%d}/at={start:%H%M}Z" if end - start < SHORTEST_DAY else f"dt={dates['ds']}"
+    is_alone = end - start >= SHORTEST_DAY and (not schedules or ticks_once_a_day(schedules))
+    return f"dt={dates['ds']}" if is_alone else f"dt={start:%Y-%m-%d}/at={start:%H%M}Z"
+
+
+def ticks_once_a_day(schedules: Sequence[str]) -> bool:
+    """Whether cron expressions can tick no more than once on any day."""
+    if len(schedules) != 1:
+        return False
+    fields = schedules[0].split()
+    return schedules[0] != "@hourly" if len(fields) == 1 else fields[0].isdigit() and fields[1].isdigit()
 
 
 def last_run(store: Objects, job: str, *identity: str) -> str:

@@ -76,11 +76,13 @@ class ApproveRun(ApprovalOperator):
                 grants.settle(number, Answer(usd=None, by=person, at=site.now(), note=note))
             _record(run, planned, "timed_out" if isinstance(error, HITLTimeoutError) else "refused", person, site.now(), note, number)
             raise _needed(run, planned) from error
-        _record(run, planned, "approved", person, site.now(), note, number)
         if number is not None:
             granted = dollars(given["up_to_usd"], "up_to_usd") if given.get("up_to_usd") else planned.estimate.usd or Decimal(0)
             answer = grants.settle(number, Answer(usd=granted, by=person, at=site.now(), note=note))
-            grants.draw(Draw(number, answer), run.uri, planned.estimate.usd or Decimal(0), site.now())
+            if grants.draw(Draw(number, answer), run.uri, planned.estimate.usd or Decimal(0), site.now()) is not None:
+                self.log.info("%s is less than this run alone is estimated at; asking again", usd(granted))
+                return self._with_others(context, site, run, planned, waited_for=number)
+        _record(run, planned, "approved", person, site.now(), note, number)
         return _shards(site, run, planned, is_approved=True)
 
     def _with_others(self, context: Any, site: Site, run: Run, planned: Plan, *, waited_for: int | None) -> list[str]:
@@ -124,7 +126,8 @@ class ApproveRun(ApprovalOperator):
         if form:
             self.body += "\n\n**Your answer counts for all runs of this backfill.**"
         self.params = ParamsDict({**form, "note": Param("", type=["null", "string"], title="Note", description="kept with the answer")})
-        text = f"{self.subject}\n\n{self.body}\n\n{context['ti'].log_url}"
+        asked = question(run, planned, with_sample=False)  # rows are for who is signed in, not for a chat
+        text = f"{self.subject}\n\n{asked}\n\nNext: approve or reject it under Required Actions: {context['ti'].log_url}"
         tell(listeners(spec.notify, "approval"), Notice(event="approval", subject=self.subject, text=text), context)
         return cast("list[str]", super().execute(context))
 

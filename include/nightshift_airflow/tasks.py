@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ def discover(job_file: str, **context: Any) -> str:
     job = load_job(path)
     site = site_for(job.spec, owner_of(context))
     if params.get("redrive"):
-        return _redrive(site, job, params["redrive"], params.get("outcomes") or (), dag_run)
+        return _redrive(site, job, params, dag_run)
     source = read_prompt(site.store, path, params["prompt"]) if params.get("prompt") else None
     if source or params.get("model", job.spec.request.model) != job.spec.request.model:
         job = vary(job, model=params.get("model"), prompt_source=source)
@@ -54,6 +53,7 @@ def discover(job_file: str, **context: Any) -> str:
     given, dates = params.get("input") or uploads, run_dates(context, job.spec.timezone)
     if not given and not dates and "{{" in job.spec.input.uri:
         raise JobInvalid([f"{job.name} reads {job.spec.input.uri}, and this run has no dates: give `input` in the trigger form."])
+    is_scheduled = not given and bool(dates) and dates["data_interval_start"] < dates["data_interval_end"]
     _, name = current_run(site.store, job.name, dag_run.dag_id, dag_run.run_id)
     options = Options(fresh=bool(params.get("fresh")), sample=params.get("sample"), dry_run=bool(params.get("dry_run")))
     try:
@@ -64,9 +64,9 @@ def discover(job_file: str, **context: Any) -> str:
             label=dag_run.run_id,
             run=name,
             dates=dates,
-            scheduled=not given and bool(dates),
+            scheduled=is_scheduled,
             options=options,
-            unless_made=not given and bool(dates),
+            unless_made=is_scheduled,
         )
     except UpToDate as error:
         raise AirflowSkipException(f"Nothing to do: {error}") from error
@@ -79,11 +79,26 @@ def discover(job_file: str, **context: Any) -> str:
     return run.uri
 
 
-def _redrive(site: Site, job: Job, name: str, outcomes: Sequence[str], dag_run: Any) -> str:
+def _redrive(site: Site, job: Job, params: Any, dag_run: Any) -> str:
     """Begin to drive an earlier run's failures again. It is named as in Airflow, or by its name in the store."""
+    others = [name for name in ("input", "prompt", "sample", "fresh") if params.get(name)]
+    if params.get("model", job.spec.request.model) != job.spec.request.model:
+        others.append("model")
+    if others:
+        raise JobInvalid([f"redrive asks what the earlier run asked, of the same rows: leave {', '.join(others)} as they are."])
+    name = params["redrive"]
     original = find_run(site.store, name if RUN_NAME.fullmatch(name) else last_run(site.store, job.name, dag_run.dag_id, name))
     _, run = current_run(site.store, job.name, dag_run.dag_id, dag_run.run_id)
-    return begin_redrive(site, original, redriven(outcomes), label=dag_run.run_id, run=run, policy=job.spec.policy).uri
+    begun = begin_redrive(
+        site,
+        original,
+        redriven(params.get("outcomes") or ()),
+        label=dag_run.run_id,
+        run=run,
+        policy=job.spec.policy,
+        dry_run=bool(params.get("dry_run")),
+    )
+    return begun.uri
 
 
 @task

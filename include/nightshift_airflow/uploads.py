@@ -16,12 +16,14 @@ from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from airflow.triggers.base import BaseEventTrigger, BaseTrigger, StartTriggerArgs, TaskSuccessEvent, TriggerEvent
 from airflow.triggers.shared_stream import AdvanceItem, SharedStreamProducer
 
-from nightshift.errors import NightshiftError
+from nightshift.errors import JobInvalid, NightshiftError
 from nightshift.events import read_message
 from nightshift.inbox import (
     Start,
     Upload,
     again,
+    begin_group,
+    begun_groups,
     hear,
     hear_all,
     heard_uploads,
@@ -44,7 +46,9 @@ LISTEN_SECONDS = 1800  # then the run of the DAG ends and the next begins, so th
 POLL_SECONDS = 20  # of one long poll of a queue, the most that SQS allows
 AFTER_ERROR_SECONDS = 30.0
 RUNS_AT_ONCE = 16  # of one job that uploads have started; the rest waits in the inbox, where nothing is lost
+BACKFILLED_AT_ONCE = 1000  # uploads: Airflow maps no more tasks than that, unless it is told to
 UNFINISHED = ["queued", "running"]
+STARTED = ("success", "skipped")  # skipped: the run was there already
 
 
 class UploadTrigger(BaseTrigger):
@@ -187,7 +191,7 @@ def _hear(queue_url: str, body: str) -> int:
 @task
 def find_uploads() -> list[dict[str, Any]]:
     """What to start now: one DAG run per upload, or per group of uploads, named for them. For jobs whose inboxes are listed."""
-    return [_as_run(start) for start in starts_of(heard=False)[0]]
+    return _to_start(starts_of(heard=False)[0])
 
 
 @task
@@ -197,7 +201,14 @@ def find_heard_uploads(**context: Any) -> list[dict[str, Any]]:
         for job in jobs_with_uploads(has_queue=True):
             with _passed_over(job):
                 hear_all(site_for(job.spec, "uploads"), job)
-    return [_as_run(start) for start in starts_of(heard=True)[0]]
+    return _to_start(starts_of(heard=True)[0])
+
+
+def _to_start(found: Sequence[Start]) -> list[dict[str, Any]]:
+    store = open_store()
+    for start in found:
+        begin_group(store, start)
+    return [_as_run(start) for start in found]
 
 
 def ring_again(assets: Sequence[Any]) -> Any:
@@ -227,8 +238,14 @@ def choose_uploads(**context: Any) -> list[dict[str, Any]]:
         reprocess=params["reprocess"],
         newest_first=bool(params.get("newest_first")),
     )
-    labels = [started_run(site.store, job.name, upload) or upload.label for upload in found]
-    return [_as_run(Start(job=job.name, label=label, uploads=(upload,))) for upload, label in zip(found, labels, strict=True)]
+    if len(found) > BACKFILLED_AT_ONCE:
+        raise JobInvalid([f"{len(found):,} uploads are more than {BACKFILLED_AT_ONCE:,} at once: narrow the prefix or the time range."])
+    groups: dict[str, list[Upload]] = {}
+    for upload in list_uploads(site, job):  # who shares a run is run again with those that it was run with
+        groups.setdefault(started_run(site.store, job.name, upload) or upload.label, []).append(upload)
+    of = {upload.label: label for label, uploads in groups.items() for upload in uploads}
+    labels = dict.fromkeys(of[upload.label] for upload in found)
+    return [_as_run(Start(job=job.name, label=label, uploads=tuple(groups[label]))) for label in labels]
 
 
 def _moment(text: str | None) -> datetime | None:
@@ -239,10 +256,11 @@ def _moment(text: str | None) -> datetime | None:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-@task(trigger_rule="none_failed")
-def note_uploads(started: list[dict[str, Any]]) -> int:
-    """Note what was started, so that the next look passes it over; how many."""
-    store = open_store()
+@task(trigger_rule="all_done")
+def note_uploads(chosen: list[dict[str, Any]], **context: Any) -> int:
+    """Note what was started, so that the next look passes it over; how many. What was not is started by the next look."""
+    store, states = open_store(), mapped_states(context, "start")
+    started = [each for place, each in enumerate(chosen or ()) if states.get(place) in STARTED]
     for each in started:
         uploads = tuple(Upload.model_validate(upload) for upload in each["conf"]["uploads"])
         note_started(store, Start(job=each["trigger_dag_id"], label=each["trigger_run_id"], uploads=uploads))
@@ -265,11 +283,20 @@ def starts_of(heard: bool) -> tuple[list[Start], int]:
             uploads = heard_uploads(site, job) if heard else new_uploads(site, job)
             if uploads:
                 free = RUNS_AT_ONCE - RuntimeTaskInstance.get_dr_count(dag_id=job.name, states=UNFINISHED)
-                for start in starts(job, uploads, free=free, now=site.now()):
+                begun = begun_groups(site.store, job.name)
+                for start in starts(job, uploads, free=free, now=site.now(), begun=begun):
                     kept = still_there(site, job.name, start.uploads)
                     found += [start.model_copy(update={"uploads": tuple(kept)})] if kept else []
                 waiting += len(uploads)
     return found, waiting
+
+
+def mapped_states(context: Any, task_id: str) -> dict[int, str]:
+    """The states of a mapped task's instances in this run, by their places."""
+    ti = context["ti"]
+    found = ti.get_task_states(dag_id=ti.dag_id, run_ids=[ti.run_id]).get(ti.run_id, {})
+    places = ((name.removeprefix(f"{task_id}_"), state) for name, state in found.items() if name.startswith(f"{task_id}_"))
+    return {int(place): str(state) for place, state in places if place.isdigit()}
 
 
 @contextmanager

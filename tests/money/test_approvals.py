@@ -84,8 +84,9 @@ def test_the_question_shows_the_estimate_the_reuse_and_the_first_of_what_is_aske
     assert "**5 requests**" in text
     assert "between $" in text
     assert "| answered earlier, reused | 0 |" in text
-    assert "> The room number 0 was awful." in text
-    assert text.count("\n> ") == 3
+    assert "```\nThe room number 0 was awful.\n\nThe room number 1 was lovely." in text
+    assert "number 3" not in text, "the first three"
+    assert "The room" not in question(run, plan(world.site, run), with_sample=False)
 
 
 @pytest.mark.parametrize(

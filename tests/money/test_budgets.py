@@ -10,7 +10,7 @@ from decimal import Decimal
 
 import pytest
 
-from nightshift.budgets import PATIENCE, book_shard
+from nightshift.budgets import PATIENCE, book_attempt, close_attempt
 from nightshift.drive import begin, drive
 from nightshift.errors import BudgetExceeded, ShardHeld
 from nightshift.shapes import Summary
@@ -18,6 +18,7 @@ from nightshift.steps.approve import approve
 from nightshift.steps.discover import discover
 from nightshift.steps.plan import plan
 from nightshift.stores.accounts import Account, Booked, Full
+from nightshift.stores.ledger import Claim
 from nightshift.stores.objects import open_objects
 from tests.conftest import NOON, Clock, World
 
@@ -167,6 +168,14 @@ def test_a_hard_budget_is_never_passed_by_more_than_one_shard_when_answers_cost_
     assert spent <= estimate * 1.1 + estimate / 10 * 3, "the budget, and one shard with all that it asks again"
 
 
+def book_first(site, run, shard: str) -> None:
+    facts = site.ledger.shard(shard)
+    claim = Claim(
+        token="t", owner="o", claimed_at=NOON, where="w", run=run.uri, provider="openai", model=facts.model, asked=facts.request_count
+    )
+    book_attempt(site, run, facts, claim, 1)
+
+
 def test_a_shard_that_fits_only_if_others_turn_out_cheaper_is_held_and_not_for_ever(world):
     clock = Clock()
     world.site = replace(world.site, now=clock)
@@ -174,9 +183,30 @@ def test_a_shard_that_fits_only_if_others_turn_out_cheaper_is_held_and_not_for_e
     run, shards = shards_of(world, job, world.write("a.jsonl", texts(20)))
     estimate = site_estimate(world, run)
     bounded = replace(world.site, monthly_budget=lambda connection: estimate)
-    book_shard(bounded, run, shards[0])
+    book_first(bounded, run, shards[0])
     with pytest.raises(ShardHeld, match="until others in flight are paid"):
-        book_shard(bounded, run, shards[1])
+        book_first(bounded, run, shards[1])
     clock.at += PATIENCE + timedelta(minutes=1)
     with pytest.raises(BudgetExceeded):
-        book_shard(bounded, run, shards[1])
+        book_first(bounded, run, shards[1])
+
+
+def test_a_budget_that_is_full_leaves_no_booking_in_another_and_an_attempt_that_came_to_nothing_none_at_all(world):
+    job = world.job(policy={"max_requests_per_shard": 10, "monthly_budget_usd": 1})
+    run, shards = shards_of(world, job, world.write("a.jsonl", texts(20)))
+    month = f"spending/{world.site.now():%Y-%m}/job-reviews"
+    full = replace(world.site, monthly_budget=lambda connection: Decimal("0.000001"))
+    with pytest.raises(BudgetExceeded, match="the monthly budget of openai_default"):
+        book_first(full, run, shards[0])
+    assert Account(world.site.store, month).total == 0
+    book_first(world.site, run, shards[0])
+    assert Account(world.site.store, month).total > 0
+    close_attempt(world.site, shards[0], 1)
+    assert Account(world.site.store, month).total == 0
+
+
+def test_two_who_settle_the_same_at_once_settle_it_once(account):
+    book(account, "a", 10)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: account.settle("a", Decimal(6), now=NOON), range(16)))
+    assert account.total == 6

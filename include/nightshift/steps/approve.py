@@ -194,18 +194,18 @@ def _without_known(site: Site, run: Run, folder: Path, database: duckdb.DuckDBPy
     )
 
 
-def question(run: Run, plan: Plan) -> str:
+def question(run: Run, plan: Plan, *, with_sample: bool = True) -> str:
     """What a person needs to know to say yes, as Markdown: the estimate, what is reused, and what a few of the requests say."""
-    estimate, shown = plan.estimate, sample_of(run, plan)
+    estimate, shown = plan.estimate, sample_of(run, plan) if with_sample else []
     saved = "" if plan.saved_usd is None else f"\n| spared by reuse and duplicates | {usd(plan.saved_usd)} |"
     cost = "unknown (no price for this model)" if estimate.usd is None else stated(estimate)
-    texts = "".join(f"\n\n> {text}" for text in shown)
+    fenced = "\n\n".join(text.replace("`", "'") for text in shown)  # what rows say is no Markdown of ours
     return (
         f"`{run.job.name}` wants to send **{plan.submitted:,} requests** to `{run.job.spec.request.model}`.\n\n"
         f"| | |\n|---|---|\n| estimated cost | {cost} |\n| rows | {plan.rows:,} |\n| rejected, never sent | {plan.rejected:,} |\n"
         f"| duplicates | {plan.duplicates:,} |\n| answered earlier, reused | {plan.reused:,} |{saved}\n"
         f"| tokens | {estimate.input_tokens:,} in, {estimate.output_tokens:,} out ({measured_on(estimate)}) |\n\n"
-        f"Prices: {estimate.basis}." + (f"\n\nThe first of what is asked:{texts}" if texts else "")
+        f"Prices: {estimate.basis}." + (f"\n\nThe first of what is asked:\n\n```\n{fenced}\n```" if fenced else "")
     )
 
 

@@ -32,17 +32,18 @@ def pin(site: Site, job: Job, patterns: str | Sequence[str]) -> Pinned:
 
     Folder markers hold no rows, nor do empty objects, unless objects are the rows.
 
-    Raises InputMissing where a pattern matches nothing and InputUnreadable where a format cannot be told or a Parquet footer is broken.
+    Raises InputMissing where nothing matches (of several patterns some may match nothing any more), and InputUnreadable where a format
+    cannot be told or a Parquet footer is broken.
     """
     pinned: dict[str, PinnedObject] = {}
     are_rows = job.spec.input.format == "files"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         bucket, key_pattern = site.open_input(pattern)
         found = [item for item in matching(bucket, key_pattern) if (item.size or are_rows) and not item.key.endswith("/")]
-        if not found:
-            raise InputMissing(pattern)
         for item in sorted(found, key=lambda item: item.key):
             pinned.setdefault(bucket.uri_of(item.key), _pinned(bucket, item, job))
+    if not pinned:
+        raise InputMissing(patterns if isinstance(patterns, str) else ", ".join(patterns))
     return Pinned(objects=tuple(pinned.values()))
 
 

@@ -18,7 +18,7 @@ from nightshift.money.prices import tier_of
 from nightshift.pages import render_report
 from nightshift.partitions import quarantine_folder
 from nightshift.runs import Run, Site
-from nightshift.shapes import OUTCOMES, Assembled, Audit, Cost, Counts, Plan, Published, Summary, Tier, Usage, Wire
+from nightshift.shapes import OUTCOMES, Assembled, Audit, Cost, Counts, Paid, Plan, Published, Summary, Tier, Usage, Wire
 from nightshift.stores.database import open_database
 from nightshift.stores.objects import dump_json
 
@@ -87,7 +87,7 @@ def summarise(
 ) -> Summary:
     """The summary of a run from its facts."""
     job, request = run.job, run.job.spec.request
-    paid = assembled.paid if assembled else ()
+    paid = assembled.paid if assembled else paid_so_far(site, run, plan)
     return Summary(
         job=job.name,
         run=run.input.run,
@@ -115,13 +115,13 @@ def summarise(
         ),
         batches=sum(each.batches for each in paid),
         paid=sum(each.answers for each in paid),
-        usage=assembled.usage if assembled else Usage(),
+        usage=sum((each.usage for each in paid), Usage()),
         alarms=assembled.alarms if assembled else {},
         cost_usd=Cost(
             estimated=_dollars(plan.estimate.usd) if plan else None,
             estimated_low=_dollars(plan.estimate.usd_low) if plan else None,
             estimated_high=_dollars(plan.estimate.usd_high) if plan else None,
-            actual=_dollars(cost_of(paid)) if assembled else None,
+            actual=_dollars(cost_of(paid)) if assembled or paid else None,
             saved=_dollars(plan.saved_usd) if plan else None,
             by_tier={tier: _dollars(cost_of(own)) for tier in TIERS if (own := [each for each in paid if tier_of(each.provider) == tier])},
             basis=plan.estimate.basis if plan else "not planned",
@@ -135,6 +135,12 @@ def summarise(
         quarantine=site.store.uri_of(quarantine_folder(run)) if published else None,
         report=site.store.uri_of(run.key("report.html")),
     )
+
+
+def paid_so_far(site: Site, run: Run, plan: Plan | None) -> tuple[Paid, ...]:
+    """What a run that was not assembled has paid for, as far as its shards are settled: its report is all that tells of it."""
+    words = (site.ledger.settled(shard) for shard in (plan.shards if plan else ()))
+    return tuple(paid for word in words if word for paid in word.paid if paid.run == run.uri)
 
 
 def _state(run: Run, audit: Audit | None, published: Published | None) -> Literal["published", "held", "failed", "planned"]:

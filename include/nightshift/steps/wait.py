@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from nightshift.budgets import is_crowded
 from nightshift.errors import BatchUnknown, NightshiftError, Permanent, Transient
 from nightshift.job import Job
 from nightshift.providers.protocol import Provider, Snapshot
@@ -118,6 +119,16 @@ def pauses(site: Site, run: Run, shard: str, *, seen: Seen = lambda look: None) 
             yield max(0.0, (until - site.now()).total_seconds())
         case Send(attempt=1) if not may_pay(site, run, shard):
             yield OWNER_PAUSE.total_seconds()
+        case Send():
+            yield from _room(site, run, shard)
+
+
+def _room(site: Site, run: Run, shard: str) -> Iterator[float]:
+    """Pauses until a budget has room for a shard beside what is in flight, or for good none."""
+    pause, facts = site.poll_seconds, site.ledger.shard(shard)
+    while is_crowded(site, run, facts):
+        yield pause
+        pause = min(2 * pause, ERROR_PAUSE_MAX_SECONDS)
 
 
 def _backoff(poll_seconds: float, failures: int) -> float:

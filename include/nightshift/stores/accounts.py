@@ -79,25 +79,37 @@ class Account:
         """Enter what something is about to cost, once: a repeated call finds the first."""
         high = usd if usd_high is None else max(usd, usd_high)
         while True:
+            number, last = self._last()  # read first: what is entered after it takes the next number, and is seen then
             if self._entered(of) is not None:
                 return Booked()
-            number, last = self._last()
             if not fits(last, usd, high, limit):
                 return Full(last.total, last.open, last.at) if last else Full(NOTHING, 0, None)
             amount = high if last and last.open else usd
             if self._enter(of, amount, number + 1, last, 1, now):
                 return Booked()
 
-    def settle(self, of: str, usd: Decimal | None, *, now: datetime) -> None:
+    def fits(self, of: str, usd: Decimal, limit: Decimal, usd_high: Decimal) -> Booked | Full:
+        """Whether something would be entered now; enters nothing."""
+        _, last = self._last()
+        if self._entered(of) is not None or fits(last, usd, usd_high, limit):
+            return Booked()
+        return Full(last.total, last.open, last.at) if last else Full(NOTHING, 0, None)
+
+    def settle(self, of: str, usd: Decimal | None, *, now: datetime) -> bool:
         """Put what something has cost in place of what was booked for it, once; None: nobody knows, and what was booked stays.
+
+        Whether it was booked and has this cost now, or had one before.
 
         What was never booked stays out.
         """
         closing = f"{of}/settled"
-        while (booked := self._entered(of)) is not None and self._entered(closing) is None:
+        while True:
             number, last = self._last()
+            booked = self._entered(of)
+            if booked is None or self._entered(closing) is not None:
+                return booked is not None
             if self._enter(closing, NOTHING if usd is None else usd - booked.usd, number + 1, last, -1, now):
-                return
+                return True
 
     def _enter(self, of: str, usd: Decimal, number: int, last: Entry | None, opened: int, now: datetime) -> bool:
         """Write the place, then the entry; False where another one has taken the number."""
