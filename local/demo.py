@@ -108,7 +108,7 @@ def _watch(stack: Stack, api: AirflowApi, key: str) -> str:
 
 def _run_of(api: AirflowApi, key: str) -> dict[str, Any] | None:
     runs = api.get(f"/dags/{JOB}/dagRuns", order_by="-run_after", limit="20")["dag_runs"]
-    return next((each for each in runs if (each["conf"] or {}).get("input", "").endswith(key)), None)
+    return next((each for each in runs if any(upload["uri"].endswith(key) for upload in (each["conf"] or {}).get("uploads", ()))), None)
 
 
 def _failed_log(api: AirflowApi, run_id: str) -> str:

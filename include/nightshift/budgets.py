@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 
+import pyarrow.parquet as pq
+
 from nightshift.errors import BudgetExceeded, ShardHeld
 from nightshift.money.estimate import actual_cost, estimate_requests, measured_before
+from nightshift.money.prices import price_at
 from nightshift.packing import estimate_shards
 from nightshift.runs import Run, Site, run_id
-from nightshift.shapes import Estimate, Paid, Settled, Shard, Variant, Wire
+from nightshift.settle import distinct, usage_of
+from nightshift.shapes import Estimate, Paid, Shard, Variant, Wire
 from nightshift.stores.accounts import Account, Booked, Full
-from nightshift.stores.ledger import Claim
+from nightshift.stores.ledger import Attempt, Claim
+from nightshift.stores.shards import answers_key
 
 PATIENCE = timedelta(hours=26)  # with what is in flight: where nothing has been settled for so long, it is not waited for
 UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -52,15 +57,16 @@ def budgets_of(site: Site, run: Run) -> list[Budget]:
     return [Budget(name=name, limit=limit, account=account) for name, limit, account in found if limit is not None]
 
 
-def book_attempt(site: Site, run: Run, facts: Shard, claim: Claim, number: int) -> None:
-    """Book an attempt of a shard that is about to be sent against every budget of its run, once.
+def book_attempt(site: Site, run: Run, facts: Shard, claim: Claim, attempts: Sequence[Attempt]) -> None:
+    """Book the attempt of a shard that is about to be sent against every budget of its run, once. `attempts`: those before it.
 
     Raises ShardHeld where it fits only if what is in flight turns out cheaper than it may be, and BudgetExceeded where it does not fit.
     """
-    budgets = budgets_of(site, run)
+    budgets, number = budgets_of(site, run), len(attempts) + 1
     estimate = _estimate(site, run, facts, claim, number) if budgets else None
     if estimate is None or estimate.usd is None:
         return  # nothing bounds it, or nobody can tell what it costs, and a person was asked
+    settle_attempts(site, facts.key, attempts)
     of, high = _name(facts.key, run.uri, number), _high(estimate)
     for budget in budgets:  # all of them before the first is booked: what one refuses must not weigh on another
         _refuse_full(site, facts.key, budget, Account(site.store, budget.account).fits(of, estimate.usd, budget.limit, high), estimate.usd)
@@ -88,19 +94,25 @@ def left_of(site: Site, run: Run) -> Decimal | None:
     return min((budget.limit - Account(site.store, budget.account).total for budget in months), default=None)
 
 
-def close_attempt(site: Site, shard: str, number: int) -> None:
-    """An attempt came to nothing: what was booked for it is free again."""
-    for booking in _bookings(site, shard):
-        Account(site.store, booking.account).settle(_name(shard, booking.run, number), Decimal(0), now=site.now())
+def settle_attempts(site: Site, shard: str, attempts: Sequence[Attempt]) -> None:
+    """Put what the attempts of a shard that are over have cost in place of what was booked for them, in every account."""
+    over = [attempt for attempt in attempts if attempt.ended is not None]
+    bookings = _bookings(site, shard) if over else []
+    for attempt in over if bookings else ():
+        cost = _cost(site, shard, attempt) if attempt in distinct(attempts) else Decimal(0)
+        for booking in bookings:
+            Account(site.store, booking.account).settle(_name(shard, booking.run, attempt.number), cost, now=site.now())
 
 
-def settle_shard(site: Site, word: Settled, attempts: int) -> None:
-    """Put what a shard has cost in place of what was booked for its attempts, in every account: all of it for the first that was booked."""
-    for booking in _bookings(site, word.shard):
-        account, cost = Account(site.store, booking.account), cost_of(paid for paid in word.paid if paid.run == booking.run)
-        for number in range(1, attempts + 1):
-            if account.settle(_name(word.shard, booking.run, number), cost, now=site.now()) and cost is not None:
-                cost = Decimal(0)
+def _cost(site: Site, shard: str, attempt: Attempt) -> Decimal | None:
+    """What an attempt that is over has cost; None where nobody can tell: what was booked for it stays."""
+    if attempt.ended is None or attempt.ended.how == "lost":
+        return None
+    if not attempt.is_harvested:
+        return Decimal(0)  # refused or rejected: nothing ran
+    price = price_at(attempt.claim.provider, attempt.claim.model)
+    table = pq.read_table(site.store.open(answers_key(shard, attempt.number)))
+    return actual_cost(attempt.claim.provider, attempt.claim.model, usage_of(table, price.above if price else None))
 
 
 def _bookings(site: Site, shard: str) -> list[Booking]:

@@ -10,7 +10,7 @@ from decimal import Decimal
 
 import pytest
 
-from nightshift.budgets import PATIENCE, book_attempt, close_attempt
+from nightshift.budgets import PATIENCE, book_attempt, settle_attempts
 from nightshift.drive import begin, drive
 from nightshift.errors import BudgetExceeded, ShardHeld
 from nightshift.shapes import Summary
@@ -18,7 +18,7 @@ from nightshift.steps.approve import approve
 from nightshift.steps.discover import discover
 from nightshift.steps.plan import plan
 from nightshift.stores.accounts import Account, Booked, Full
-from nightshift.stores.ledger import Claim
+from nightshift.stores.ledger import Attempt, Claim, Ended
 from nightshift.stores.objects import open_objects
 from tests.conftest import NOON, Clock, World
 
@@ -173,7 +173,7 @@ def book_first(site, run, shard: str) -> None:
     claim = Claim(
         token="t", owner="o", claimed_at=NOON, where="w", run=run.uri, provider="openai", model=facts.model, asked=facts.request_count
     )
-    book_attempt(site, run, facts, claim, 1)
+    book_attempt(site, run, facts, claim, [])
 
 
 def test_a_shard_that_fits_only_if_others_turn_out_cheaper_is_held_and_not_for_ever(world):
@@ -201,7 +201,9 @@ def test_a_budget_that_is_full_leaves_no_booking_in_another_and_an_attempt_that_
     assert Account(world.site.store, month).total == 0
     book_first(world.site, run, shards[0])
     assert Account(world.site.store, month).total > 0
-    close_attempt(world.site, shards[0], 1)
+    refused = Ended(how="refused", status="refused", ended_at=NOON, remaining=10)
+    claim = Claim(token="t", owner="o", claimed_at=NOON, where="w", run=run.uri, provider="openai", model="gpt-5.4-nano", asked=10)
+    settle_attempts(world.site, shards[0], [Attempt(number=1, claim=claim, ended=refused)])
     assert Account(world.site.store, month).total == 0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from nightshift.budgets import close_attempt, settle_shard
+from nightshift.budgets import settle_attempts
 from nightshift.errors import BatchLost, BatchRejected, BatchUnknown, NightshiftError, ProviderUnavailable, ResultsGone
 from nightshift.judge import AS_IT_WAS, Answer, judge_for, write_answers
 from nightshift.money.prices import tier_of
@@ -41,7 +41,7 @@ def collect(site: Site, run: Run, shard: str) -> Settled | None:
     """
     ledger = site.ledger
     if (word := ledger.settled(shard)) is not None:
-        settle_shard(site, word, len(ledger.attempts(shard)))  # who has settled it may have died before this
+        settle_attempts(site, shard, ledger.attempts(shard))  # who has settled it may have died before this
         return word
     attempts = ledger.attempts(shard)
     match next_move(attempts, now=site.now()):
@@ -58,7 +58,7 @@ def collect(site: Site, run: Run, shard: str) -> Settled | None:
 def _settle(site: Site, run: Run, shard: str, attempts: list[Attempt]) -> Settled:
     """The last word on a shard. What its batches have left in our store is removed, which may fail: the word stands."""
     word = settle(site, shard, attempts)
-    settle_shard(site, word, len(attempts))
+    settle_attempts(site, shard, attempts)
     for attempt in attempts:
         with suppress(NightshiftError):
             open_where(site, run, shard, attempt).clean(attempt.claim.token, attempt.receipt.batch_id if attempt.receipt else None)
@@ -162,7 +162,7 @@ def _end_without_answers(site: Site, shard: str, attempt: Attempt, attempts: lis
         reasons=snapshot.reasons[:10],
     )
     site.ledger.record_end(shard, attempt.number, ended)
-    close_attempt(site, shard, attempt.number)
+    settle_attempts(site, shard, site.ledger.attempts(shard))
     if how == "rejected":
         raise BatchRejected(_batch_of(attempt), snapshot.reasons)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import orjson
 
-from nightshift.budgets import book_attempt, close_attempt
+from nightshift.budgets import book_attempt, settle_attempts
 from nightshift.errors import BudgetExceeded, LedgerCorrupt, Permanent, QueueFull, ShardHeld, SubmissionInDoubt, Transient, WrongPlace
 from nightshift.money.estimate import sum_estimates
 from nightshift.packing import asked_from, estimate_shards
@@ -134,7 +134,7 @@ def _find(site: Site, run: Run, shard: str, search: Search) -> Receipt | None:
 def _send(site: Site, run: Run, shard: str, number: int, attempts: list[Attempt]) -> Receipt:
     """Book, upload, claim, create, record. Whatever happens in between is found again by the claim's token."""
     claim = _next_claim(site, run, shard, number, attempts)
-    book_attempt(site, run, site.ledger.shard(shard), claim, number)
+    book_attempt(site, run, site.ledger.shard(shard), claim, attempts)
     provider = _provider(site, run, claim.provider)
     with site.scratch() as folder:
         path = _write_requests(site, shard, claim, Path(folder))
@@ -224,14 +224,14 @@ def refusals_recorded(site: Site, shard: str, attempt: int, count: int, before: 
     except QueueFull as error:
         ended = Ended(how="queue_full", status="refused", ended_at=site.now(), remaining=count, reasons=(str(error)[:500],))
         site.ledger.record_end(shard, attempt, ended)
-        close_attempt(site, shard, attempt)
+        settle_attempts(site, shard, site.ledger.attempts(shard))
         if is_stuck(before, site.now()):
             raise
         raise ShardHeld(shard, "the provider's full queue", QUEUE_PAUSE.total_seconds()) from error
     except (Permanent, Transient) as error:
         ended = Ended(how="refused", status="refused", ended_at=site.now(), remaining=count, reasons=(str(error)[:500],))
         site.ledger.record_end(shard, attempt, ended)
-        close_attempt(site, shard, attempt)
+        settle_attempts(site, shard, site.ledger.attempts(shard))
         raise
 
 

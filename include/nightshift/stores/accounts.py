@@ -95,10 +95,8 @@ class Account:
             return Booked()
         return Full(last.total, last.open, last.at) if last else Full(NOTHING, 0, None)
 
-    def settle(self, of: str, usd: Decimal | None, *, now: datetime) -> bool:
+    def settle(self, of: str, usd: Decimal | None, *, now: datetime) -> None:
         """Put what something has cost in place of what was booked for it, once; None: nobody knows, and what was booked stays.
-
-        Whether it was booked and has this cost now, or had one before.
 
         What was never booked stays out.
         """
@@ -107,9 +105,9 @@ class Account:
             number, last = self._last()
             booked = self._entered(of)
             if booked is None or self._entered(closing) is not None:
-                return booked is not None
+                return
             if self._enter(closing, NOTHING if usd is None else usd - booked.usd, number + 1, last, -1, now):
-                return True
+                return
 
     def _enter(self, of: str, usd: Decimal, number: int, last: Entry | None, opened: int, now: datetime) -> bool:
         """Write the place, then the entry; False where another one has taken the number."""
