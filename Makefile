@@ -15,7 +15,7 @@ demo: $(VENV)/installed $(VENV)/local-installed    ## upload a sample to a local
 	$(BIN)/python -m local.demo
 
 test: $(VENV)/installed $(VENV)/local-installed $(VENV)/llm-batch-installed $(VENV)/lineage-installed browser    ## every test; starts what it needs itself
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed    ## ruff, and mypy --strict on the core
 	$(BIN)/ruff check .

@@ -39,8 +39,9 @@ SCHEMA = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest comes first, so that the others run beside it and nobody waits for it in the end."""
-    items.sort(key=lambda item: "test_stack" not in item.nodeid)
+    """The files that take longest come first, so that the others run beside them and nobody waits for one in the end."""
+    longest = ("test_stack", "test_dags", "test_chaos", "test_conformance", "test_failures")
+    items.sort(key=lambda item: next((place for place, name in enumerate(longest) if name in item.nodeid), len(longest)))
 
 
 class Rehearsal(Served):

@@ -60,20 +60,21 @@ def budgets_of(site: Site, run: Run) -> list[Budget]:
 def book_attempt(site: Site, run: Run, facts: Shard, claim: Claim, attempts: Sequence[Attempt]) -> None:
     """Book the attempt of a shard that is about to be sent against every budget of its run, once. `attempts`: those before it.
 
-    Raises ShardHeld where it fits only if what is in flight turns out cheaper than it may be, and BudgetExceeded where it does not fit.
+    What is asked again was bounded when its answers were harvested (see purse), so it is booked and not refused. For the first attempt it
+    raises ShardHeld where it fits only if what is in flight turns out cheaper than it may be, and BudgetExceeded where it does not fit.
     """
     budgets, number = budgets_of(site, run), len(attempts) + 1
     estimate = _estimate(site, run, facts, claim, number) if budgets else None
     if estimate is None or estimate.usd is None:
         return  # nothing bounds it, or nobody can tell what it costs, and a person was asked
     settle_attempts(site, facts.key, attempts)
-    of, high = _name(facts.key, run.uri, number), _high(estimate)
-    for budget in budgets:  # all of them before the first is booked: what one refuses must not weigh on another
+    of, high, is_asked_again = _name(facts.key, run.uri, number), _high(estimate), any(claim.after)
+    for budget in budgets if not is_asked_again else ():  # all before the first is booked: what one refuses must not weigh on another
         _refuse_full(site, facts.key, budget, Account(site.store, budget.account).fits(of, estimate.usd, budget.limit, high), estimate.usd)
     for budget in budgets:
         booking = Booking(account=budget.account, run=run.uri)
         site.store.create_shape(f"shards/{facts.key}/booked-{run_id(booking.account, booking.run)}.json", booking)
-        booked = Account(site.store, budget.account).book(of, estimate.usd, budget.limit, high, now=site.now())
+        booked = Account(site.store, budget.account).book(of, estimate.usd, None if is_asked_again else budget.limit, high, now=site.now())
         _refuse_full(site, facts.key, budget, booked, estimate.usd)
 
 
