@@ -9,7 +9,7 @@ from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOpe
 from airflow.sdk import Param, dag
 
 from nightshift_airflow.dags import DEFAULTS
-from nightshift_airflow.uploads import choose_uploads, jobs_with_uploads
+from nightshift_airflow.uploads import choose_uploads, jobs_with_uploads, tell_failed_runs
 
 AT_ONCE = 4
 jobs = [job.name for has_queue in (False, True) for job in jobs_with_uploads(has_queue=has_queue)]
@@ -41,7 +41,7 @@ jobs = [job.name for has_queue in (False, True) for job in jobs_with_uploads(has
 )
 def backfill_uploads():
     chosen = choose_uploads()
-    TriggerDagRunOperator.partial(
+    run = TriggerDagRunOperator.partial(
         task_id="run",
         logical_date=None,
         reset_dag_run=True,
@@ -49,8 +49,10 @@ def backfill_uploads():
         deferrable=True,
         poke_interval=20,
         max_active_tis_per_dagrun=AT_ONCE,
-        retries=0,
+        allowed_states=["success", "failed"],  # a repeated task would clear a run that has failed; what failed is told at the end
+        failed_states=[],
     ).expand_kwargs(chosen)
+    run >> tell_failed_runs(chosen)
 
 
 backfill_uploads()

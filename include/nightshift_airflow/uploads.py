@@ -16,7 +16,7 @@ from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from airflow.triggers.base import BaseEventTrigger, BaseTrigger, StartTriggerArgs, TaskSuccessEvent, TriggerEvent
 from airflow.triggers.shared_stream import AdvanceItem, SharedStreamProducer
 
-from nightshift.errors import JobInvalid, NightshiftError
+from nightshift.errors import JobInvalid, NightshiftError, RunFailed
 from nightshift.events import read_message
 from nightshift.inbox import (
     Start,
@@ -246,6 +246,16 @@ def choose_uploads(**context: Any) -> list[dict[str, Any]]:
     of = {upload.label: label for label, uploads in groups.items() for upload in uploads}
     labels = dict.fromkeys(of[upload.label] for upload in found)
     return [_as_run(Start(job=job.name, label=label, uploads=tuple(groups[label]))) for label in labels]
+
+
+@task
+def tell_failed_runs(chosen: list[dict[str, Any]], **context: Any) -> int:
+    """Fail where a run of the backfill has not ended well, and name it; how many have."""
+    ended = {each["trigger_run_id"]: context["ti"].get_dagrun_state(each["trigger_dag_id"], each["trigger_run_id"]) for each in chosen}
+    failed = [name for name, state in ended.items() if state != "success"]
+    if failed:
+        raise RunFailed(f"{len(failed)} of {len(ended)} runs have not ended well: {', '.join(failed[:10])}", None)
+    return len(ended)
 
 
 def _moment(text: str | None) -> datetime | None:
