@@ -27,8 +27,8 @@ from local.stack import AirflowApi, Stack, StackFailed, airflow_env, client_env,
 from nightshift.shapes import Summary
 from tests.airflow.jobs import write_jobs
 
-DAYS = int(os.environ.get("NIGHTSHIFT_TEST_DAYS", "10"))  # of the backfill: thirty take three minutes longer
-FULL_DAYS = range(1, DAYS + 1, 8)  # that there is something to read of
+DAYS = int(os.environ.get("NIGHTSHIFT_TEST_DAYS", "6"))  # of the backfill: thirty take some minutes longer
+FULL_DAYS = range(1, DAYS + 1, 4)  # that there is something to read of
 pytestmark = pytest.mark.timeout(900)
 
 
