@@ -5,11 +5,10 @@ listed for what no event has told of.
 """
 
 import pendulum
-from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
 from airflow.sdk import AssetOrTimeSchedule, CronTriggerTimetable, dag
 
 from nightshift_airflow.dags import DEFAULTS, upload_assets
-from nightshift_airflow.uploads import HeardSensor, find_heard_uploads, note_uploads, ring_again
+from nightshift_airflow.uploads import HeardSensor, find_heard_uploads, ring_again, start_and_note
 
 assets = upload_assets()
 
@@ -27,8 +26,7 @@ if assets:
     def upload_events():
         arrived = HeardSensor(task_id="arrived")
         found = find_heard_uploads()
-        started = TriggerDagRunOperator.partial(task_id="start", logical_date=None, skip_when_already_exists=True).expand_kwargs(found)
         arrived >> found
-        started >> note_uploads(found) >> ring_again(assets)()
+        start_and_note(found) >> ring_again(assets)()
 
     upload_events()

@@ -1,11 +1,10 @@
 """Starts one run per uploaded object, for every job with `on_upload`. A doorbell and a list: nothing depends on an event."""
 
 import pendulum
-from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
 from airflow.sdk import dag
 
 from nightshift_airflow.dags import DEFAULTS
-from nightshift_airflow.uploads import UploadSensor, find_uploads, note_uploads
+from nightshift_airflow.uploads import UploadSensor, find_uploads, start_and_note
 
 
 @dag(
@@ -20,10 +19,8 @@ from nightshift_airflow.uploads import UploadSensor, find_uploads, note_uploads
 def uploads():
     arrived = UploadSensor(task_id="arrived")
     found = find_uploads()
-    # The run id is the object's identity, so a second announcement finds the run that the first one started.
-    started = TriggerDagRunOperator.partial(task_id="start", logical_date=None, skip_when_already_exists=True).expand_kwargs(found)
     arrived >> found
-    started >> note_uploads(found)
+    start_and_note(found)
 
 
 uploads()

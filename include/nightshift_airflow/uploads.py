@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import structlog
+from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
 from airflow.sdk import BaseOperator, task
 from airflow.sdk.exceptions import AirflowSkipException
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
@@ -202,6 +203,17 @@ def find_heard_uploads(**context: Any) -> list[dict[str, Any]]:
             with _passed_over(job):
                 hear_all(site_for(job.spec, "uploads"), job)
     return _to_start(starts_of(heard=True)[0])
+
+
+def start_and_note(found: Any) -> Any:
+    """The tasks that start what was found, one run each, and note what was started.
+
+    The run id is the upload's identity, so a second announcement finds the run that the first one started.
+    """
+    started = TriggerDagRunOperator.partial(task_id="start", logical_date=None, skip_when_already_exists=True).expand_kwargs(found)
+    noted = note_uploads(found)
+    started >> noted
+    return noted
 
 
 def _to_start(found: Sequence[Start]) -> list[dict[str, Any]]:
