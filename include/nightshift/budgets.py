@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from nightshift.errors import BudgetExceeded, ShardHeld
 from nightshift.money.estimate import actual_cost, estimate_requests, measured_before
-from nightshift.money.prices import price_at
+from nightshift.money.prices import long_above
 from nightshift.packing import estimate_shards
 from nightshift.runs import Run, Site, run_id
 from nightshift.settle import distinct, usage_of
@@ -111,9 +111,9 @@ def _cost(site: Site, shard: str, attempt: Attempt) -> Decimal | None:
         return None
     if not attempt.is_harvested:
         return Decimal(0)  # refused or rejected: nothing ran
-    price = price_at(attempt.claim.provider, attempt.claim.model)
+    of = attempt.claim.provider, attempt.claim.model
     table = pq.read_table(site.store.open(answers_key(shard, attempt.number)))
-    return actual_cost(attempt.claim.provider, attempt.claim.model, usage_of(table, price.above if price else None))
+    return actual_cost(*of, usage_of(table, long_above(*of)))
 
 
 def _bookings(site: Site, shard: str) -> list[Booking]:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from nightshift.budgets import left_of
 from nightshift.money.estimate import actual_cost, estimate_requests, measured_before
-from nightshift.money.prices import price_at
+from nightshift.money.prices import long_above
 from nightshift.providers.protocol import Reply
 from nightshift.runs import Run, Site
 from nightshift.settle import distinct, usage_of
@@ -43,11 +43,11 @@ def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], re
         return Purse(None, lambda asked_as: None)
     approved = site.store.get_shape(run.key("approved.json"), Plan)
     share = None if budget is None else budget * facts.request_count / max(facts.request_count, approved.submitted if approved else 0)
-    spent = _cost(claim, sum((_tokens_of(reply, _above(claim)) for reply in replies if reply.paid), Usage()))
+    spent = _cost(claim, sum((_tokens_of(reply, long_above(claim.provider, claim.model)) for reply in replies if reply.paid), Usage()))
     for attempt in distinct(attempts):
         if attempt.is_harvested:
             table = pq.read_table(site.store.open(answers_key(facts.key, attempt.number)))
-            spent += _cost(attempt.claim, usage_of(table, _above(attempt.claim)))
+            spent += _cost(attempt.claim, usage_of(table, long_above(attempt.claim.provider, attempt.claim.model)))
 
     measured = measured_before(site.store, run.job)
     is_dear = facts.least > 1  # what is asked again may be too little for a batch
@@ -66,12 +66,6 @@ def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], re
 def _cost(claim: Claim, usage: Usage) -> Decimal:
     """Dollars as far as they are known: answers without usage are left out here, and flagged in the report."""
     return actual_cost(claim.provider, claim.model, usage.model_copy(update={"unknown": 0})) or Decimal(0)
-
-
-def _above(claim: Claim) -> int | None:
-    """The input tokens above which one request costs more."""
-    price = price_at(claim.provider, claim.model)
-    return price.above if price else None
 
 
 def _tokens_of(reply: Reply, above: int | None) -> Usage:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from nightshift.columns import rows_at_once
 from nightshift.errors import CountsDisagree
-from nightshift.money.prices import price_at, tier_of
+from nightshift.money.prices import long_above, tier_of
 from nightshift.runs import Site
 from nightshift.shapes import Paid, ProviderName, Settled, Shard, Usage
 from nightshift.stores.ledger import Attempt
@@ -83,8 +83,7 @@ def paid_by(attempts: Iterable[Attempt], tables: Mapping[int, pa.Table]) -> tupl
     paid = []
     for (run, provider, model), own in bought.items():
         found = [tables[attempt.number].filter(tables[attempt.number].column("paid")) for attempt in own if attempt.number in tables]
-        price = price_at(provider, model)
-        usage = sum((usage_of(table, price.above if price else None) for table in found), Usage())
+        usage = sum((usage_of(table, long_above(provider, model)) for table in found), Usage())
         answers, batches = sum(table.num_rows for table in found), len(own) if tier_of(provider) == "batch" else 0
         paid.append(Paid(run=run, provider=provider, model=model, batches=batches, answers=answers, usage=usage))
     return tuple(paid)

@@ -111,6 +111,12 @@ def price_at(provider: str, model: str) -> Price | None:
     return price_of(vendor, model, tier) or (price_of("bedrock", model, tier) if provider == "live" else None)
 
 
+def long_above(provider: str, model: str) -> int | None:
+    """The input tokens above which one request costs more; None where it never does, as far as is known."""
+    price = price_at(provider, model)
+    return price.above if price else None
+
+
 def tier_of(provider: str) -> Tier:
     """Whether a provider is asked in batches or on demand."""
     return "batch" if BOUGHT[provider][1] == "batch" else "on_demand"
