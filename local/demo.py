@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from local.sample import write_sample
 from local.stack import ROOT, AirflowApi, Stack, StackFailed, client_env, down, is_up, s3_client, up
-from nightshift.cli import show_summary
 from nightshift.shapes import Summary
+from nightshift.terminal import show_summary
 
 JOB = "review_sentiment"
 PATIENCE_SECONDS = 600

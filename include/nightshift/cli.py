@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import getpass
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, date, datetime, time, timedelta
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,6 @@ from zoneinfo import ZoneInfo
 
 import orjson
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from nightshift import __version__
@@ -23,12 +20,12 @@ from nightshift.errors import InputMissing, JobInvalid, NightshiftError
 from nightshift.job import Job, Policy, job_schema
 from nightshift.job_file import find_job, load_job, load_jobs, read_prompt, redriven, vary
 from nightshift.money.prices import farewells
-from nightshift.pages import MEANING, measured_on, render_job_reference, stated, usd
+from nightshift.pages import render_job_reference, usd
 from nightshift.settings import Settings, read_settings
-from nightshift.shapes import OUTCOMES, Approval, Plan, Settled, Summary
+from nightshift.shapes import Approval, Plan, Summary
+from nightshift.terminal import people, plan_table, show_comparison, show_summary, shown
 
 if TYPE_CHECKING:
-    from nightshift.compare import Comparison
     from nightshift.runs import Run, Site
 
 app = typer.Typer(
@@ -37,7 +34,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-people = Console(stderr=True, highlight=False)
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="a job file, or the name of one in the jobs folder")]
 InputOption = Annotated[str | None, typer.Option("--input", help="object, pattern or folder to read in place of the job's")]
@@ -128,7 +124,7 @@ def plan(
         dry_run=True,
     )
     drafted = draft(site, Run(site.store, asked), keep=False)
-    people.print(_plan_table(drafted))
+    people.print(plan_table(drafted))
 
 
 @app.command()
@@ -238,7 +234,7 @@ def _take(site: Site, begin: Callable[[], Run], *, yes: bool, quiet: bool = Fals
     from nightshift.drive import drive
 
     try:
-        with _shown(quiet=quiet) as watcher:
+        with shown(quiet=quiet) as watcher:
             run = begin()
             return run, drive(site, run, ask=_asker(yes), watcher=watcher)
     except KeyboardInterrupt as error:
@@ -407,52 +403,6 @@ def as_json(summary: Summary) -> dict[str, Any]:
     }
 
 
-def show_summary(summary: Summary, console: Console = people) -> None:
-    """The outcome table, the bill and where the report is."""
-    table = Table(box=None, header_style="dim", show_footer=True)
-    table.add_column("outcome", footer="all")
-    table.add_column("rows", justify="right", footer=f"{sum(summary.outcomes.values()):,}")
-    table.add_column("meaning", footer=f"of {summary.rows:,} rows read", style="dim")
-    for outcome in OUTCOMES:
-        if summary.outcomes[outcome] or outcome == "succeeded":
-            table.add_row(outcome, f"{summary.outcomes[outcome]:,}", MEANING[outcome])
-    console.print(table)
-    counts, cost = summary.requests, summary.cost_usd
-    batches = f" in {summary.batches} {'batch' if summary.batches == 1 else 'batches'}" if summary.batches else ""
-    console.print(
-        f"\nrequests  {counts.submitted:,} submitted{batches}, {counts.reused:,} reused, {counts.adopted:,} adopted, "
-        f"{counts.duplicates:,} duplicates; {summary.paid:,} answers paid for"
-    )
-    if counts.submitted == 0:
-        console.print("          nothing had to be paid for: every request is answered, or in flight, elsewhere")
-    console.print(f"cost      {usd(cost.actual)}, estimated {usd(cost.estimated)}, saved {usd(cost.saved)}")
-    colour = {"published": "green", "held": "yellow"}.get(summary.state, "red")
-    console.print(f"state     [{colour}]{summary.state}[/]")
-    if summary.problem:
-        console.print(f"          {summary.problem}", markup=False, soft_wrap=True)
-    console.print(f"results   {summary.results or 'not published: readers see what they saw before'}", soft_wrap=True)
-    console.print(f"report    {summary.report}", soft_wrap=True)
-
-
-def show_comparison(found: Comparison) -> None:
-    """How much the new differs from the old, and where the page is."""
-    table = Table(box=None, header_style="dim")
-    for column in ("", "old", "new"):
-        table.add_column(column)
-    old, new = found.old, found.new
-    table.add_row("model", old.model, new.model)
-    table.add_row("prompt", old.prompt_version, new.prompt_version)
-    table.add_row("valid answers", f"{old.answered:,} of {old.rows:,}", f"{new.answered:,} of {new.rows:,}")
-    table.add_row("cost", usd(old.cost_usd), usd(new.cost_usd))
-    people.print(table)
-    for field in found.fields:
-        share = f"{field.changed / found.common:.1%}" if found.common else "–"
-        people.print(f"\n{field.name}: {field.changed:,} of {found.common:,} rows changed ({share})")
-        for change in field.changes[:5]:
-            people.print(f"  {change.rows:>6,}  {change.old} → {change.new}", markup=False, highlight=False)
-    people.print(f"\npage      {found.page}", soft_wrap=True)
-
-
 def _store(given: str | None, settings: Settings) -> str:
     store = given or settings.store
     if not store:
@@ -528,31 +478,6 @@ def _asker(yes: bool) -> Callable[[Run, Plan], bool]:
     return ask
 
 
-def _plan_table(drafted: Plan) -> Table:
-    table = Table(box=None, show_header=False)
-    table.add_column(justify="left")
-    table.add_column(justify="right")
-    table.add_column(style="dim")
-    estimate = drafted.estimate
-    rows = [
-        ("rows", f"{drafted.rows:,}", ""),
-        ("rejected", f"{drafted.rejected:,}", "; ".join(f"{why}: {count}" for why, count in list(drafted.reasons.items())[:4])),
-        ("duplicates", f"{drafted.duplicates:,}", "rows that ask what another row asks"),
-        ("requests", f"{drafted.unique:,}", "distinct"),
-        ("  reused", f"{drafted.reused:,}", "answered and paid for earlier"),
-        ("  adopted", f"{drafted.adopted:,}", "in flight in another run"),
-        ("  to submit", f"{drafted.submitted:,}", f"in {len(drafted.shards) - len(drafted.adopted_shards)} shards"),
-        ("input tokens", f"{estimate.input_tokens:,}", measured_on(estimate)),
-        ("output tokens", f"{estimate.output_tokens:,}", f"at most {estimate.output_tokens_max:,}"),
-        ("cost", usd(estimate.usd), f"{stated(estimate).partition(', ')[2]}"),
-        ("", "", estimate.basis),
-        ("saved", usd(drafted.saved_usd), "by duplicates and reuse"),
-    ]
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def _runs(store: str, job: str, last: int) -> list[tuple[str, str, Summary | None]]:
     """(label, state, summary) of the newest runs."""
     from nightshift.runs import RunInput
@@ -573,56 +498,6 @@ def _runs(store: str, job: str, last: int) -> list[tuple[str, str, Summary | Non
         planned = objects.head(f"{folder}/plan.json") is not None
         runs.append((label, summary.state if summary else "under way" if planned else "planning", summary))
     return runs
-
-
-@contextmanager
-def _shown(*, quiet: bool) -> Iterator[Any]:
-    """Progress bars on a terminal, and nothing elsewhere."""
-    from nightshift.drive import Watcher
-    from nightshift.providers.protocol import Snapshot
-
-    if quiet or not people.is_terminal:
-        yield Watcher()
-        return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description:<10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=people) as progress:
-        bars: dict[str, TaskID] = {}
-        shards: dict[str, tuple[int, bool]] = {}
-        totals = {"requests": 0}
-
-        def finish() -> None:
-            for task in progress.tasks:
-                total = task.total or max(task.completed, 1)
-                progress.update(task.id, completed=total, total=total)
-
-        def stage(name: str) -> None:
-            finish()
-            bars[name] = progress.add_task(name, total=None, note="")
-
-        def rows(count: int) -> None:
-            progress.update(bars["plan"], completed=count, note="rows")
-
-        def planned(drafted: Plan) -> None:
-            totals["requests"] = drafted.submitted + drafted.adopted
-
-        def shard(key: str, seen: Snapshot | NightshiftError | Settled) -> None:
-            if isinstance(seen, NightshiftError):
-                people.print(f"looking again: {seen}", style="dim", markup=False, soft_wrap=True)
-                return
-            shards[key] = (seen.requests, True) if isinstance(seen, Settled) else (seen.done, False)
-            done, finished = sum(count for count, _ in shards.values()), sum(1 for _, ended in shards.values() if ended)
-            note = f"requests, {finished} shards settled"
-            progress.update(bars["wait"], completed=min(done, totals["requests"]), total=max(totals["requests"], 1), note=note)
-
-        yield Watcher(stage=stage, rows=rows, planned=planned, shard=shard)
-        finish()
 
 
 if __name__ == "__main__":
