@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import reduce
 
 import httpx2
 import pyarrow.parquet as pq
@@ -19,7 +20,7 @@ from pytest_httpserver import HTTPServer
 
 from nightshift.drive import begin, drive
 from nightshift.errors import AccessDenied, ModelNotFound, ProviderUnavailable, StoreUnavailable
-from nightshift.providers.live import LiveServer, OpenAIApi
+from nightshift.providers.live import MOST_AT_ONCE, LiveServer, OpenAIApi
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.providers.window import Window
 from nightshift.shapes import Summary
@@ -133,15 +134,22 @@ def stopped_in_the_middle(world: World, rows: int, sign: signal.Signals) -> tupl
 
 
 def test_F98_a_killed_process_repeats_no_more_than_what_was_in_flight(world):
-    """kill -9 in the middle; the next process goes on from the answers that are in the store."""
+    """kill -9 in the middle; the next process goes on from the answers that are in the store, and repeats what had a slot and no more."""
     _, code, _ = stopped_in_the_middle(world, 400, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    in_flight = httpx2.get(f"{world.rehearsal.url}/rehearsal/load").json()["most_running"]
-    time.sleep(0.5)
-    assert 40 <= world.rehearsal.bill()["requests"] < 400
+    time.sleep(0.5)  # what was in flight is answered to nobody
+    paid = world.rehearsal.bill()["requests"]
+    assert 40 <= paid < 400
+    kept = sum(len(world.site.store.get(found.key).splitlines()) for found in world.site.store.scan("live"))
+    assert paid - kept <= widest(after=paid).slots
     summary = go(world, world.job(request=LIVE), f"file://{world.folder}/input/a.jsonl", now=lambda: datetime.now(UTC) + 2 * LEASE)
     assert summary.outcomes["succeeded"] == 400
-    assert world.rehearsal.bill()["requests"] <= 400 + in_flight
+    assert world.rehearsal.bill()["requests"] == 400 + paid - kept
+
+
+def widest(*, after: int) -> Window:
+    """The window of a client that so many requests were answered without one being slow."""
+    return reduce(lambda window, _: window.answered(0.2), range(after), Window(most=MOST_AT_ONCE))
 
 
 def test_ctrl_c_ends_a_long_shard_at_once_and_the_same_command_goes_on(world):
