@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nightshift.drive import begin, drive
+from nightshift.encode import Encoder
 from nightshift.errors import (
     AccessDenied,
     ApprovalNeeded,
@@ -26,7 +27,6 @@ from nightshift.errors import (
     RequestTooLarge,
 )
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
-from nightshift.providers.openai_forms import OpenAIForm
 from nightshift.rehearsal.served import free_port
 from nightshift.runs import Site
 from nightshift.shapes import Summary
@@ -489,12 +489,13 @@ def test_results_can_be_read_by_anybody(world):
 
 def test_F32_one_bad_line_does_not_condemn_its_neighbours(world, monkeypatch):
     """A batch that fails validation names its bad lines; those are errored, the rest is asked again without them."""
-    line = OpenAIForm.line
-    monkeypatch.setattr(
-        OpenAIForm,
-        "line",
-        lambda self, key, body: line(self, key, body).replace(b'"POST"', b'"PUT"') if b"number 3 " in body else line(self, key, body),
-    )
+    lines = Encoder.lines
+
+    def one_bad(self, keys, tails):
+        made = lines(self, keys, tails).splitlines(keepends=True)
+        return b"".join(line.replace(b'"POST"', b'"PUT"') if b"number 3 " in line else line for line in made)
+
+    monkeypatch.setattr(Encoder, "lines", one_bad)
     summary = go(world, world.job(policy={"publish_at_least": 0.5}), world.write("in.jsonl", reviews(10)))
     assert (summary.outcomes["succeeded"], summary.outcomes["errored"]) == (9, 1)
     assert world.rehearsal.bill()["requests"] == 9

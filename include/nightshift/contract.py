@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
+from operator import eq
 from typing import Any
 
 from nightshift.job import Requirement
@@ -12,9 +13,13 @@ Check = Callable[[Any], str | None]
 TRUE, FALSE = frozenset({"true", "1", "yes"}), frozenset({"false", "0", "no"})
 
 
-def compile_contract(require: Mapping[str, Requirement]) -> dict[str, Check]:
-    """Per column a function: value → why the row is rejected, or None."""
-    return {column: _check(column, requirement) for column, requirement in require.items()}
+def compile_contract(require: Mapping[str, Requirement]) -> dict[str, Callable[[Sequence[Any]], Sequence[str | None]]]:
+    """Per column a function: values → for each why its row is rejected, or None; nothing at all where none is."""
+    return {column: _checks(_are_good(requirement), _check(column, requirement)) for column, requirement in require.items()}
+
+
+def _checks(are_good: Callable[[Sequence[Any]], bool], check: Check) -> Callable[[Sequence[Any]], Sequence[str | None]]:
+    return lambda values: () if are_good(values) else [check(value) for value in values]
 
 
 def typed(value: Any, requirement: Requirement | None) -> Any:
@@ -34,6 +39,29 @@ def typed(value: Any, requirement: Requirement | None) -> Any:
                 return True if text.lower() in TRUE else False if text.lower() in FALSE else None
     except ValueError:
         return None
+
+
+def _are_good(requirement: Requirement) -> Callable[[Sequence[Any]], bool]:
+    """A quick look at many values, which may say no to good ones but never yes to a bad one."""
+    low, high, minimum, maximum = requirement.min_length, requirement.max_length, requirement.minimum, requirement.maximum
+    plain = {"string": frozenset({str}), "integer": frozenset({int}), "number": frozenset({int, float})}.get(
+        requirement.type, frozenset({bool})
+    )
+    enum = frozenset(requirement.enum) if requirement.enum is not None else None
+
+    def are_good(values: Sequence[Any]) -> bool:
+        if not values or not plain.issuperset(map(type, values)) or (enum is not None and not enum.issuperset(values)):
+            return False
+        if requirement.type == "string":
+            return (low is None or min(map(len, map(str.strip, values))) >= low) and (high is None or max(map(len, values)) <= high)
+        if requirement.type == "boolean":
+            return True
+        least, most = min(values), max(values)
+        if not all(map(eq, values, values)):
+            return False  # a number that is none compares with nothing
+        return least >= -(2**63) and most < 2**63 and (minimum is None or least >= minimum) and (maximum is None or most <= maximum)
+
+    return are_good
 
 
 def _check(column: str, requirement: Requirement) -> Check:

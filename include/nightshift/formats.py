@@ -53,6 +53,19 @@ class Rows:
     count: int
     columns: Mapping[str, Sequence[Any]]  # the wanted columns, `count` values each
     faults: dict[int, Fault] = field(default_factory=dict)  # by position in the batch
+    arrays: Mapping[str, pa.Array] = field(default_factory=dict)  # the same columns, where the object has them as such
+
+    def array(self, name: str) -> pa.Array | None:
+        """A column as the object has it, where that is sound: writers do not always check that text is UTF-8."""
+        import pyarrow as pa
+
+        found = self.arrays.get(name)
+        try:
+            if found is not None:
+                found.validate(full=True)
+        except pa.ArrowInvalid:
+            return None
+        return found
 
 
 def guess_format(key: str) -> tuple[Format | None, Compression | None]:
@@ -135,10 +148,28 @@ def _parquet(file: IO[bytes], uri: str, wanted: Sequence[str], batch_rows: int) 
             raise InputUnreadable(uri, f"column {name!r} stands twice in its schema")
     try:
         for batch in parquet.iter_batches(batch_size=batch_rows, columns=list(wanted), use_threads=False):
-            columns = {name: _to_list(batch.column(name)) for name in wanted}
-            yield Rows(count=batch.num_rows, columns=columns)
+            arrays = {name: batch.column(name) for name in wanted}
+            yield Rows(count=batch.num_rows, columns=_Lists(arrays), arrays=arrays)
     except (pa.ArrowInvalid, OSError) as error:
         raise InputUnreadable(uri, f"a Parquet page is damaged ({str(error).splitlines()[0]})") from error
+
+
+class _Lists(Mapping[str, Sequence[Any]]):
+    """Columns as Python objects, made of those that are looked at."""
+
+    def __init__(self, arrays: Mapping[str, pa.Array]) -> None:
+        self._arrays, self._made = arrays, dict[str, list[Any]]()
+
+    def __getitem__(self, name: str) -> list[Any]:
+        if name not in self._made:
+            self._made[name] = _to_list(self._arrays[name])
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
 
 
 def _to_list(column: Any) -> list[Any]:

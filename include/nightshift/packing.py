@@ -7,11 +7,12 @@ place of its line in a local spool file, and `known` once somebody else has it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -30,18 +31,24 @@ if TYPE_CHECKING:
     import duckdb
 
 ANSWERED, IN_FLIGHT = "answered", "in flight"
+BATCH_REQUESTS = 1 << 14  # chosen requests that are fetched at once
+GATHER_BYTES = 1 << 18  # of the spool that are read at once
+WANTED = pa.schema([("key", pa.binary()), ("start", pa.int64()), ("size", pa.int32()), ("weight", pa.int32())])
 REQUESTS = "(key BLOB, ordinal BIGINT, start BIGINT, size INTEGER, weight INTEGER, known VARCHAR)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """One request to be sent: where its line stands in the spool."""
+class Lines:
+    """The lines of requests that may be sent, in a local spool that holds of each what is its own."""
 
-    key: bytes
-    start: int
-    size: int  # bytes, with the newline
-    weight: int  # the same, with a picture counted as the text that costs as much
-    ordinal: int
+    path: Path
+    made: Callable[[Iterable[bytes], Iterable[bytes]], bytes]  # keys, and what the spool holds of each → lines
+    frame: int = 0  # bytes of a line that are not in the spool
+
+
+def whole_lines(path: Path) -> Lines:
+    """Lines that stand in a file as they are sent."""
+    return Lines(path=path, made=lambda keys, lines: b"".join(lines))
 
 
 def mark_answered(
@@ -82,49 +89,52 @@ def _mark(database: duckdb.DuckDBPyConnection, table: str, word: str) -> int:
     return int(database.fetchall()[0][0])
 
 
-def wanted(database: duckdb.DuckDBPyConnection) -> Iterator[Wanted]:
-    """The requests that nobody else has, in row order."""
-    cursor = database.cursor()
-    cursor.execute("SELECT key, start, size, weight, ordinal FROM requests WHERE known IS NULL ORDER BY ordinal")
-    while rows := cursor.fetchmany(4096):
-        for key, start, size, weight, ordinal in rows:
-            yield Wanted(key=bytes(key), start=start, size=size, weight=weight, ordinal=ordinal)
+def wanted(database: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
+    """The requests that nobody else has, in row order, in batches of WANTED: where each stands in the spool, in bytes."""
+    found = database.cursor().sql("SELECT key, start, size, weight FROM requests WHERE known IS NULL ORDER BY ordinal")
+    for batch in found.to_arrow_reader(BATCH_REQUESTS):
+        yield pa.Table.from_batches([batch])
 
 
-def cut(wanted: Iterable[Wanted], most: int, most_bytes: int) -> Iterator[list[Wanted]]:
-    """Requests in groups that keep both limits, filled in order."""
-    group: list[Wanted] = []
-    size = 0
-    for item in wanted:
-        if group and (len(group) == most or size + item.size > most_bytes):
-            yield group
-            group, size = [], 0
-        group.append(item)
-        size += item.size
-    if group:
-        yield group
+def cut(wanted: Iterable[pa.Table], most: int, most_bytes: int, frame: int = 0) -> Iterator[pa.Table]:
+    """Requests in groups that keep both limits, filled in order. `frame`: what a line has beside its `size`."""
+    left: pa.Table | None = None
+    for batch in wanted:
+        left = batch if left is None else pa.concat_tables([left, batch])
+        while (count := _fitting(left, most, most_bytes, frame)) < left.num_rows:
+            yield left.slice(0, count)
+            left = left.slice(count)
+    if left is not None and left.num_rows:
+        yield left
 
 
-def balance(groups: Iterable[list[Wanted]], least: int) -> Iterator[list[Wanted]]:
+def _fitting(wanted: pa.Table, most: int, most_bytes: int, frame: int) -> int:
+    """How many of the first requests fit into one batch; one does, however large."""
+    ends = np.cumsum(wanted.column("size").to_numpy() + np.int64(frame))
+    return max(1, min(most, int(np.searchsorted(ends, most_bytes, side="right"))))
+
+
+def balance(groups: Iterable[pa.Table], least: int) -> Iterator[pa.Table]:
     """The groups, with a last one that is too small for a batch filled up from the one before, where that can spare so many."""
-    before: list[Wanted] | None = None
+    before: pa.Table | None = None
     for group in groups:
         if before is not None:
-            spare = least - len(group)
-            if 0 < spare <= len(before) - least:
-                before, group = before[:-spare], before[-spare:] + group
+            spare = least - group.num_rows
+            if 0 < spare <= before.num_rows - least:
+                kept = before.num_rows - spare
+                before, group = before.slice(0, kept), pa.concat_tables([before.slice(kept), group])
             yield before
         before = group
     if before is not None:
         yield before
 
 
-def groups(database: duckdb.DuckDBPyConnection, policy: Policy, limits: Limits) -> Iterator[list[Wanted]]:
+def groups(database: duckdb.DuckDBPyConnection, policy: Policy, limits: Limits, lines: Lines) -> Iterator[pa.Table]:
     """The requests that nobody else has, in groups that fit into one batch each. Raises JobInvalid where the job forbids every batch."""
     most = min(limits.requests, policy.max_requests_per_shard or limits.requests)
     if most < limits.least:
         raise JobInvalid([f"policy.max_requests_per_shard: {most} is below {limits.least}, the fewest requests of a batch of this model"])
-    return balance(cut(wanted(database), most, limits.request_bytes), limits.least)
+    return balance(cut(wanted(database), most, limits.request_bytes, lines.frame), limits.least)
 
 
 def asked_from(provider: ProviderName, count: int, least: int) -> ProviderName:
@@ -158,8 +168,8 @@ def freeze(
     site: Site,
     request: RequestSpec,
     fingerprint: str,
-    spool: Path,
-    group: list[Wanted],
+    lines: Lines,
+    group: pa.Table,
     *,
     least: int,
     salt: str = "",
@@ -171,20 +181,20 @@ def freeze(
     `before`: what became of its requests, where it drives them again, and how each is asked now (`again`). A shard that is
     settled is never sent again, so what is still wanted of it (its failures) becomes a shard of another name.
     """
-    keys = [item.key for item in group]
+    keys = group.column("key").to_pylist()
     shard = Shard(
         key=_unsettled_key(site, keys, f"{fingerprint}/{salt}"),
         fingerprint=fingerprint,
         provider=request.provider,
         endpoint=request.endpoint,
         model=request.model,
-        request_count=len(group),
-        request_bytes=sum(item.weight for item in group),
+        request_count=len(keys),
+        request_bytes=pc.sum(group.column("weight")).as_py(),
         least=least,
         seeded=before is not None,
     )
     if keep and site.store.get_shape(f"shards/{shard.key}/shard.json", Shard) is None:
-        keep_shard(site.store, shard, _gather(spool, group), keys, _seed(spool, before, keys))
+        keep_shard(site.store, shard, _gather(lines, group, keys), keys, _seed(lines.path, before, keys))
     return shard
 
 
@@ -203,25 +213,17 @@ def _unsettled_key(site: Site, keys: list[bytes], salt: str) -> str:
     return key
 
 
-def _gather(spool: Path, wanted: list[Wanted]) -> Path:
-    """The lines of one shard in a file of their own; neighbours in the spool are copied in one piece."""
-    path = spool.with_name("shard.jsonl")
-    with spool.open("rb") as source, path.open("wb", buffering=1 << 20) as target:
-        for start, size in _runs(wanted):
-            source.seek(start)
-            while size:
-                piece = source.read(min(size, 4 << 20))
-                target.write(piece)
-                size -= len(piece)
-    return path
-
-
-def _runs(wanted: list[Wanted]) -> Iterator[tuple[int, int]]:
-    """(start, size) of stretches of the spool without gaps."""
-    start, end = wanted[0].start, wanted[0].start
-    for item in wanted:
-        if item.start != end:
-            yield start, end - start
-            start = item.start
-        end = item.start + item.size
-    yield start, end - start
+def _gather(lines: Lines, group: pa.Table, keys: list[bytes]) -> Iterator[bytes]:
+    """The lines of one shard, in pieces. What stands in the spool between two of them is read over."""
+    starts, sizes = group.column("start").to_numpy(), group.column("size").to_numpy()
+    ends = starts + sizes
+    with lines.path.open("rb", buffering=0) as spool:
+        first = 0
+        while first < len(keys):
+            last = max(first + 1, int(np.searchsorted(ends, starts[first] + GATHER_BYTES, side="right")))
+            base = int(starts[first])
+            spool.seek(base)
+            data = spool.read(int(ends[last - 1]) - base)
+            places = zip((starts[first:last] - base).tolist(), (ends[first:last] - base).tolist(), strict=True)
+            yield lines.made(keys[first:last], [data[start:end] for start, end in places])
+            first = last

@@ -13,10 +13,11 @@ from functools import wraps
 from typing import Any
 
 import yaml
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta
+from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 ROLE_LINE = re.compile(r"^(system|user):[ \t]*$", re.MULTILINE)
+ASSIGNING = (nodes.Assign, nodes.AssignBlock, nodes.Block, nodes.Import, nodes.FromImport, nodes.Include, nodes.Macro, nodes.Extends)
 FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
@@ -33,11 +34,21 @@ class NullInPrompt(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Plain:
+    """A template that prints columns between constant texts, and does nothing else: one text more than columns."""
+
+    texts: tuple[str, ...]
+    columns: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """One compiled template and the columns that it reads."""
 
     template: Template
     variables: frozenset[str]
+    plain: Plain | None  # None where the template holds logic
+    assigns: bool  # whether it gives names to values, which outlive a row in a context that is used again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +101,9 @@ def parse_prompt(source: str) -> Prompt:
     parts: dict[str, Part] = {}
     for role, text, line in _split_roles(body, offset):
         try:
-            variables = meta.find_undeclared_variables(env.parse(text)) - set(env.globals)
-            parts[role] = Part(env.from_string(text), frozenset(variables))
+            parsed = env.parse(text)
+            variables = meta.find_undeclared_variables(parsed) - set(env.globals)
+            parts[role] = Part(env.from_string(text), frozenset(variables), _plain(parsed), any(True for _ in parsed.find_all(ASSIGNING)))
             if not variables:
                 parts[role].template.render()
         except TemplateSyntaxError as error:
@@ -102,6 +114,21 @@ def parse_prompt(source: str) -> Prompt:
         raise PromptInvalid(offset + 1, "the prompt reads no column, so every row would ask the same; use {{ column }}")
     version = hashlib.sha256(source.encode()).hexdigest()[:12]
     return Prompt(system=parts.get("system"), user=parts["user"], front_matter=front, version=version)
+
+
+def _plain(template: nodes.Template) -> Plain | None:
+    """The texts around the columns that a template prints, where it does nothing else."""
+    texts, columns = [""], list[str]()
+    for node in template.body:
+        for part in node.nodes if isinstance(node, nodes.Output) else [node]:
+            if isinstance(part, nodes.TemplateData):
+                texts[-1] += part.data
+            elif isinstance(part, nodes.Name) and part.name != "self":  # which is the template itself
+                columns.append(part.name)
+                texts.append("")
+            else:
+                return None
+    return Plain(tuple(texts), tuple(columns))
 
 
 def _split_front_matter(source: str) -> tuple[dict[str, Any], str, int]:

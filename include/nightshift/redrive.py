@@ -15,7 +15,7 @@ import pyarrow as pa
 from nightshift.errors import CountsDisagree, InputMissing
 from nightshift.job import Job, Policy
 from nightshift.join import join, reconcile, settled
-from nightshift.packing import IN_FLIGHT, REQUESTS, estimate_shards, freeze, groups, mark_answered, mark_in_flight
+from nightshift.packing import IN_FLIGHT, REQUESTS, estimate_shards, freeze, groups, mark_answered, mark_in_flight, whole_lines
 from nightshift.runs import Redrive, Run, RunInput, Site, approved_plan, check_models, load_run, run_folder, salt_of
 from nightshift.shapes import Assembled, Outcome, Plan, Variant
 from nightshift.stores.answers import seen
@@ -84,15 +84,15 @@ def draft_redrive(site: Site, run: Run) -> Plan:
         join(site, job, Path(folder), database, before)
         _check_kept(database, before, original)
         _choose(database, redrive.outcomes)
-        spool = _gather_lines(site, Path(folder), database)
+        lines = whole_lines(_gather_lines(site, Path(folder), database))
         files = answers.files()
         mended = mark_answered(database, answers, files, job.spec.stand_ins, MENDED)
         adopted_shards = mark_in_flight(site, database, in_flight)
         shards, limits = [], site.limits(job)
-        for group in groups(database, job.spec.policy, limits):
-            seed = _seed(database, job, [item.key for item in group])
+        for group in groups(database, job.spec.policy, limits, lines):
+            seed = _seed(database, job, group.column("key").to_pylist())
             shards.append(
-                freeze(site, job.spec.request, before.fingerprint, spool, group, least=limits.least, salt=salt_of(run), before=seed)
+                freeze(site, job.spec.request, before.fingerprint, lines, group, least=limits.least, salt=salt_of(run), before=seed)
             )
         counts = dict(database.execute("SELECT coalesce(known, ''), count(*) FROM requests GROUP BY 1").fetchall())
     submitted, adopted = counts.get("", 0), counts.get(IN_FLIGHT, 0)

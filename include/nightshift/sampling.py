@@ -7,6 +7,8 @@ import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import pyarrow as pa
+
 from nightshift.formats import Rows
 
 
@@ -35,6 +37,7 @@ def only(batches: Iterable[Rows], places: frozenset[int], start: int) -> Iterato
                 count=len(kept),
                 columns={name: [values[i] for i in kept] for name, values in rows.columns.items()},
                 faults={at: rows.faults[i] for at, i in enumerate(kept) if i in rows.faults},
+                arrays={name: array.take(pa.array(kept)) for name, array in rows.arrays.items()},
             )
 
 

@@ -6,12 +6,13 @@ from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from nightshift.budgets import Budget
 from nightshift.errors import AccessDenied, ApprovalNeeded, BatchUnknown, BudgetExceeded, ProviderUnavailable
 from nightshift.job import RetrySpec
-from nightshift.packing import Wanted, cut
+from nightshift.packing import WANTED, balance, cut
 from nightshift.providers.protocol import Garbage, Reply, Snapshot
 from nightshift.shapes import Estimate, Plan
 from nightshift.steps.approve import Ask, Pass, Stop, approve, decide
@@ -122,8 +123,10 @@ def test_how_often_a_request_is_asked_again(outcome, times, allowed):
     assert RetrySpec().allows(outcome, times) is allowed
 
 
-def wanted(*sizes: int) -> list[Wanted]:
-    return [Wanted(key=bytes([i]), start=0, size=size, weight=size, ordinal=i) for i, size in enumerate(sizes)]
+def wanted(*sizes: int) -> list[pa.Table]:
+    """Requests of these sizes, in batches of two."""
+    rows = [{"key": bytes([i]), "start": 0, "size": size, "weight": size} for i, size in enumerate(sizes)]
+    return [pa.Table.from_pylist(rows[i : i + 2], WANTED) for i in range(0, len(rows), 2)]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +139,18 @@ def wanted(*sizes: int) -> list[Wanted]:
     ],
 )
 def test_F19_shards_keep_every_limit(sizes, most, most_bytes, groups):
-    assert [len(group) for group in cut(wanted(*sizes), most, most_bytes)] == groups
+    cuts = list(cut(wanted(*sizes), most, most_bytes))
+    assert [group.num_rows for group in cuts] == groups
+    assert [key for group in cuts for key in group.column("key").to_pylist()] == [bytes([i]) for i in range(len(sizes))]
+
+
+def test_F19_a_frame_counts_for_every_line():
+    assert [group.num_rows for group in cut(wanted(30, 30, 30), 10, 100, frame=20)] == [2, 1]
+
+
+def test_a_last_shard_too_small_for_a_batch_is_filled_from_the_one_before():
+    groups = list(balance(cut(wanted(*[1] * 9), 4, 100), least=3))
+    assert [group.num_rows for group in groups] == [4, 2, 3] or [group.num_rows for group in groups] == [4, 4, 1]
 
 
 def test_the_same_requests_are_the_same_shard_in_any_order():

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from nightshift.budgets import Budget, budgets_of
 from nightshift.errors import ApprovalNeeded, BudgetExceeded
-from nightshift.packing import ANSWERED, IN_FLIGHT, REQUESTS, Wanted, estimate_shards, freeze, mark_answered, mark_in_flight
+from nightshift.packing import ANSWERED, IN_FLIGHT, REQUESTS, WANTED, estimate_shards, freeze, mark_answered, mark_in_flight, whole_lines
 from nightshift.pages import measured_on, stated, usd
 from nightshift.providers.forms import form_of
 from nightshift.runs import Run, Site, salt_of
@@ -180,18 +180,20 @@ def _without_known(site: Site, run: Run, folder: Path, database: duckdb.DuckDBPy
     }
     if not known and site.ledger.settled(shard.key) is None:
         return shard
-    group, start = [], 0
-    spool = site.store.download(requests_key(shard.key), folder / "spool.jsonl")
-    with spool.open("rb") as lines:
-        for line in lines:
+    places, start = [], 0
+    lines = whole_lines(site.store.download(requests_key(shard.key), folder / "spool.jsonl"))
+    with lines.path.open("rb") as file:
+        for line in file:
             if (key := key_of_line(line)) not in known:
-                group.append(Wanted(key=key, start=start, size=len(line), weight=shard.request_bytes // shard.request_count, ordinal=start))
+                places.append((key, start, len(line), shard.request_bytes // shard.request_count))
             start += len(line)
-    if not group:
+    if not places:
         return None
-    return freeze(
-        site, run.job.spec.request, shard.fingerprint, spool, group, least=shard.least, salt=salt_of(run), before=seed_of(site.store, shard)
+    group = pa.Table.from_arrays(
+        [pa.array(values, field.type) for values, field in zip(zip(*places, strict=True), WANTED, strict=True)], schema=WANTED
     )
+    before = seed_of(site.store, shard)
+    return freeze(site, run.job.spec.request, shard.fingerprint, lines, group, least=shard.least, salt=salt_of(run), before=before)
 
 
 def question(run: Run, plan: Plan, *, with_sample: bool = True) -> str:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nightshift.arrow import keep_pandas_out
+
 if TYPE_CHECKING:
     import duckdb
 
@@ -14,13 +16,13 @@ MEMORY_LIMIT = "200MB"  # a worker stays under 512 MB with Python and Arrow besi
 
 
 @contextmanager
-def open_database(folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+def open_database(folder: Path, memory: str = MEMORY_LIMIT) -> Iterator[duckdb.DuckDBPyConnection]:
     """A database in a scratch folder. One thread: results keep their order, and so their bytes."""
     import duckdb
 
+    keep_pandas_out()
     connection = duckdb.connect(
-        str(folder / "step.duckdb"),
-        config={"threads": 1, "memory_limit": MEMORY_LIMIT, "temp_directory": str(folder / "spill")},
+        config={"threads": 1, "memory_limit": memory, "temp_directory": str(folder / "spill")},
     )
     try:
         yield connection

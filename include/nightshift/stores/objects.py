@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 Shape = TypeVar("Shape", bound=Wire)
 READ_AHEAD = 4 << 20  # bytes per request of a sequential read: large enough that round trips vanish, small enough to stay flat
+PARTS_AT_ONCE = 2  # of a large upload, 5 MiB each: the next is made while one is under way
 CLIENT = {"timeout": "120s", "connect_timeout": "5s"}
 RETRY = {"max_retries": 5}
 NO_BUCKET = "NoSuchBucket"
@@ -83,7 +84,12 @@ class Objects:
     def put(self, key: str, data: bytes | Path) -> None:
         """Write or replace an object. For content-addressed names and the one manifest that commits a partition."""
         with _translated(self.uri_of(key)):
-            obstore.put(self._store, key, data)
+            obstore.put(self._store, key, data, max_concurrency=PARTS_AT_ONCE)
+
+    def stream(self, key: str, pieces: Iterable[bytes]) -> None:
+        """Write or replace an object from pieces that are made on the way; readers see it when it is whole. Memory: some pieces."""
+        with _translated(self.uri_of(key)):
+            obstore.put(self._store, key, iter(pieces), max_concurrency=PARTS_AT_ONCE)
 
     def get(self, key: str) -> bytes | None:
         """The bytes of a small object, or None when the store says that there is none."""

@@ -31,8 +31,7 @@ class Left:
 def shard_key(keys: Iterable[bytes], salt: str = "") -> str:
     """A shard's name: the hash of its request keys, in any order. A salt tells apart what asks the same once more."""
     digest = hashlib.sha256(salt.encode())
-    for key in sorted(keys):
-        digest.update(key)
+    digest.update(b"".join(sorted(keys)))
     return digest.hexdigest()
 
 
@@ -56,9 +55,9 @@ def live_folder(work: str) -> str:
     return f"live/{work}"
 
 
-def keep_shard(objects: Objects, shard: Shard, lines: Path, keys: Sequence[bytes], seed: Path | None) -> None:
-    """Freeze a shard: its lines, their keys, what became of them before, and last what the shard is."""
-    objects.put(requests_key(shard.key), lines)
+def keep_shard(objects: Objects, shard: Shard, lines: Iterable[bytes], keys: Sequence[bytes], seed: Path | None) -> None:
+    """Freeze a shard: its lines, in pieces, their keys, what became of them before, and last what the shard is."""
+    objects.stream(requests_key(shard.key), lines)
     objects.put(keys_key(shard.key), b"".join(keys))
     if seed is not None:
         objects.put(answers_key(shard.key, 0), seed)

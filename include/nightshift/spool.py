@@ -1,0 +1,268 @@
+"""Rows on their way to a plan: each is encoded once, its request's own bytes go to local disk, its place among the rows to an index.
+
+DuckDB chooses among the requests by key; the lines of those that are sent are put together from the spool afterwards.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from nightshift.contract import typed
+from nightshift.encode import Encoder, Request, Requests
+from nightshift.errors import InputUnreadable, RequestTooLarge
+from nightshift.formats import BATCH_ROWS, PICTURE_ROWS, Fault, Rows, column_types, read_rows
+from nightshift.job import Job
+from nightshift.packing import Lines
+from nightshift.pictures import Pictures
+from nightshift.providers.protocol import Limits
+from nightshift.runs import Site
+from nightshift.sampling import only
+from nightshift.shapes import PinnedObject
+from nightshift.stores.shards import KEY_BYTES
+
+if TYPE_CHECKING:
+    import duckdb
+
+RowsRead = Callable[[int], None]  # is told how many so far
+GROUP_ROWS, GROUP_BYTES = 1 << 14, 4 << 20  # of a row index that are written at once
+DECLARED = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
+SPOOLED = pa.schema(
+    [
+        ("ordinal", pa.int64()),
+        ("id", pa.string()),
+        ("key", pa.binary(KEY_BYTES)),
+        ("start", pa.int64()),
+        ("size", pa.int32()),
+        ("weight", pa.int32()),
+    ]
+)
+
+
+class Spool:
+    """The requests of all rows, in the order of the rows. `load` makes them the view `spool` of a database."""
+
+    def __init__(
+        self,
+        folder: Path,
+        database: duckdb.DuckDBPyConnection,
+        job: Job,
+        encoder: Encoder,
+        limits: Limits,
+        *,
+        pictures: Pictures | None = None,
+        sample: frozenset[int] | None = None,
+        progress: RowsRead = lambda rows: None,
+    ) -> None:
+        self._folder, self._database, self._job, self._encoder, self._limits, self._progress = (
+            folder,
+            database,
+            job,
+            encoder,
+            limits,
+            progress,
+        )
+        self._pictures, self._sample = pictures, sample  # `sample`: the places of the rows that are asked about; None: of all
+        self._read = 0  # rows, those that are not in the sample with them
+        self.path = folder / "spool"
+        self._file = self.path.open("wb", buffering=0)
+        self._end = 0
+        self.rows = 0
+        self.slices: list[Path] = []
+        self._schema: pa.Schema | None = None
+        self.reasons: Counter[str] = Counter()
+
+    def read(self, site: Site, pinned: PinnedObject, name: str) -> None:
+        """Encode the rows of one pinned object; its row index becomes one slice."""
+        bucket, key = site.open_input(pinned.uri)
+        with bucket.open(key, etag=pinned.etag, version=pinned.version) as file:
+            schema = slice_schema(self._job, column_types(file, pinned.uri) if pinned.format == "parquet" else {})
+            if self._schema is not None and not self._schema.equals(schema):
+                raise InputUnreadable(pinned.uri, "its kept columns have other types than in the objects before it")
+            self._schema = schema
+            file.seek(0)
+            batch_rows = PICTURE_ROWS if self._pictures else BATCH_ROWS
+            self.take(read_rows(file, pinned.uri, pinned.format, pinned.compression, self._job.columns, batch_rows), name, schema)
+
+    def take(self, batches: Iterable[Rows], name: str, schema: pa.Schema) -> None:
+        """Encode rows; their row index becomes one slice."""
+        path, places = self._folder / f"{name}.parquet", self._folder / f"spooled-{name}.parquet"
+        plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+        with pq.ParquetWriter(path, schema, compression="zstd") as index, pq.ParquetWriter(places, SPOOLED, **plain) as spooled:
+            for group in _grouped(self._encoded(batches, schema)):
+                index.write_table(pa.Table.from_batches([each.index for each in group], schema=schema))
+                spooled.write_table(pa.Table.from_batches([each.places for each in group], schema=SPOOLED))
+        self.slices.append(path)
+
+    def _encoded(self, batches: Iterable[Rows], schema: pa.Schema) -> Iterator[_Part]:
+        for rows in self._sampled(batches):
+            yield self._encode(rows, schema)
+            self._progress(self.rows)
+
+    def _sampled(self, batches: Iterable[Rows]) -> Iterator[Rows]:
+        for rows in batches:
+            yield from [rows] if self._sample is None else only([rows], self._sample, self._read)
+            self._read += rows.count
+
+    def _encode(self, rows: Rows, schema: pa.Schema) -> _Part:
+        """Encode a batch of rows, write their requests to the spool, and say where they stand."""
+        ids = _ids(rows, self._job.spec.input.id)
+        requests, renditions = self._requests(rows, _unasked(rows, ids))
+        sizes = np.fromiter(map(len, requests.tails), np.int64, len(requests.tails))
+        asked = np.array([reason is None for reason in requests.reasons], bool)
+        ordinals = np.arange(self.rows, self.rows + rows.count)
+        self._check_sizes(sizes + self._encoder.line_bytes, ordinals[asked])
+        self._file.write(b"".join(requests.tails))
+        keys = pa.py_buffer(b"".join(requests.keys))
+        own = pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(requests.keys), [None, keys])
+        starts = self._end + np.cumsum(sizes) - sizes
+        places = [ordinals[asked], ids.filter(pa.array(asked)), own, starts, sizes.astype(np.int32), requests.weights]
+        reasons, raws = requests.reasons, [rows.faults[i].raw if i in rows.faults else None for i in range(rows.count)]
+        spread = own if asked.all() else own.take(pa.array(np.cumsum(asked) - 1, mask=~asked))
+        kept = [_kept(self._job, name, rows, renditions.get(name), schema.field(f"keep_{name}").type) for name in self._job.kept]
+        self.reasons.update(reason for reason in reasons if reason is not None)
+        self._end += int(sizes.sum())
+        self.rows += rows.count
+        index = [ordinals, ids, spread, reasons, raws, *kept]
+        return _Part(_batch(index, schema), _batch(places, SPOOLED))
+
+    def _requests(self, rows: Rows, reasons: Sequence[str | None]) -> tuple[Requests, Mapping[str, list[str | None]]]:
+        """What is asked about each row; and where the renditions of its picture are."""
+        if self._pictures is None:
+            return self._encoder.encode(rows.columns, reasons), {}
+        renditions: dict[str, list[str | None]] = {each.name: [] for each in self._job.spec.output.renditions}
+        names, found, refused = list(rows.columns), list[Request](), list[str | None]()
+        given = (
+            Fault(reason, "") if reason else dict(zip(names, values, strict=True))
+            for reason, values in zip(reasons, zip(*rows.columns.values(), strict=True), strict=True)
+        )
+        for row, shown in self._pictures.of(given):
+            if isinstance(row, Fault) or isinstance(shown, str):
+                request: Request | str = row.reason if isinstance(row, Fault) else str(shown)
+            else:
+                request = self._encoder.show(row, shown.pictures)
+            refused.append(request if isinstance(request, str) else None)
+            found += [] if isinstance(request, str) else [request]
+            for name, uris in renditions.items():
+                uris.append(None if isinstance(shown, str) else shown.renditions.get(name))
+        requests = Requests(refused, [each.key for each in found], [each.tail for each in found], [each.weight for each in found])
+        return requests, renditions
+
+    def _check_sizes(self, sizes: np.typing.NDArray[np.int64], ordinals: np.typing.NDArray[np.int64]) -> None:
+        """Raise RequestTooLarge for the first row whose line no batch could hold."""
+        most = self._limits.request_bytes
+        if (sizes > most).any():
+            worst = int(np.argmax(sizes > most))
+            raise RequestTooLarge(int(ordinals[worst]), int(sizes[worst]), most)
+
+    def load(self) -> None:
+        """Show the places of all requests to the database."""
+        pa.default_memory_pool().release_unused()  # what reading needed is DuckDB's now
+        self._database.execute(f"CREATE VIEW spool AS SELECT * FROM read_parquet('{self._folder}/spooled-*.parquet')")
+
+    @property
+    def lines(self) -> Lines:
+        """The lines of its requests."""
+        return Lines(path=self.path, made=self._encoder.lines, frame=self._encoder.line_bytes)
+
+    def mark_doubled(self) -> None:
+        """Write the late discovery that an id stands twice into the row indexes."""
+        for path in self.slices:
+            marked = path.with_suffix(".marked")
+            self._database.execute(
+                f"""COPY (SELECT s.* REPLACE (CASE WHEN d.ordinal IS NULL THEN s.request_key END AS request_key,
+                                              CASE WHEN d.ordinal IS NULL THEN s.reason ELSE 'the id stands twice' END AS reason)
+                          FROM read_parquet('{path}') s LEFT JOIN doubled d USING (ordinal) ORDER BY s.ordinal)
+                    TO '{marked}' (FORMAT parquet, COMPRESSION zstd)"""
+            )
+            marked.replace(path)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A batch of rows: its part of the row index, and where its requests stand in the spool."""
+
+    index: pa.RecordBatch
+    places: pa.RecordBatch
+
+
+def _grouped(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
+    """Batches in groups that are worth a write each."""
+    group, rows, size = list[_Part](), 0, 0
+    for part in parts:
+        group.append(part)
+        rows, size = rows + part.index.num_rows, size + part.index.nbytes
+        if rows >= GROUP_ROWS or size >= GROUP_BYTES:
+            yield group
+            group, rows, size = [], 0, 0
+    if group:
+        yield group
+
+
+def _batch(columns: Iterable[Any], schema: pa.Schema) -> pa.RecordBatch:
+    arrays = [
+        values if isinstance(values, pa.Array) else pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def slice_schema(job: Job, known: Mapping[str, pa.DataType]) -> pa.Schema:
+    """Columns of a row index: the row's place, its id, its request or why it has none, and the columns carried along."""
+    declared = {name: DECLARED[requirement.type] for name, requirement in job.spec.input.require.items()}
+    kept = [(f"keep_{name}", known.get(name) or declared.get(name) or pa.string()) for name in job.kept]
+    fixed = [
+        ("ordinal", pa.int64()), ("id", pa.string()), ("request_key", pa.binary(KEY_BYTES)), ("reason", pa.string()), ("raw", pa.string()),
+    ]  # fmt: skip
+    return pa.schema([*fixed, *kept])
+
+
+def _ids(rows: Rows, name: str) -> pa.Array:
+    """The rows' ids as text; null where there is none."""
+    array = rows.array(name)
+    if array is not None and (pa.types.is_string(array.type) or pa.types.is_integer(array.type)):
+        text = array.cast(pa.string())
+        return pc.if_else(pc.equal(text, ""), None, text)
+    return pa.array([None if value is None or value == "" else str(value) for value in rows.columns[name]], pa.string())
+
+
+def _unasked(rows: Rows, ids: pa.Array) -> list[str | None]:
+    """Why nothing is asked about a row, whatever its job wants to know: it cannot be read, or has no id."""
+    reasons: list[str | None] = [None] * rows.count
+    if ids.null_count:
+        reasons = ["the id is missing" if is_null else None for is_null in ids.is_null().to_pylist()]
+    for i, fault in rows.faults.items():
+        reasons[i] = fault.reason
+    return reasons
+
+
+def _kept(job: Job, name: str, rows: Rows, made: Sequence[Any] | None, kind: pa.DataType) -> pa.Array:
+    """A column carried along, in its type; a value that does not fit it is null (its row is rejected by the contract)."""
+    array = rows.array(name)
+    if made is None and array is not None and array.type.equals(kind):
+        return array
+    requirement = job.spec.input.require.get(name)
+    values = rows.columns[name] if made is None else made
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    plain = list(values) if text else [typed(value, requirement) for value in values]
+    try:
+        return pa.array(plain, kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return pa.array([_fits(value, kind) for value in plain], kind)
+
+
+def _fits(value: Any, kind: pa.DataType) -> Any:
+    try:
+        return pa.scalar(value, kind).as_py()
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        if not pa.types.is_string(kind) and not pa.types.is_large_string(kind):
+            return None
+        return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
