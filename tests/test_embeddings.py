@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from msgspec import structs
 
 from nightshift.drive import begin, drive
 from nightshift.job import Job
+from nightshift.matching import unfold
 from nightshift.providers.openai_forms import OpenAIForm
 from nightshift.providers.protocol import Reply
 from nightshift.rehearsal import model, openai_desk
 from nightshift.rehearsal.engine import error_body
 from nightshift.shapes import Summary, Variant
-from nightshift.steps.collect import unfold
 from nightshift.stores.shards import Left, shared_lines
 from nightshift.vectors import with_vectors
 from tests.conftest import World, make_world, reviews
@@ -122,13 +121,13 @@ def test_lines_are_shared_in_order_and_who_is_to_be_alone_is():
     alone = Left(variant=Variant(alone=True), text=None, reason=None)
     asked = {b"a": None, b"b": None, b"c": alone, b"d": None, b"e": None, b"f": None}
     assert list(shared_lines(asked, 2)) == [[b"a", b"b"], [b"c"], [b"d", b"e"], [b"f"]]
-    assert list(shared_lines(asked, 1)) == [[key] for key in asked]
+    assert [list(group) for group in shared_lines(asked, 1)] == [[key] for key in asked]
 
 
 def test_tokens_of_a_line_are_divided_and_none_is_lost():
     keys = [bytes([number]) * 32 for number in range(3)]
     line = Reply(custom_id=keys[0].hex(), outcome="succeeded", input_tokens=11, output_tokens=0, vectors=(b"1", b"2"))
-    replies = list(unfold([line, replace(line, custom_id="ff" * 32)], [keys]))
+    replies = list(unfold([line, structs.replace(line, custom_id="ff" * 32)], [keys]))
     assert [reply.custom_id for reply in replies] == [*(key.hex() for key in keys), "ff" * 32]
     assert sum(reply.input_tokens for reply in replies[:3]) == 11
     assert [reply.vectors for reply in replies[:3]] == [(b"1",), (b"2",), ()]

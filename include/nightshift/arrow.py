@@ -1,8 +1,11 @@
-"""What pyarrow does on the way, and need not."""
+"""What Python and pyarrow do on the way, and need not."""
 
 from __future__ import annotations
 
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pyarrow as pa
 
@@ -15,6 +18,18 @@ class _Refusing:
         """See importlib.abc.MetaPathFinder."""
         if name == "pandas":
             raise ModuleNotFoundError("not now", name=name)
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Let the garbage collector rest while many objects come and none of them is part of a cycle: it would look at all, again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def keep_pandas_out() -> None:

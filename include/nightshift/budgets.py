@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 
-import pyarrow.parquet as pq
-
 from nightshift.errors import BudgetExceeded, ShardHeld
 from nightshift.money.estimate import actual_cost, estimate_requests, measured_before
 from nightshift.money.prices import long_above
 from nightshift.packing import estimate_shards
 from nightshift.runs import Run, Site, run_id
-from nightshift.settle import distinct, usage_of
+from nightshift.settle import TOKENS, distinct, usage_of
 from nightshift.shapes import Estimate, Paid, Shard, Variant, Wire
 from nightshift.stores.accounts import Account, Booked, Full
 from nightshift.stores.ledger import Attempt, Claim
-from nightshift.stores.shards import answers_key
+from nightshift.stores.shards import read_answers
 
 PATIENCE = timedelta(hours=26)  # with what is in flight: where nothing has been settled for so long, it is not waited for
 UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -112,7 +110,7 @@ def _cost(site: Site, shard: str, attempt: Attempt) -> Decimal | None:
     if not attempt.is_harvested:
         return Decimal(0)  # refused or rejected: nothing ran
     of = attempt.claim.provider, attempt.claim.model
-    table = pq.read_table(site.store.open(answers_key(shard, attempt.number)))
+    table = read_answers(site.store, shard, attempt.number, ["paid", *TOKENS])
     return actual_cost(*of, usage_of(table, long_above(*of)))
 
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from nightshift.job import Job
 
+GROUP_ROWS = 1 << 20  # in a row group of answers in words: all of a shard
 VECTOR_BATCH_BYTES = 4 << 20
 SCALARS: dict[str, pa.DataType] = {
     "string": pa.string(),

@@ -35,7 +35,7 @@ class Request:
 
     key: bytes
     tail: bytes  # of its body, whose head all requests of a job share
-    weight: int  # bytes of the body, with a picture counted as the text that costs as much
+    weight: int  # bytes of its line, with a picture counted as the text that costs as much
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Requests:
     reasons: Sequence[str | None]  # one a row: why nothing is asked about it
     keys: Sequence[bytes]  # of the rows without a reason, in order, 32 bytes each
     tails: Sequence[bytes]  # of their bodies
-    weights: Sequence[int]
+    weights: Sequence[int]  # bytes of their lines, with a picture counted as the text that costs as much
 
 
 class Encoder:
@@ -74,7 +74,6 @@ class Encoder:
         self._checks = compile_contract(job.spec.input.require)
         opening, middle, closing = _around(self.form)
         self._frame = (opening, middle + template.head, closing)
-        self._head_bytes = len(template.head)
         self.line_bytes = sum(map(len, self._frame)) + 2 * KEY_BYTES + 1  # of a request's line beside its tail, with the newline
         who = orjson.dumps([request.provider, request.endpoint, request.model])
         if request.images is not None:
@@ -102,7 +101,7 @@ class Encoder:
                     refused[i] = made
                 else:
                     tails.append(self._template.pattern % made)
-        return Requests(refused, self._keys(tails), tails, [self._head_bytes + len(tail) for tail in tails])
+        return Requests(refused, self._keys(tails), tails, [self.line_bytes + len(tail) for tail in tails])
 
     def show(self, row: Mapping[str, Any], pictures: Sequence[Picture]) -> Request | str:
         """The request of a row that shows pictures, or why it is rejected.
@@ -119,7 +118,7 @@ class Encoder:
             self._template.pattern % (*made[: self._template.slot], here, *made[self._template.slot :]) for here in (digests, shown)
         )
         read = sum(picture.tokens for picture in pictures)
-        return Request(self._keys([told])[0], tail, self._head_bytes + len(told) + int(read * BYTES_PER_TOKEN))
+        return Request(self._keys([told])[0], tail, self.line_bytes + len(told) + int(read * BYTES_PER_TOKEN))
 
     def lines(self, keys: Iterable[bytes], tails: Iterable[bytes]) -> bytes:
         """Requests as lines of an input file."""

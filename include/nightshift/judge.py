@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
+from msgspec.structs import replace
 
-from nightshift.columns import answers_schema, fit, needs_fitting, rows_at_once
+from nightshift.columns import GROUP_ROWS, answers_schema, fit, needs_fitting, rows_at_once
 from nightshift.job import Job
 from nightshift.providers.protocol import Reply
-from nightshift.shapes import Variant
+from nightshift.settle import TOKENS, usage_of
+from nightshift.shapes import Usage, Variant
 
-WRITE_ROWS = 8192  # of answers in words
+WRITE_ROWS = 2048  # of answers in words
+UNFIT = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError)
 AS_IT_WAS = Variant()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """One request's line of an answers file: classified, validated, parsed."""
+class Answer(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One request's line of an answers file: classified, validated, parsed. With an output, the text that it was is dropped."""
 
     reply: Reply
     output: dict[str, Any] | None = None
@@ -38,30 +40,27 @@ def judge_for(job: Job) -> Callable[[Reply], Answer]:
     if job.dimensions is not None:
         return partial(_judge_vector, job.dimensions)
     if schema is None:
-        return lambda reply: Answer(
-            reply=replace(reply, text=None) if reply.outcome == "succeeded" else reply,
-            output={"answer": reply.text} if reply.outcome == "succeeded" else None,
-        )
+        return lambda reply: Answer(reply=reply, output={"answer": reply.text} if reply.outcome == "succeeded" else None)
     import jsonschema_rs
 
     validator = jsonschema_rs.validator_for(schema)
-    fitted = needs_fitting(schema)
+    is_valid, loads, fitted = validator.is_valid, orjson.loads, needs_fitting(schema)
 
     def judge(reply: Reply) -> Answer:
         if reply.outcome != "succeeded":
             return Answer(reply=reply)
         try:
-            value = orjson.loads(reply.text or "")
+            value = loads(reply.text or "")
         except orjson.JSONDecodeError as error:
             return Answer(reply=replace(reply, outcome="invalid", reason=f"not valid JSON: {error.msg}"))
-        if not validator.is_valid(value):
+        if not is_valid(value):
             why = next(iter(validator.iter_errors(value))).message[:300]
             return Answer(reply=replace(reply, outcome="invalid", reason=f"breaks the schema: {why}"))
         try:
             output = fit(value, schema) if fitted else value
         except (TypeError, RecursionError) as error:
             return Answer(reply=replace(reply, outcome="invalid", reason=f"fits no column: {error}"))
-        return Answer(reply=replace(reply, text=None), output=output)
+        return Answer(reply=reply, output=output)
 
     return judge
 
@@ -78,51 +77,117 @@ def _judge_vector(dimensions: int, reply: Reply) -> Answer:
     return Answer(reply=reply, output={"embedding": vector})
 
 
-def write_answers(path: Path, job: Job, answers: Iterable[tuple[bytes, Answer]], origin: Mapping[str, Any]) -> None:
-    """Write an answers file, one line per request; `origin`: the columns that are the same in every line."""
-    schema = answers_schema(job)
-    rows = rows_at_once(schema, WRITE_ROWS)
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        batch: list[dict[str, Any]] = []
-        for key, answer in answers:
-            batch.append({**_line(key, answer), **origin})
-            if len(batch) == rows:
-                writer.write_batch(_as_batch(batch, schema))
-                batch = []
-        if batch:
-            writer.write_batch(_as_batch(batch, schema))
+class Sheet:
+    """The answers of an attempt on their way into a file: columns as soon as there are enough for a batch.
+
+    `origin`: the columns that are the same in every line.
+    """
+
+    def __init__(self, job: Job, origin: Mapping[str, Any]) -> None:
+        self._schema, self._origin = answers_schema(job), origin
+        self._at_once = rows_at_once(self._schema, WRITE_ROWS)
+        self._lines: list[tuple[bytes, Answer]] = []
+        self._batches: list[pa.RecordBatch] = []
+
+    def add(self, key: bytes, answer: Answer) -> None:
+        """Add the line of a request."""
+        self._lines.append((key, answer))
+        if len(self._lines) == self._at_once:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._lines:
+            self._batches.append(_as_batch(self._lines, self._schema, self._origin))
+            self._lines = []
+
+    def count_twice(self, replies: Mapping[bytes, Sequence[Reply]]) -> None:
+        """Count the tokens of further replies to requests that have their line: they are paid for, too."""
+        self._flush()
+        if replies:
+            self._batches = [_with_tokens(batch, replies) for batch in self._batches]
+
+    def usage(self, above: int | None) -> Usage:
+        """The tokens of all lines so far that were paid for. `above`: input tokens that make a request a long one."""
+        self._flush()
+        return usage_of(pa.Table.from_batches(self._batches, self._schema).select(["paid", *TOKENS]), above)
+
+    def write(self, path: Path) -> None:
+        """Write the file: in one row group, or in several where vectors would make it a large one."""
+        self._flush()
+        plain = {"use_dictionary": [name for name in self._schema.names if name not in ("request_key", "text")]}
+        rows = rows_at_once(self._schema, GROUP_ROWS)
+        pq.write_table(pa.Table.from_batches(self._batches, self._schema), path, compression="zstd", row_group_size=rows, **plain)
 
 
-def _as_batch(lines: list[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
+def _with_tokens(batch: pa.RecordBatch, replies: Mapping[bytes, Sequence[Reply]]) -> pa.RecordBatch:
+    """A batch with the tokens of further replies added to its lines."""
+    keys = batch.column("request_key").to_pylist()
+    further = {place: replies[key] for place, key in enumerate(keys) if key in replies}
+    for name in TOKENS if further else ():
+        values = batch.column(name).to_pylist()
+        for place, more in further.items():
+            values[place] = _sum([values[place], *(getattr(reply, name) for reply in more)])
+        batch = batch.set_column(batch.schema.get_field_index(name), batch.schema.field(name), pa.array(values, pa.int64()))
+    return batch
+
+
+def _sum(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def usage_of_replies(answers: Iterable[Answer], above: int | None) -> Usage:
+    """The tokens of some answers that were paid for."""
+    return sum((_tokens_of(answer.reply, above) for answer in answers if answer.reply.paid), Usage())
+
+
+def _tokens_of(reply: Reply, above: int | None) -> Usage:
+    tokens = {"input_tokens": reply.input_tokens or 0, "cached_tokens": reply.cached_tokens, "output_tokens": reply.output_tokens or 0}
+    is_long = above is not None and tokens["input_tokens"] > above
+    return Usage(**tokens, **{f"long_{name}": count for name, count in tokens.items() if is_long})
+
+
+def _as_batch(lines: Sequence[tuple[bytes, Answer]], schema: pa.Schema, origin: Mapping[str, Any]) -> pa.RecordBatch:
     """Lines as columns. An answer that is valid but fits no column (an integer of twenty digits) becomes invalid, alone."""
+    kind = schema.field("output").type
     try:
-        return pa.RecordBatch.from_pylist(lines, schema=schema)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        return pa.RecordBatch.from_pylist([_fitting(line, schema.field("output").type) for line in lines], schema=schema)
+        output = pa.array([answer.output for _, answer in lines], kind)
+    except UNFIT:
+        lines = [(key, _fitting(answer, kind)) for key, answer in lines]
+        output = pa.array([answer.output for _, answer in lines], kind)
+    own = {**_columns(lines), "output": output}
+    return pa.RecordBatch.from_arrays([_column(own, origin, field, len(lines)) for field in schema], schema=schema)
 
 
-def _fitting(line: dict[str, Any], kind: pa.DataType) -> dict[str, Any]:
-    try:
-        pa.scalar(line["output"], kind)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-        text = orjson.dumps(line["output"], option=orjson.OPT_NON_STR_KEYS, default=str).decode()
-        return {**line, "outcome": "invalid", "reason": f"fits no column: {error}"[:300], "text": text, "output": None}
-    return line
-
-
-def _line(key: bytes, answer: Answer) -> dict[str, Any]:
-    reply = answer.reply
+def _columns(lines: Sequence[tuple[bytes, Answer]]) -> dict[str, list[Any]]:
+    replies = [answer.reply for _, answer in lines]
     return {
-        "request_key": key,
-        "outcome": reply.outcome,
-        "reason": reply.reason,
-        "text": reply.text,
-        "output": answer.output,
-        "paid": reply.paid,
-        "token_limit": answer.asked_as.max_output_tokens,
-        "again": answer.again.model_dump_json(exclude_defaults=True) if answer.again else None,
-        "model": reply.model,
-        "input_tokens": reply.input_tokens,
-        "cached_tokens": reply.cached_tokens,
-        "output_tokens": reply.output_tokens,
+        "request_key": [key for key, _ in lines],
+        "outcome": [reply.outcome for reply in replies],
+        "reason": [reply.reason for reply in replies],
+        "text": [answer.reply.text if answer.output is None else None for _, answer in lines],
+        "paid": [reply.paid for reply in replies],
+        "again": [answer.again.model_dump_json(exclude_defaults=True) if answer.again else None for _, answer in lines],
+        "token_limit": [answer.asked_as.max_output_tokens for _, answer in lines],
+        "model": [reply.model for reply in replies],
+        "input_tokens": [reply.input_tokens for reply in replies],
+        "cached_tokens": [reply.cached_tokens for reply in replies],
+        "output_tokens": [reply.output_tokens for reply in replies],
     }
+
+
+def _column(own: Mapping[str, Any], origin: Mapping[str, Any], field: pa.Field, count: int) -> pa.Array:
+    if field.name in origin:
+        return pa.repeat(pa.scalar(origin[field.name], field.type), count)
+    values = own[field.name]
+    return values if isinstance(values, pa.Array) else pa.array(values, field.type)
+
+
+def _fitting(answer: Answer, kind: pa.DataType) -> Answer:
+    try:
+        pa.scalar(answer.output, kind)
+    except UNFIT as error:
+        text = orjson.dumps(answer.output, option=orjson.OPT_NON_STR_KEYS, default=str).decode()
+        reply = replace(answer.reply, outcome="invalid", reason=f"fits no column: {error}"[:300], text=text)
+        return replace(answer, reply=reply, output=None)
+    return answer

@@ -90,8 +90,8 @@ def _mark(database: duckdb.DuckDBPyConnection, table: str, word: str) -> int:
 
 
 def wanted(database: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
-    """The requests that nobody else has, in row order, in batches of WANTED: where each stands in the spool, in bytes."""
-    found = database.cursor().sql("SELECT key, start, size, weight FROM requests WHERE known IS NULL ORDER BY ordinal")
+    """The requests that nobody else has, in the order of the spool, in batches of WANTED: where each stands there, in bytes."""
+    found = database.cursor().sql("SELECT key, start, size, weight FROM requests WHERE known IS NULL ORDER BY start")
     for batch in found.to_arrow_reader(BATCH_REQUESTS):
         yield pa.Table.from_batches([batch])
 

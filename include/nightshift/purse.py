@@ -6,17 +6,14 @@ from collections.abc import Callable, Iterable
 from decimal import Decimal
 from functools import cache
 
-import pyarrow.parquet as pq
-
 from nightshift.budgets import left_of
 from nightshift.money.estimate import actual_cost, estimate_requests, measured_before
 from nightshift.money.prices import long_above
-from nightshift.providers.protocol import Reply
 from nightshift.runs import Run, Site
-from nightshift.settle import distinct, usage_of
+from nightshift.settle import TOKENS, distinct, usage_of
 from nightshift.shapes import Plan, Shard, Usage, Variant
 from nightshift.stores.ledger import Attempt, Claim
-from nightshift.stores.shards import answers_key
+from nightshift.stores.shards import read_answers
 
 
 class Purse:
@@ -36,17 +33,20 @@ class Purse:
         return True
 
 
-def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], replies: Iterable[Reply], claim: Claim) -> Purse:
-    """What the job's budget leaves for a shard once all its answers so far are paid: its share by requests, less what it cost."""
+def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], bought: Usage, claim: Claim) -> Purse:
+    """What the job's budget leaves for a shard once all its answers so far are paid: its share by requests, less what it cost.
+
+    `bought`: by the attempt of this claim, whose answers are not in the store yet.
+    """
     budget, month = run.job.spec.policy.budget_usd, left_of(site, run)
     if budget is None and month is None:
         return Purse(None, lambda asked_as: None)
     approved = site.store.get_shape(run.key("approved.json"), Plan)
     share = None if budget is None else budget * facts.request_count / max(facts.request_count, approved.submitted if approved else 0)
-    spent = _cost(claim, sum((_tokens_of(reply, long_above(claim.provider, claim.model)) for reply in replies if reply.paid), Usage()))
+    spent = _cost(claim, bought)
     for attempt in distinct(attempts):
         if attempt.is_harvested:
-            table = pq.read_table(site.store.open(answers_key(facts.key, attempt.number)))
+            table = read_answers(site.store, facts.key, attempt.number, ["paid", *TOKENS])
             spent += _cost(attempt.claim, usage_of(table, long_above(attempt.claim.provider, attempt.claim.model)))
 
     measured = measured_before(site.store, run.job)
@@ -66,9 +66,3 @@ def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], re
 def _cost(claim: Claim, usage: Usage) -> Decimal:
     """Dollars as far as they are known: answers without usage are left out here, and flagged in the report."""
     return actual_cost(claim.provider, claim.model, usage.model_copy(update={"unknown": 0})) or Decimal(0)
-
-
-def _tokens_of(reply: Reply, above: int | None) -> Usage:
-    tokens = {"input_tokens": reply.input_tokens or 0, "cached_tokens": reply.cached_tokens, "output_tokens": reply.output_tokens or 0}
-    is_long = above is not None and tokens["input_tokens"] > above
-    return Usage(**tokens, **{f"long_{name}": count for name, count in tokens.items() if is_long})

@@ -10,16 +10,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nightshift.columns import rows_at_once
+from nightshift.columns import GROUP_ROWS, rows_at_once
 from nightshift.errors import CountsDisagree
 from nightshift.money.prices import long_above, tier_of
 from nightshift.runs import Site
 from nightshift.shapes import Paid, ProviderName, Settled, Shard, Usage
 from nightshift.stores.ledger import Attempt
-from nightshift.stores.shards import answers_key, request_keys
+from nightshift.stores.shards import answers_key, harvested, keys_in, read_answers, request_keys
 
-GROUP_ROWS = 1 << 20  # in a row group of answers in words: all of a shard
 TOKENS = ("input_tokens", "cached_tokens", "output_tokens")
+CHECKED = ("request_key", "paid", *TOKENS)
 RANK: dict[str, int] = {"succeeded": 3, "invalid": 2, "truncated": 2, "refused": 2, "filtered": 2}  # of two lines the better stays
 
 
@@ -27,13 +27,19 @@ def settle(site: Site, shard: str, attempts: list[Attempt]) -> Settled:
     """Merge the attempts into one line per request, keep it under the fingerprint, and write the shard's last word."""
     facts = site.ledger.shard(shard)
     answers = site.answers(facts.fingerprint)
-    tables = {each.number: pq.read_table(site.store.open(answers_key(shard, each.number))) for each in attempts if each.is_harvested}
-    merged = _merge(pa.concat_tables(tables.values()))
-    check_shard(facts, attempts, tables, request_keys(site.store, shard), merged)
-    with site.scratch() as folder:
-        path = Path(folder) / "answers.parquet"
-        pq.write_table(merged, path, compression="zstd", row_group_size=rows_at_once(merged.schema, GROUP_ROWS))
-        site.store.put(answers.file_of(shard), path)
+    keys, numbers = request_keys(site.store, shard), harvested(attempts)
+    tables = {number: read_answers(site.store, shard, number, CHECKED) for number in numbers}
+    if len(numbers) == 1 and tables[numbers[0]].num_rows == facts.request_count:  # its file is the last word as it stands
+        check_shard(facts, attempts, tables, keys, tables[numbers[0]])
+        site.store.copy(answers_key(shard, numbers[0]), answers.file_of(shard))
+    else:
+        tables = {number: read_answers(site.store, shard, number) for number in numbers}
+        merged = _merge(pa.concat_tables(tables.values()))
+        check_shard(facts, attempts, tables, keys, merged)
+        with site.scratch() as folder:
+            path = Path(folder) / "answers.parquet"
+            pq.write_table(merged, path, compression="zstd", row_group_size=rows_at_once(merged.schema, GROUP_ROWS))
+            site.store.put(answers.file_of(shard), path)
     return site.ledger.settle(
         Settled(
             shard=shard,
@@ -53,7 +59,7 @@ def check_shard(facts: Shard, attempts: list[Attempt], tables: Mapping[int, pa.T
                 f"Attempt {attempt.number} of shard {facts.key[:12]} asked {attempt.claim.asked} requests, "
                 f"but {tables[attempt.number].num_rows} answers were harvested."
             )
-    found = set(merged.column("request_key").to_pylist())
+    found = set(keys_in(merged))
     if odd := found.symmetric_difference(keys):
         named = ", ".join(key.hex()[:16] for key in sorted(odd)[:5])
         raise CountsDisagree(

@@ -12,11 +12,11 @@ import pytest
 from nightshift.budgets import Budget
 from nightshift.errors import AccessDenied, ApprovalNeeded, BatchUnknown, BudgetExceeded, ProviderUnavailable
 from nightshift.job import RetrySpec
+from nightshift.matching import Matching
 from nightshift.packing import WANTED, balance, cut
 from nightshift.providers.protocol import Garbage, Reply, Snapshot
 from nightshift.shapes import Estimate, Plan
 from nightshift.steps.approve import Ask, Pass, Stop, approve, decide
-from nightshift.steps.collect import match_replies
 from nightshift.steps.discover import discover
 from nightshift.steps.wait import UNKNOWN_PATIENCE, Cancel, Ended, Look, next_look
 from nightshift.stores.shards import shard_key
@@ -149,8 +149,8 @@ def test_F19_a_frame_counts_for_every_line():
 
 
 def test_a_last_shard_too_small_for_a_batch_is_filled_from_the_one_before():
-    groups = list(balance(cut(wanted(*[1] * 9), 4, 100), least=3))
-    assert [group.num_rows for group in groups] == [4, 2, 3] or [group.num_rows for group in groups] == [4, 4, 1]
+    assert [group.num_rows for group in balance(cut(wanted(*[1] * 10), 4, 100), least=3)] == [4, 3, 3]
+    assert [group.num_rows for group in balance(cut(wanted(*[1] * 9), 4, 100), least=3)] == [4, 4, 1], "the one before cannot spare so many"
 
 
 def test_the_same_requests_are_the_same_shard_in_any_order():
@@ -164,14 +164,32 @@ def reply(key: bytes, outcome: str, tokens: int = 1) -> Reply:
     return Reply(custom_id=key.hex(), outcome=outcome, input_tokens=tokens, output_tokens=0, paid=True)
 
 
-def test_F67_of_two_lines_the_success_stays_and_both_are_paid():
-    found, alarms = match_replies([A], [reply(A, "errored"), reply(A, "succeeded"), reply(A, "refused")])
-    assert found[A].outcome == "succeeded"
-    assert found[A].input_tokens == 3
-    assert alarms == {"duplicate lines": 2}
+def matched(*replies: Reply | Garbage) -> tuple[Matching, dict[bytes, Reply]]:
+    """Replies matched to the one request A, and what of it has succeeded."""
+    matching = Matching([A])
+    return matching, dict(matching.successes(replies))
+
+
+@pytest.mark.parametrize("outcomes", [("errored", "succeeded"), ("refused", "errored", "succeeded")])
+def test_F67_of_two_lines_the_success_stays_and_both_are_paid(outcomes):
+    matching, found = matched(*(reply(A, outcome) for outcome in outcomes))
+    assert (found[A].outcome, found[A].input_tokens) == ("succeeded", len(outcomes))
+    assert (matching.failed, matching.twice, matching.alarms) == ({}, {}, {"duplicate lines": len(outcomes) - 1})
+
+
+def test_F67_what_comes_after_a_success_is_paid_with_it():
+    late = [reply(A, "refused", 5), reply(A, "succeeded", 7)]
+    matching, found = matched(reply(A, "succeeded"), *late)
+    assert (found[A].input_tokens, matching.twice, matching.failed) == (1, {A: late}, {})
+
+
+def test_F67_of_two_failures_the_better_word_stays():
+    matching, found = matched(reply(A, "errored"), reply(A, "refused"), reply(A, "errored"))
+    assert (found, matching.failed[A].outcome, matching.failed[A].input_tokens) == ({}, "refused", 3)
+    assert matching.absent == frozenset()
 
 
 def test_F68_F65_strange_lines_are_counted_and_never_matched_by_position():
-    found, alarms = match_replies([A], [reply(B, "succeeded"), Reply(custom_id="not hex", outcome="succeeded"), Garbage(reason="cut")])
-    assert found == {}
-    assert alarms == {"lines for unknown requests": 2, "unreadable lines": 1}
+    matching, found = matched(reply(B, "succeeded"), Reply(custom_id="not hex", outcome="succeeded"), Garbage(reason="cut"))
+    assert (found, matching.absent) == ({}, {A})
+    assert matching.alarms == {"lines for unknown requests": 2, "unreadable lines": 1}

@@ -37,6 +37,9 @@ class Choice(msgspec.Struct, gc=False):
     finish_reason: str | None = None
 
 
+NO_CHOICE = Choice(Message())
+
+
 class Details(msgspec.Struct, gc=False):
     cached_tokens: int | None = None
 
@@ -184,20 +187,19 @@ class ChatForm(OpenAIForm[ChatBody]):
         return _varied(body, variant, answer, reason, turns="messages", limit="max_completion_tokens")
 
     def _reply(self, key: str, body: ChatBody) -> Reply:
-        usage = body.usage
-        paid: dict[str, Any] = {
-            "paid": True,
-            "model": body.model,
-            "input_tokens": usage.prompt_tokens if usage else None,
-            "cached_tokens": _cached(usage.prompt_tokens_details if usage else None),
-            "output_tokens": usage.completion_tokens if usage else None,
-        }
-        if not body.choices:
-            return Reply(custom_id=key, outcome="invalid", reason="empty answer: no choices", **paid)
-        choice = body.choices[0]
-        message = choice.message
+        usage, choice = body.usage, body.choices[0] if body.choices else NO_CHOICE
         outcome, reason = _chat_outcome(choice)
-        return Reply(custom_id=key, outcome=outcome, text=message.refusal or message.content, reason=reason, **paid)
+        return Reply(
+            custom_id=key,
+            outcome=outcome,
+            text=choice.message.refusal or choice.message.content,
+            reason=reason,
+            paid=True,
+            model=body.model,
+            input_tokens=usage.prompt_tokens if usage else None,
+            cached_tokens=_cached(usage.prompt_tokens_details if usage else None),
+            output_tokens=usage.completion_tokens if usage else None,
+        )
 
 
 class ResponsesForm(OpenAIForm[ResponsesBody]):
@@ -340,7 +342,9 @@ def _chat_outcome(choice: Choice) -> tuple[Outcome, str | None]:
             return "filtered", "content filter"
         case "tool_calls" | "function_call":
             return "invalid", "a tool call in place of an answer"
-    return ("succeeded", None) if message.content else ("invalid", "empty answer")
+    if message.content:
+        return "succeeded", None
+    return "invalid", "empty answer: no choices" if choice is NO_CHOICE else "empty answer"
 
 
 def _responses_outcome(body: ResponsesBody, text: str, refusal: str | None) -> tuple[Outcome, str | None]:

@@ -8,6 +8,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import msgspec
+
 from nightshift.shapes import Outcome, Receipt, Variant
 
 PICTURES = "\x00PICTURES\x00"  # stands in a body's content where a row's pictures come: no prompt file can hold it
@@ -44,8 +46,7 @@ class Snapshot:
     awaits_files: bool = False  # it has ended and something ran: result files that are not there yet will come
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
+class Reply(msgspec.Struct, frozen=True, kw_only=True, gc=False):  # made once a line: three times as fast as a dataclass
     """What the provider said to one request, classified but not yet validated."""
 
     custom_id: str

@@ -7,28 +7,29 @@ provider returned none for it, or two.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-import pyarrow.parquet as pq
+from msgspec.structs import replace
 
+from nightshift.arrow import collector_paused, keep_pandas_out
 from nightshift.budgets import settle_attempts
 from nightshift.errors import BatchLost, BatchRejected, BatchUnknown, NightshiftError, ProviderUnavailable, ResultsGone
-from nightshift.judge import AS_IT_WAS, Answer, judge_for, write_answers
-from nightshift.money.prices import tier_of
+from nightshift.judge import AS_IT_WAS, Answer, Sheet, judge_for, usage_of_replies
+from nightshift.matching import Matching, unfold
+from nightshift.money.prices import long_above, tier_of
 from nightshift.providers.forms import form_of
-from nightshift.providers.protocol import Garbage, Provider, Reply, Snapshot
+from nightshift.providers.protocol import Provider, Reply, Snapshot
 from nightshift.purse import Purse, purse_of
 from nightshift.runs import Run, Site
-from nightshift.settle import RANK, settle
+from nightshift.settle import settle
 from nightshift.shapes import Settled
 from nightshift.steps.submit import open_where, payer_of
 from nightshift.steps.wait import FILES_GRACE, is_waiting_for_files
 from nightshift.stores.ledger import Attach, Attempt, Done, Ended, is_stuck, next_move
-from nightshift.stores.shards import Left, answers_key, asked, pending, shared_lines
+from nightshift.stores.shards import Left, answers_key, asked, pending, read_answers, shared_lines
 
 LOST_AFTER = timedelta(minutes=2)  # from the first "not known" here; the wait before has looked for longer
 
@@ -39,6 +40,7 @@ def collect(site: Site, run: Run, shard: str) -> Settled | None:
     Raises BatchRejected when the provider refused the batch as a whole for a reason that a repetition would meet again,
     and BatchLost when it has not known the batch for a while and the job does not say to buy it again.
     """
+    keep_pandas_out()
     ledger = site.ledger
     if (word := ledger.settled(shard)) is not None:
         settle_attempts(site, shard, ledger.attempts(shard))  # who has settled it may have died before this
@@ -81,41 +83,49 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
     facts = site.ledger.shard(shard)
     left = asked(site.store, facts, attempt.claim)
     target = answers_key(shard, attempt.number)
-    with site.scratch() as folder:
+    origin = {
+        "shard": shard,
+        "attempt": attempt.number,
+        "batch_id": batch_id,
+        "answered_at": snapshot.ended_at or site.now(),
+        "tier": tier_of(attempt.claim.provider),
+        "stand_in": attempt.claim.model if attempt.claim.model != facts.model else None,
+    }
+    matching, sheet, judge = Matching(left), Sheet(run.job, origin), judge_for(run.job)
+    with site.scratch() as folder, collector_paused():
+        groups = list(shared_lines(left, form_of(facts.endpoint).inputs_per_line))
+        failed = dict[bytes, Answer]()
         try:
-            groups = list(shared_lines(left, form_of(facts.endpoint).inputs_per_line))
-            found, alarms = match_replies(list(left), unfold(provider.replies(snapshot, Path(folder)), groups))
+            for key, reply in matching.successes(unfold(provider.replies(snapshot, Path(folder)), groups)):
+                answer = judge(reply)
+                if answer.output is not None and left[key] is None:
+                    sheet.add(key, answer)
+                else:
+                    failed[key] = answer
         except ResultsGone as error:
             if snapshot.ended_at is None or site.now() - snapshot.ended_at < FILES_GRACE:
                 raise  # they can lag behind the status; 30 days later they are gone (F61)
             _give_up(site, run, shard, attempt, attempts, provider, error)
             return
+        failed.update((key, judge(reply)) for key, reply in matching.failed.items())
+        failed.update(_absent(matching.absent, snapshot, groups))
+        sheet.count_twice(matching.twice)
         payer = payer_of(site, run, attempt)
-        purse = purse_of(site, payer, facts, attempts, found.values(), attempt.claim)
+        above = long_above(attempt.claim.provider, attempt.claim.model)
+        purse = purse_of(site, payer, facts, attempts, sheet.usage(above) + usage_of_replies(failed.values(), above), attempt.claim)
         again = _again_for(site, payer, shard, attempt, left, purse)
-        judge = judge_for(run.job)
-        answers = (
-            (key, again(key, judge(found.pop(key) if key in found else _absent(key, snapshot, line, is_shared=len(group) > 1))))
-            for line, group in enumerate(groups, start=1)
-            for key in group
-        )
+        for key in left:
+            if key in failed:
+                sheet.add(key, again(key, failed.pop(key)))
         path = Path(folder) / "answers.parquet"
-        origin = {
-            "shard": shard,
-            "attempt": attempt.number,
-            "batch_id": batch_id,
-            "answered_at": snapshot.ended_at or site.now(),
-            "tier": tier_of(attempt.claim.provider),
-            "stand_in": attempt.claim.model if attempt.claim.model != facts.model else None,
-        }
-        write_answers(path, run.job, answers, origin)
+        sheet.write(path)
         site.store.create(target, path)  # who harvested first has decided what is asked again
     ended = Ended(
         how="harvested",
         status=snapshot.status,
         ended_at=site.now(),
         remaining=len(pending(site.store, shard, (*attempt.claim.after, attempt.number))),
-        reasons=tuple(f"{name}: {count}" for name, count in sorted(alarms.items())),
+        reasons=tuple(f"{name}: {count}" for name, count in sorted(matching.alarms.items())),
     )
     site.ledger.record_end(shard, attempt.number, ended)
 
@@ -167,56 +177,16 @@ def _end_without_answers(site: Site, shard: str, attempt: Attempt, attempts: lis
         raise BatchRejected(_batch_of(attempt), snapshot.reasons)
 
 
-def unfold(replies: Iterable[Reply | Garbage], groups: Iterable[Sequence[bytes]]) -> Iterator[Reply | Garbage]:
-    """Replies to lines that several requests share, as one reply each. `groups`: the keys of each line, under the id of the first.
-
-    The tokens of a line are divided among its requests. A line that was refused is asked again, each of its requests alone: one of
-    them may be to blame, the others are not.
-    """
-    shared = {group[0]: group for group in groups if len(group) > 1}
-    for reply in replies:
-        keys = shared.get(_key_of(reply.custom_id) or b"") if isinstance(reply, Reply) else None
-        if keys is None or isinstance(reply, Garbage):
-            yield reply
-            continue
-        for place, key in enumerate(keys):
-            yield replace(
-                reply,
-                custom_id=key.hex(),
-                vectors=reply.vectors[place : place + 1],
-                is_shared=True,
-                input_tokens=_part(reply.input_tokens, place, len(keys)),
-                cached_tokens=_part(reply.cached_tokens, place, len(keys)) or 0,
-                output_tokens=_part(reply.output_tokens, place, len(keys)),
-            )
+def _absent(keys: Collection[bytes], snapshot: Snapshot, groups: Sequence[Sequence[bytes]]) -> Iterator[tuple[bytes, Answer]]:
+    """What became of the requests that nothing came back for. `groups`: the requests of each line."""
+    if keys:
+        for line, group in enumerate(groups, start=1):
+            for key in group:
+                if key in keys:
+                    yield key, Answer(reply=_nothing(key, snapshot, line, is_shared=len(group) > 1))
 
 
-def _part(tokens: int | None, place: int, count: int) -> int | None:
-    return None if tokens is None else tokens // count + (place < tokens % count)
-
-
-def match_replies(keys: list[bytes], replies: Iterable[Reply | Garbage]) -> tuple[dict[bytes, Reply], dict[str, int]]:
-    """Replies by request key, and the oddities met: lines twice, lines nobody asked for, lines that cannot be read.
-
-    Of two lines for one request the better outcome stays, of equals the first; tokens of both are counted as paid.
-    """
-    asked, found, alarms = set(keys), {}, Counter[str]()
-    for reply in replies:
-        if isinstance(reply, Garbage):
-            alarms[reply.alarm] += 1
-            continue
-        key = _key_of(reply.custom_id)
-        if key is None or key not in asked:
-            alarms["lines for unknown requests"] += 1
-        elif key not in found:
-            found[key] = reply
-        else:
-            alarms["duplicate lines"] += 1
-            found[key] = _better(found[key], reply)
-    return found, dict(alarms)
-
-
-def _absent(key: bytes, snapshot: Snapshot, line: int, *, is_shared: bool) -> Reply:
+def _nothing(key: bytes, snapshot: Snapshot, line: int, *, is_shared: bool) -> Reply:
     """What became of a request that nothing came back for. `line`: the one that it stood in, which others may share."""
     custom_id = key.hex()
     if line in snapshot.bad_lines:  # one bad line fails the whole batch (F32): this one is to blame, the others are not
@@ -239,6 +209,8 @@ def _again_for(
 
     def again(key: bytes, answer: Answer) -> Answer:
         reply, before = answer.reply, left[key]
+        if before is None and reply.outcome == "succeeded":
+            return answer
         asked_as = before.variant if before else AS_IT_WAS
         answer = replace(answer, asked_as=asked_as)
         is_late = reply.outcome == "expired" or (reply.outcome == "cancelled" and overdue)
@@ -261,30 +233,7 @@ def _outcomes_so_far(site: Site, shard: str, attempt: Attempt) -> dict[bytes, Co
     history: dict[bytes, Counter[str]] = {}
     for number in attempt.claim.after:
         if number:  # attempt 0 is what became of it before it was driven again
-            table = pq.read_table(site.store.open(answers_key(shard, number)), columns=["request_key", "outcome", "again"])
+            table = read_answers(site.store, shard, number, ["request_key", "outcome", "again"])
             for line in table.filter(table.column("again").is_valid()).to_pylist():
                 history.setdefault(line["request_key"], Counter())[line["outcome"]] += 1
     return history
-
-
-def _better(first: Reply, second: Reply) -> Reply:
-    best = second if RANK.get(second.outcome, 0) > RANK.get(first.outcome, 0) else first
-    other = first if best is second else second
-    return replace(
-        best,
-        input_tokens=_sum(best.input_tokens, other.input_tokens),
-        output_tokens=_sum(best.output_tokens, other.output_tokens),
-        cached_tokens=best.cached_tokens + other.cached_tokens,
-    )
-
-
-def _sum(one: int | None, two: int | None) -> int | None:
-    return None if one is None and two is None else (one or 0) + (two or 0)
-
-
-def _key_of(custom_id: str) -> bytes | None:
-    try:
-        key = bytes.fromhex(custom_id)
-    except ValueError:
-        return None
-    return key if len(key) == 32 else None

@@ -149,6 +149,11 @@ class Objects:
             except (NotFoundError, FileNotFoundError):
                 return None
 
+    def copy(self, key: str, target: str) -> None:
+        """Copy an object inside the store, which moves no byte through here; what stands at the target is replaced."""
+        with _translated(self.uri_of(key)):
+            obstore.copy(self._store, key, target)
+
     def delete(self, keys: list[str]) -> None:
         """Remove objects; those that are gone already do not matter."""
         if keys:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from nightshift.errors import InputMissing
 from nightshift.shapes import ProviderName, Shard, Variant
 from nightshift.stores.ledger import Attempt, Claim
 from nightshift.stores.objects import Objects
@@ -64,15 +65,34 @@ def keep_shard(objects: Objects, shard: Shard, lines: Iterable[bytes], keys: Seq
     objects.create_shape(f"shards/{shard.key}/shard.json", shard)
 
 
+def read_answers(objects: Objects, shard: str, attempt: int, columns: Sequence[str] | None = None) -> pa.Table:
+    """The answers of one attempt; a shard holds at most one batch's worth. Raises InputMissing."""
+    data = objects.get(answers_key(shard, attempt))
+    if data is None:
+        raise InputMissing(objects.uri_of(answers_key(shard, attempt)), "the ledger says that it was written")
+    return pq.ParquetFile(pa.BufferReader(data)).read(None if columns is None else list(columns), use_threads=False)
+
+
+def keys_in(table: pa.Table) -> list[bytes]:
+    """The request keys of a table of answers."""
+    data = b"".join(_bytes_of(chunk) for chunk in table.column("request_key").chunks)
+    return [data[start : start + KEY_BYTES] for start in range(0, len(data), KEY_BYTES)]
+
+
+def _bytes_of(keys: pa.FixedSizeBinaryArray) -> bytes:
+    return bytes(keys.buffers()[1])[keys.offset * KEY_BYTES : (keys.offset + len(keys)) * KEY_BYTES]
+
+
 def seed_of(objects: Objects, shard: Shard) -> pa.Table | None:
     """What became of a shard's requests before it drives them again, one line per request; None where it asks them first."""
-    return pq.read_table(objects.open(answers_key(shard.key, 0))) if shard.seeded else None
+    return read_answers(objects, shard.key, 0) if shard.seeded else None
 
 
 def request_keys(objects: Objects, shard: str) -> list[bytes]:
     """The request keys of a shard, in the order of its lines; a shard holds at most one batch's worth."""
-    with objects.open(keys_key(shard)) as file:
-        data = file.read()
+    data = objects.get(keys_key(shard))
+    if data is None:
+        raise InputMissing(objects.uri_of(keys_key(shard)), "a frozen shard has it")
     return [data[start : start + KEY_BYTES] for start in range(0, len(data), KEY_BYTES)]
 
 
@@ -87,8 +107,11 @@ def same_of_line(line: bytes) -> bytes:
     return line[line.index(b'":"') + 3 + 2 * KEY_BYTES :]
 
 
-def shared_lines(asked: Mapping[bytes, Left | None], per_line: int) -> Iterator[list[bytes]]:
+def shared_lines(asked: Mapping[bytes, Left | None], per_line: int) -> Iterator[Sequence[bytes]]:
     """The requests of an attempt, in groups that share a line of its input file, in order."""
+    if per_line == 1:
+        yield from zip(asked)
+        return
     group: list[bytes] = []
     for key, left in asked.items():
         is_alone = left is not None and left.variant.alone
@@ -112,9 +135,9 @@ def pending(objects: Objects, shard: str, after: Sequence[int]) -> dict[bytes, L
     """What is still to be asked once these attempts are harvested, in line order; None where it was not asked yet."""
     left: dict[bytes, Left | None] = dict.fromkeys(request_keys(objects, shard))
     for number in sorted(after):
-        table = pq.read_table(objects.open(answers_key(shard, number)), columns=["request_key", "again", "text", "reason"])
+        table = read_answers(objects, shard, number, ["request_key", "again", "text", "reason"])
         is_left = table.column("again").is_valid()
-        for key in table.column("request_key").filter(pc.invert(is_left)).to_pylist():
+        for key in keys_in(table.select(["request_key"]).filter(pc.invert(is_left))):
             left.pop(key, None)
         for line in table.filter(is_left).to_pylist():
             variant = Variant.model_validate_json(line["again"])
@@ -129,7 +152,8 @@ def asked(objects: Objects, shard: Shard, claim: Claim) -> dict[bytes, Left | No
 
 def next_asked(left: Mapping[bytes, Left | None], shard: Shard) -> dict[bytes, Left | None]:
     """Of what is left, what is asked next: all that goes to where the first of them goes. One batch asks one model."""
-    of = {key: whom(each.variant if each else Variant(), shard) for key, each in left.items()}
+    own = whom(Variant(), shard)
+    of = {key: whom(each.variant, shard) if each else own for key, each in left.items()}
     first = next(iter(of.values()), None)
     return {key: left[key] for key, each in of.items() if each == first}
 

@@ -1,0 +1,117 @@
+"""Result lines matched to the requests of an attempt, as they come: each request keeps one, and every oddity is counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+from msgspec.structs import replace
+
+from nightshift.providers.protocol import Garbage, Reply
+from nightshift.settle import RANK
+from nightshift.stores.shards import KEY_BYTES
+
+
+class Matching:
+    """The replies to an attempt's requests. Those that succeeded are handed on at once; the others are few, and kept.
+
+    Of two lines for one request the better outcome stays, of equals the first; tokens of both are counted as paid.
+    """
+
+    def __init__(self, keys: Collection[bytes]) -> None:
+        self._open = set(keys)
+        self._done = set[bytes]()
+        self.failed: dict[bytes, Reply] = {}
+        self.twice: dict[bytes, list[Reply]] = {}  # further lines for requests whose first success is handed on already
+        self.alarms: Counter[str] = Counter()
+
+    @property
+    def absent(self) -> frozenset[bytes]:
+        """The requests without any line."""
+        return frozenset(self._open)
+
+    def successes(self, replies: Iterable[Reply | Garbage]) -> Iterator[tuple[bytes, Reply]]:
+        """The request keys that succeeded, each with the reply that it keeps."""
+        for reply in replies:
+            if isinstance(reply, Garbage):
+                self.alarms[reply.alarm] += 1
+                continue
+            key = key_of(reply.custom_id)
+            if key in self._open:
+                self._open.remove(key)
+                if reply.outcome == "succeeded":
+                    self._done.add(key)
+                    yield key, reply
+                else:
+                    self.failed[key] = reply
+            elif key in self._done:
+                self.alarms["duplicate lines"] += 1
+                self.twice.setdefault(key, []).append(reply)
+            elif key in self.failed:
+                self.alarms["duplicate lines"] += 1
+                best = better(self.failed[key], reply)
+                if best.outcome == "succeeded":
+                    del self.failed[key]
+                    self._done.add(key)
+                    yield key, best
+                else:
+                    self.failed[key] = best
+            else:
+                self.alarms["lines for unknown requests"] += 1
+
+
+def better(first: Reply, second: Reply) -> Reply:
+    """Of two lines for one request the one that stays, with the tokens of both."""
+    best = second if RANK.get(second.outcome, 0) > RANK.get(first.outcome, 0) else first
+    other = first if best is second else second
+    return replace(
+        best,
+        input_tokens=_sum(best.input_tokens, other.input_tokens),
+        output_tokens=_sum(best.output_tokens, other.output_tokens),
+        cached_tokens=best.cached_tokens + other.cached_tokens,
+    )
+
+
+def unfold(replies: Iterable[Reply | Garbage], groups: Iterable[Sequence[bytes]]) -> Iterator[Reply | Garbage]:
+    """Replies to lines that several requests share, as one reply each. `groups`: the keys of each line, under the id of the first.
+
+    The tokens of a line are divided among its requests. A line that was refused is asked again, each of its requests alone: one of
+    them may be to blame, the others are not.
+    """
+    shared = {group[0]: group for group in groups if len(group) > 1}
+    return _unfolded(replies, shared) if shared else iter(replies)
+
+
+def _unfolded(replies: Iterable[Reply | Garbage], shared: Mapping[bytes, Sequence[bytes]]) -> Iterator[Reply | Garbage]:
+    for reply in replies:
+        keys = shared.get(key_of(reply.custom_id)) if isinstance(reply, Reply) else None
+        if keys is None or isinstance(reply, Garbage):
+            yield reply
+            continue
+        for place, key in enumerate(keys):
+            yield replace(
+                reply,
+                custom_id=key.hex(),
+                vectors=reply.vectors[place : place + 1],
+                is_shared=True,
+                input_tokens=_part(reply.input_tokens, place, len(keys)),
+                cached_tokens=_part(reply.cached_tokens, place, len(keys)) or 0,
+                output_tokens=_part(reply.output_tokens, place, len(keys)),
+            )
+
+
+def key_of(custom_id: str) -> bytes:
+    """The request key that an id says; nothing where it says none."""
+    try:
+        key = bytes.fromhex(custom_id)
+    except ValueError:
+        return b""
+    return key if len(key) == KEY_BYTES else b""
+
+
+def _part(tokens: int | None, place: int, count: int) -> int | None:
+    return None if tokens is None else tokens // count + (place < tokens % count)
+
+
+def _sum(one: int | None, two: int | None) -> int | None:
+    return None if one is None and two is None else (one or 0) + (two or 0)
