@@ -31,7 +31,8 @@ def settled(site: Site, shard: str) -> Settled:
 def join(site: Site, job: Job, folder: Path, database: duckdb.DuckDBPyConnection, plan: Plan) -> None:
     """A run's rows and answers as the views `rows` and `answers` (`lines`: with the place of each), over local copies of its files.
 
-    Of several answers to one request a success wins, then a paid one, then the latest.
+    Of several answers to one request a success wins, then a paid one, then the latest. What is counted again and again stands in the
+    table `words`: of each request its outcome and the reason.
     """
     rows = [site.store.download(key, folder / f"rows-{i:05d}.parquet") for i, key in enumerate(plan.slices)]
     own = [settled(site, shard).answers for shard in plan.shards]
@@ -41,19 +42,19 @@ def join(site: Site, job: Job, folder: Path, database: duckdb.DuckDBPyConnection
         pq.write_table(answers_schema(job).empty_table(), files[0])
     database.execute(f"CREATE VIEW rows AS SELECT * FROM read_parquet({_paths(rows)}, union_by_name = true)")
     database.execute(
-        f"""CREATE VIEW everything AS SELECT * FROM read_parquet({_paths(files)}, filename = true, file_row_number = true)
+        f"""CREATE VIEW everything AS
+            SELECT *, (list_position({_paths(files)}, filename)::BIGINT << 32) + file_row_number AS place,
+                   {{'file': filename, 'row': file_row_number}} AS line
+            FROM read_parquet({_paths(files)}, filename = true, file_row_number = true)
             WHERE stand_in IS NULL OR stand_in IN ({_strings([job.spec.request.model, *job.spec.stand_ins])})"""
     )
     database.execute(
-        """CREATE TABLE chosen AS SELECT request_key,
-             arg_max({'file': filename, 'row': file_row_number}, (outcome = 'succeeded', paid, answered_at, filename)) AS line
+        """CREATE TABLE chosen AS SELECT max_by(place, (outcome = 'succeeded', paid, answered_at, place >> 32)) AS place
            FROM everything SEMI JOIN rows USING (request_key) GROUP BY request_key"""
     )
-    database.execute(
-        """CREATE VIEW lines AS SELECT everything.*, chosen.line FROM everything JOIN chosen
-           ON everything.request_key = chosen.request_key AND filename = line.file AND file_row_number = line.row"""
-    )
-    database.execute("CREATE VIEW answers AS SELECT * EXCLUDE (filename, file_row_number, line) FROM lines")
+    database.execute("CREATE VIEW lines AS SELECT * EXCLUDE (filename, file_row_number) FROM everything SEMI JOIN chosen USING (place)")
+    database.execute("CREATE VIEW answers AS SELECT * EXCLUDE (place, line) FROM lines")
+    database.execute("CREATE TABLE words AS SELECT request_key, outcome, reason FROM answers")
 
 
 def _paths(paths: list[Path]) -> str:
@@ -73,15 +74,15 @@ def reconcile(database: duckdb.DuckDBPyConnection, plan: Plan) -> None:
             f"its row indexes hold {rows} ({distinct} distinct), {rejected} rejected."
         )
     lost = database.execute(
-        "SELECT id FROM rows ANTI JOIN answers USING (request_key) WHERE rows.reason IS NULL ORDER BY ordinal LIMIT 10"
+        "SELECT id FROM rows ANTI JOIN words USING (request_key) WHERE rows.reason IS NULL ORDER BY ordinal LIMIT 10"
     ).fetchall()
     if lost:
         raise CountsDisagree(
             f"No answer, not even a failure, was harvested for rows {', '.join(str(each[0]) for each in lost)}, … Nothing is published."
         )
     doubled = database.execute(
-        """SELECT any_value(rows.id) FROM answers JOIN rows USING (request_key)
-           GROUP BY request_key HAVING count(*) > count(DISTINCT rows.ordinal) LIMIT 10"""
+        """SELECT any_value(rows.id) FROM rows JOIN (SELECT request_key FROM words GROUP BY request_key HAVING count(*) > 1)
+           USING (request_key) GROUP BY request_key LIMIT 10"""
     ).fetchall()
     if doubled:
         raise CountsDisagree(f"Rows {', '.join(str(each[0]) for each in doubled)}, … have two answers in one file. Nothing is published.")

@@ -110,8 +110,8 @@ def _quarantine_query(job: Job) -> str:
     return f"""SELECT rows.ordinal AS row, {_kept(job)}, coalesce(answers.outcome, 'rejected') AS outcome,
                       coalesce(rows.reason, answers.reason) AS reason, coalesce(rows.raw, answers.text) AS raw,
                       lower(hex(rows.request_key)) AS _request_key
-               FROM rows LEFT JOIN answers USING (request_key)
-               WHERE coalesce(answers.outcome, 'rejected') <> 'succeeded' ORDER BY rows.ordinal"""
+               FROM rows LEFT JOIN (SELECT * FROM answers WHERE outcome <> 'succeeded') AS answers USING (request_key)
+               WHERE rows.request_key IS NULL OR answers.outcome IS NOT NULL ORDER BY rows.ordinal"""
 
 
 def _quoted(name: str) -> str:
@@ -121,7 +121,7 @@ def _quoted(name: str) -> str:
 def _outcomes(database: duckdb.DuckDBPyConnection) -> dict[Outcome, int]:
     found = dict(
         database.execute(
-            "SELECT coalesce(answers.outcome, 'rejected'), count(*) FROM rows LEFT JOIN answers USING (request_key) GROUP BY 1"
+            "SELECT coalesce(words.outcome, 'rejected'), count(*) FROM rows LEFT JOIN words USING (request_key) GROUP BY 1"
         ).fetchall()
     )
     return {outcome: found.get(outcome, 0) for outcome in OUTCOMES}
@@ -130,8 +130,8 @@ def _outcomes(database: duckdb.DuckDBPyConnection) -> dict[Outcome, int]:
 def _reasons(database: duckdb.DuckDBPyConnection) -> dict[str, dict[str, int]]:
     """Per outcome the most frequent reasons."""
     found = database.execute(
-        """SELECT coalesce(answers.outcome, 'rejected') AS outcome, coalesce(rows.reason, answers.reason, '') AS why, count(*) AS n
-           FROM rows LEFT JOIN answers USING (request_key) WHERE coalesce(answers.outcome, 'rejected') <> 'succeeded'
+        """SELECT coalesce(words.outcome, 'rejected') AS outcome, coalesce(rows.reason, words.reason, '') AS why, count(*) AS n
+           FROM rows LEFT JOIN words USING (request_key) WHERE coalesce(words.outcome, 'rejected') <> 'succeeded'
            GROUP BY 1, 2 ORDER BY 1, 3 DESC, 2"""
     ).fetchall()
     reasons: dict[str, dict[str, int]] = {}
