@@ -36,6 +36,7 @@ env:             ## what to export so that the nightshift command talks to the l
 
 lock: $(UV)      ## resolve pyproject.toml into requirements.txt again
 	$(UV) pip compile -q --universal --extra airflow --extra rehearsal --extra dev --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" pyproject.toml -o requirements.txt
+	$(UV) pip compile -q --universal --extra airflow --extra rehearsal --constraint requirements.txt --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" pyproject.toml -o docker/requirements.txt
 	$(UV) pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" local/requirements.in -o local/requirements.txt
 	$(UV) pip compile -q --universal --no-deps --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" local/llm-batch.in -o local/llm-batch.txt
 	$(UV) pip compile -q --universal --no-deps --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" local/lineage.in -o local/lineage.txt

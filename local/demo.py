@@ -132,9 +132,9 @@ def _log_lines(entry: Any) -> list[str]:
     return [str(entry.get("event", "")), *errors]
 
 
-def _fetch(stack: Stack, api: AirflowApi, run_id: str) -> tuple[Summary, Path]:
+def _fetch(stack: Stack, api: AirflowApi, run_id: str, job: str = JOB) -> tuple[Summary, Path]:
     """The run's summary from the store, and a local copy of its report."""
-    uri = api.get(f"/dags/{JOB}/dagRuns/{run_id}/taskInstances/discover/xcomEntries/return_value")["value"]
+    uri = api.get(f"/dags/{job}/dagRuns/{run_id}/taskInstances/discover/xcomEntries/return_value")["value"]
     prefix = str(uri).removeprefix("s3://nightshift/")
     client = s3_client(stack)
     summary = Summary.model_validate_json(client.get_object(Bucket="nightshift", Key=f"{prefix}/summary.json")["Body"].read())

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from local import postgres
+from local import compose, postgres
 
 ROOT = Path(__file__).resolve().parent.parent
 BUCKETS = ("reviews", "pictures", "nightshift")
@@ -32,6 +32,7 @@ AWS = {"AWS_ACCESS_KEY_ID": "rehearsal", "AWS_SECRET_ACCESS_KEY": "rehearsal", "
 BEDROCK_SERVICES = ("bedrock", "bedrock-runtime", "service-quotas")
 BEDROCK_ROLE_ARN = "arn:aws:iam::123456789012:role/rehearsal"
 START_SECONDS = 240
+AIRFLOW = str(Path(sys.executable).parent / "airflow")
 
 
 class StackFailed(Exception):
@@ -52,6 +53,8 @@ class Stack:
     password: str
     jwt_secret: str
     fernet_key: str
+    queue_port: int = 6380
+    workers: int = 0  # 0: tasks run in the scheduler's own executor
     pids: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -63,6 +66,11 @@ class Stack:
     def database(self) -> str:
         """Airflow's metadata database."""
         return f"postgresql+psycopg2://{postgres.USER}:{self.password}@127.0.0.1:{self.database_port}/{postgres.DATABASE}"
+
+    @property
+    def queue(self) -> str:
+        """The queue of tasks, where workers take them from."""
+        return f"redis://:{self.password}@127.0.0.1:{self.queue_port}/0"
 
     @property
     def provider(self) -> str:
@@ -102,9 +110,14 @@ def up(
     rehearse: tuple[str, ...] = (),
     say: Callable[[str], None] = print,
     extra: Mapping[str, str] | None = None,
+    workers: int = 0,
 ) -> Stack:
-    """Start what is not running; every part is healthy when this returns. Raises StackFailed with the log of what is not."""
+    """Start what is not running; every part is healthy when this returns. Raises StackFailed with the log of what is not.
+
+    With `workers` tasks are queued for so many Celery workers, and Airflow's parts are the processes of docker-compose.yaml.
+    """
     stack = reserve(folder)
+    stack.workers = workers
     try:
         say("S3 (ministack)")
         _start(stack, "aws", [str(ROOT / ".venv/local/bin/ministack")], _aws_env(stack))
@@ -130,15 +143,42 @@ def up(
         ]
         _start(stack, "provider", [*command, "--key", KEY, *rehearse], client_env(stack))
         _until(stack, "provider", lambda: _ok(f"{stack.provider}/rehearsal/health"))
-        say("Airflow (scheduler, triggerer, dag-processor, API server)")
-        _start(
-            stack, "airflow", [str(Path(sys.executable).parent / "airflow"), "standalone"], {**airflow_env(stack, jobs), **(extra or {})}
-        )
-        _until(stack, "airflow", lambda: _airflow_healthy(stack))
+        env = {**airflow_env(stack, jobs), **(extra or {})}
+        if workers:
+            _start_queued(stack, env, say)
+        else:
+            say("Airflow (scheduler, triggerer, dag-processor, API server)")
+            _start(stack, "airflow", [AIRFLOW, "standalone"], env)
+            _until(stack, "airflow", lambda: _airflow_healthy(stack))
     except BaseException:
         down(folder)
         raise
     return stack
+
+
+def _start_queued(stack: Stack, env: Mapping[str, str], say: Callable[[str], None]) -> None:
+    """Start the queue, the processes of docker-compose.yaml, and the workers."""
+    say("Redis")
+    queue = ["redis-server", "--port", str(stack.queue_port), "--bind", "127.0.0.1", "--requirepass", stack.password, "--save", ""]
+    _start(stack, "queue", queue, client_env(stack))
+    _until(stack, "queue", lambda: not _is_free(stack.queue_port))
+    say("Airflow (API server, scheduler, dag-processor, triggerer)")
+    subprocess.run([AIRFLOW, "db", "migrate"], env=dict(env), check=True, capture_output=True, cwd=ROOT)
+    for service in compose.PARTS:
+        if service == "airflow-worker":
+            continue
+        command = [str(stack.airflow_port) if part == "8080" else part for part in compose.command(service)]
+        _start(stack, service, [AIRFLOW, *command], env)
+    _until(stack, "airflow-apiserver", lambda: _airflow_healthy(stack))
+    for number in range(1, stack.workers + 1):
+        say(f"worker {number}")
+        start_worker(stack, number, env)
+
+
+def start_worker(stack: Stack, number: int, env: Mapping[str, str]) -> None:
+    """Start one Celery worker. Of several on one machine none serves logs: they would want the same port."""
+    own = ["--celery-hostname", f"worker-{number}@localhost", "--skip-serve-logs"]
+    _start(stack, f"worker-{number}", [AIRFLOW, *compose.command("airflow-worker"), *own], env)
 
 
 def down(folder: Path) -> None:
@@ -146,7 +186,8 @@ def down(folder: Path) -> None:
     stack = load(folder)
     if stack is None:
         return
-    for name in ("airflow", "provider", "database", "aws"):
+    last = ("provider", "queue", "database", "aws")
+    for name in [*(name for name in stack.pids if name not in last), *last]:
         pid = stack.pids.pop(name, None)
         if pid is not None:
             _end(pid)
@@ -156,7 +197,7 @@ def down(folder: Path) -> None:
 def is_up(folder: Path) -> bool:
     """Whether every part runs."""
     stack = load(folder)
-    return stack is not None and "airflow" in stack.pids and all(_alive(pid) for pid in stack.pids.values())
+    return stack is not None and any(name.startswith("airflow") for name in stack.pids) and all(_alive(pid) for pid in stack.pids.values())
 
 
 def client_env(stack: Stack) -> dict[str, str]:
@@ -224,10 +265,23 @@ def airflow_env(stack: Stack, jobs: Path | None = None) -> dict[str, str]:
         "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(stack.worker_log_port),
         "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
         "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
+        **(_queued_env(stack) if stack.workers else {}),
         "NIGHTSHIFT_JOBS": str(jobs or ROOT / "include" / "jobs"),
         "NIGHTSHIFT_UPLOAD_POLL_SECONDS": "2",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # standalone calls `airflow` by name
         "PYTHONWARNINGS": "ignore",
+    }
+
+
+def _queued_env(stack: Stack) -> dict[str, str]:
+    """What is different where workers take tasks from a queue: the settings of docker-compose.yaml, with the places of this machine."""
+    return {
+        **compose.settings(),
+        "AIRFLOW__CELERY__BROKER_URL": stack.queue,
+        "AIRFLOW__CELERY__RESULT_BACKEND": f"db+{stack.database.replace('+psycopg2', '')}",
+        "AIRFLOW__CELERY__WORKER_CONCURRENCY": "2",
+        "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_SERVER_PORT": str(_free_port()),
+        "AIRFLOW__CORE__PARALLELISM": "16",
     }
 
 
@@ -286,6 +340,7 @@ def _ports(stack: Stack) -> Stack:
     owners = {
         "aws_port": "aws",
         "database_port": "database",
+        "queue_port": "queue",
         "provider_port": "provider",
         "airflow_port": "airflow",
         "worker_log_port": "airflow",

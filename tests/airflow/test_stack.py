@@ -148,8 +148,8 @@ def status_of(stack: Stack, batch_id: str) -> str:
     return str(provider(stack, "GET", f"/v1/batches/{batch_id}")["status"])
 
 
-def summary_of(stack: Stack, api: AirflowApi, run: str) -> Summary:
-    return demo._fetch(stack, api, run)[0]
+def summary_of(stack: Stack, api: AirflowApi, run: str, job: str = demo.JOB) -> Summary:
+    return demo._fetch(stack, api, run, job)[0]
 
 
 def test_a_missing_object_named_by_hand_fails_at_once_and_says_what_to_mend(stack, api):

@@ -1,0 +1,214 @@
+"""`make bench`: what the steps cost, against the limits of the machine and against the usual ways, in one sitting.
+
+Commands take turns (A B C, A B C, …), each a process of its own; medians of CPU seconds (user and system) and the largest resident
+set. Seconds of two sittings say little on a shared machine; ratios of one sitting do, so bars are ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.steps import forget
+
+FOLDER = Path(".nightshift/bench")
+NAIVE_ROWS = 100_000  # the slowest yardsticks are not asked for more
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one process took."""
+
+    cpu: float  # seconds, user and system
+    wall: float
+    rss: float  # MB, at most
+
+
+@dataclass(slots=True)
+class Contender:
+    """A command that takes its turn, and what has to be gone before it."""
+
+    name: str
+    command: Sequence[str]
+    before: Callable[[], None] = lambda: None
+    costs: list[Cost] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Take a turn."""
+        self.before()
+        self.costs.append(measured([sys.executable, "-m", *self.command]))
+
+    @property
+    def cpu(self) -> float:
+        """CPU seconds, the median."""
+        return statistics.median(cost.cpu for cost in self.costs)
+
+    @property
+    def wall(self) -> float:
+        """Wall seconds, the median."""
+        return statistics.median(cost.wall for cost in self.costs)
+
+    @property
+    def rss(self) -> float:
+        """MB, the median of the peaks."""
+        return statistics.median(cost.rss for cost in self.costs)
+
+
+def measured(command: Sequence[str]) -> Cost:
+    """Run a command to its end. Raises CalledProcessError where it fails."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return Cost(used.ru_utime + used.ru_stime, time.perf_counter() - start, used.ru_maxrss / 1024)
+
+
+def take_turns(contenders: Sequence[Contender], rounds: int) -> None:
+    """Let each run once a round."""
+    for _ in range(rounds):
+        for each in contenders:
+            each.run()
+            print(f"  {each.name}: {each.costs[-1].cpu:.2f} CPU-s, {each.costs[-1].rss:.0f} MB", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Sitting:
+    """All contenders over one number of rows."""
+
+    rows: int
+    by_name: dict[str, Contender]
+
+    def per_cpu(self, name: str) -> float:
+        """Rows per CPU second, start-up included."""
+        return self.rows / self.by_name[name].cpu
+
+
+def sit(rows: int, rounds: int, *, audited: bool) -> Sitting:
+    """Measure everything over so many rows."""
+    folder, out = (FOLDER / f"{rows}").resolve(), (FOLDER / "out").resolve()
+    if not (folder / "reviews.parquet").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        # in a process of its own: a child begins with the peak of its parent
+        measured([sys.executable, "-m", "bench.reviews", str(folder / "reviews.parquet"), str(rows)])
+    (FOLDER / ".gitignore").write_text("*\n")
+
+    def yardstick(name: str) -> Contender:
+        return Contender(name, ["bench.yardsticks", name, str(folder), str(out)], lambda: shutil.rmtree(out, ignore_errors=True))
+
+    def step(name: str, *rest: str, label: str | None = None) -> Contender:
+        return Contender(label or name, ["bench.steps", name, str(folder), *rest], lambda: forget(folder, name))
+
+    encoding = [
+        yardstick("read"),
+        yardstick("preescaped"),
+        yardstick("jinja_orjson"),
+        step("plan", "reviews-logic", label="plan (logic)"),
+        step("plan"),
+    ]
+    take_turns(encoding, rounds)
+    measured([sys.executable, "-m", "bench.steps", "submit", str(folder)])
+    collecting = [yardstick("outer_typed"), yardstick("copy"), step("collect")]
+    if rows <= NAIVE_ROWS:
+        collecting.insert(0, yardstick("json_jsonschema"))
+    take_turns(collecting, rounds)
+    rest = [step("known"), step("assemble")]
+    take_turns(rest, rounds)
+    if audited:
+        rest.append(step("audit"))
+        take_turns(rest[-1:], rounds)
+    return Sitting(rows, {each.name: each for each in (*encoding, *collecting, *rest)})
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A ratio of one sitting, and what it has to be."""
+
+    what: str
+    value: float
+    least: float | None = None
+    most: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is reached."""
+        return (self.least is None or self.value >= self.least) and (self.most is None or self.value <= self.most)
+
+
+def bars(sitting: Sitting, small: Sitting | None) -> list[Bar]:
+    """The bars that a sitting is held against; `small`: one over far fewer rows, for what grows."""
+    of, found = sitting.by_name, list[Bar]()
+    found.append(
+        Bar("plan, rows per CPU second, against the pre-escaped ceiling", sitting.per_cpu("plan") / sitting.per_cpu("preescaped"), 0.60)
+    )
+    found.append(Bar("plan against render and orjson.dumps", sitting.per_cpu("plan") / sitting.per_cpu("jinja_orjson"), 2.0))
+    found.append(
+        Bar(
+            "plan of a template with logic against render and orjson.dumps",
+            sitting.per_cpu("plan (logic)") / sitting.per_cpu("jinja_orjson"),
+            1.7,
+        )
+    )
+    floor = of["read"].cpu + of["copy"].cpu
+    found.append(Bar("plan against reading the columns and copying the requests", floor / of["plan"].cpu, 0.20))
+    found.append(Bar("plan of known rows against plan of new ones", of["plan"].cpu / of["known"].cpu, 1.0))
+    found.append(Bar("collect against typed outer lines", of["outer_typed"].cpu / of["collect"].cpu, 0.20))
+    if "json_jsonschema" in of:
+        found.append(Bar("collect against json and jsonschema", of["json_jsonschema"].cpu / of["collect"].cpu, 8.0))
+    if "audit" in of:
+        found.append(Bar("audit with 8 expectations, CPU against collect", of["audit"].cpu / of["collect"].cpu, most=1.0))
+        found.append(Bar("audit, MB", of["audit"].rss, most=1000))
+    for name in ("plan", "collect"):
+        found.append(Bar(f"{name}, MB", of[name].rss, most=300))
+        if small is not None:
+            found.append(Bar(f"{name}, MB against {small.rows:,} rows", of[name].rss / small.by_name[name].rss, most=1.10))
+    return found
+
+
+def marginal(large: Sitting, small: Sitting, name: str) -> float:
+    """CPU microseconds of one more row: what start-up costs is left out."""
+    return (large.by_name[name].cpu - small.by_name[name].cpu) / (large.rows - small.rows) * 1e6
+
+
+def table(sitting: Sitting) -> str:
+    """A sitting as Markdown."""
+    lines = [f"| {sitting.rows:,} rows | CPU-s | rows/CPU-s | wall s | MB at most |", "|---|---:|---:|---:|---:|"]
+    for name, each in sitting.by_name.items():
+        lines.append(f"| {name} | {each.cpu:.2f} | {sitting.per_cpu(name):,.0f} | {each.wall:.2f} | {each.rss:.0f} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure, print, and say by the exit code whether every bar holds."""
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--small", type=int, default=10_000, help="rows of the sitting that growth is measured from")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the medians there, too")
+    given = parser.parse_args()
+    small, large = (sit(rows, given.rounds, audited=rows == given.rows) for rows in (given.small, given.rows))
+    held = bars(large, small)
+    print(table(small), "\n\n", table(large), "\n\n| bar | is | has to be |\n|---|---:|---:|", sep="")
+    for bar in held:
+        wanted = f"≥ {bar.least:g}" if bar.least is not None else f"≤ {bar.most:g}"
+        print(f"| {bar.what} | {bar.value:.2f}{'' if bar.holds else ' (missed)'} | {wanted} |")
+    if given.json:
+        medians = {
+            sitting.rows: {name: (each.cpu, each.wall, each.rss) for name, each in sitting.by_name.items()} for sitting in (small, large)
+        }
+        given.json.write_text(json.dumps(medians, indent=1))
+    return 0 if all(bar.holds for bar in held) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

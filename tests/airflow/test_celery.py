@@ -1,0 +1,116 @@
+"""Queued workers: the processes of docker-compose.yaml on CeleryExecutor, with a PostgreSQL and a Redis of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from local import postgres
+from local.stack import AirflowApi, Stack, airflow_env, down, reserve, s3_client, start_worker, tail, up
+from tests.airflow.conftest import ROOT
+from tests.airflow.jobs import job
+from tests.airflow.test_stack import provider, put_reviews, requests_billed, summary_of, tasks_of, until
+
+ROWS, SHARD = 120, 30
+QUICK = {  # a dead worker is noticed in seconds, where an installation takes minutes
+    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
+    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
+    "AIRFLOW__SCHEDULER__TASK_QUEUED_TIMEOUT": "30",
+    "AIRFLOW__SCHEDULER__TASK_QUEUED_TIMEOUT_CHECK_INTERVAL": "10",
+}
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(shutil.which("redis-server") is None, reason="there is no redis-server: apt-get install redis-server"),
+    pytest.mark.skipif(postgres.wrapper() is None, reason="no PostgreSQL can be run here: no binaries, or root without user namespaces"),
+]
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    folder = tmp_path_factory.mktemp("queued")
+    for name in ("prompts", "schemas"):
+        shutil.copytree(ROOT / "include" / name, folder / "house" / name)
+    (folder / "house" / "jobs").mkdir()
+    wide = {"input": {"uri": "s3://reviews/wide/*.jsonl"}, "policy": {"max_requests_per_shard": SHARD}}
+    (folder / "house" / "jobs" / "wide.yaml").write_text(yaml.safe_dump(job("wide", wide)))
+    reserve(folder)
+    started = up(folder, jobs=jobs_of(folder), say=lambda part: None, extra=QUICK, workers=1)
+    put_reviews(started, "wide/a.jsonl", ROWS, seed=1)
+    yield started
+    down(folder)
+
+
+def jobs_of(folder: Path) -> Path:
+    return folder / "house" / "jobs"
+
+
+def add_worker(stack: Stack, number: int) -> None:
+    start_worker(stack, number, {**airflow_env(stack, jobs_of(Path(stack.folder))), **QUICK})
+
+
+def start(api: AirflowApi, name: str) -> str:
+    """Start a run that buys everything anew; its path in the API."""
+    api.call("POST", "/dags/wide/dagRuns", {"logical_date": None, "dag_run_id": name, "conf": {"fresh": True}})
+    return f"/dags/wide/dagRuns/{name}"
+
+
+def finished(stack: Stack, api: AirflowApi, path: str) -> None:
+    until(lambda: api.get(path)["state"] in ("success", "failed"), f"the end of {path}", 400)
+    states = tasks_of(api, "wide", path.rpartition("/")[2])
+    assert api.get(path)["state"] == "success", f"{states}\n{tail(Path(stack.folder), 'airflow-scheduler')}"
+
+
+def published(stack: Stack) -> dict[str, bytes]:
+    """The published Parquet files, by name."""
+    client = s3_client(stack)
+    found = client.list_objects_v2(Bucket="nightshift", Prefix="store/results/wide/")["Contents"]
+    parts = [each["Key"] for each in found if each["Key"].endswith(".parquet")]
+    return {key.rpartition("/")[2]: client.get_object(Bucket="nightshift", Key=key)["Body"].read() for key in parts}
+
+
+def test_results_are_the_same_bytes_with_one_two_and_four_workers(stack):
+    api = AirflowApi(stack)
+    until(lambda: api.get("/dags", dag_ids="wide")["total_entries"], "the DAG")
+    results = []
+    for workers in (1, 2, 4):
+        for number in range(stack.workers + 1, workers + 1):
+            add_worker(stack, number)
+        stack.workers = workers
+        before = requests_billed(stack)
+        path = start(api, f"with-{workers}")
+        finished(stack, api, path)
+        summary = summary_of(stack, api, f"with-{workers}", "wide")
+        assert (summary.state, summary.rows, sum(summary.outcomes.values())) == ("published", ROWS, ROWS)
+        assert requests_billed(stack) - before == summary.requests.submitted == summary.requests.unique
+        assert summary.batches == -(-summary.requests.unique // SHARD)
+        results.append(published(stack))
+    assert results[0]
+    assert results[0] == results[1] == results[2]
+
+
+def test_a_worker_that_is_killed_in_the_middle_of_its_shards_loses_nothing_and_pays_nothing_twice(stack):
+    api = AirflowApi(stack)
+    provider(stack, "PUT", "/rehearsal/pace", {"validating": 0.1, "running": 3.0, "finalizing": 0.1})
+    before = requests_billed(stack)
+    path = start(api, "bereft")
+
+    def in_the_middle() -> bool:
+        found = api.get(f"{path}/taskInstances", limit="100")["task_instances"]
+        return any(each["task_id"].startswith("shard.") and each["state"] == "running" for each in found)
+
+    until(in_the_middle, "a task of a shard on a worker")
+    killed = [name for name in stack.pids if name.startswith("worker-")][:-1]
+    for name in killed:  # all but one, so that one of them was at work
+        os.killpg(stack.pids.pop(name), signal.SIGKILL)
+    time.sleep(1)
+    finished(stack, api, path)
+    summary = summary_of(stack, api, "bereft", "wide")
+    assert (summary.state, sum(summary.outcomes.values())) == ("published", ROWS)
+    assert requests_billed(stack) - before == summary.requests.unique
