@@ -30,6 +30,7 @@ from nightshift.errors import (
 )
 from nightshift.providers.doubt import CLOCK_SKEW, look_after_doubt
 from nightshift.providers.forms import form_of
+from nightshift.providers.looks import looks_at
 from nightshift.providers.protocol import WINDOW, BatchState, Garbage, Limits, Reply, Snapshot
 from nightshift.shapes import Endpoint, Outcome, Receipt
 from nightshift.stores.ledger import CREATE_TIMEOUT
@@ -210,11 +211,16 @@ class OpenAIBatches:
         """See Provider."""
         import openai
 
+        looks = looks_at(self.where, self._client.api_key)
         try:
-            with self._errors():
-                batch = self._client.batches.retrieve(batch_id)
+            batch = looks.look(batch_id, self._newest_batches)
+            if batch is None:
+                with self._errors():
+                    batch = self._client.batches.retrieve(batch_id)
         except openai.NotFoundError as error:
             raise BatchUnknown(self.where, batch_id) from error
+        if STATES.get(str(getattr(batch, "status", None)), "running") != "running":
+            looks.forget(batch_id)
         status = getattr(batch, "status", None)
         if not isinstance(status, str):
             raise ProviderUnavailable(self.where, f"its answer about batch {batch_id} holds no status")

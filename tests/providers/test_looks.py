@@ -1,0 +1,99 @@
+"""How often the provider is asked while many batches are waited for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2
+
+from nightshift.providers.looks import FORGOTTEN_AFTER_SECONDS, SharedLooks
+from nightshift.providers.openai import OpenAIBatches
+from tests.conftest import Rehearsal
+
+BATCHES, ROUNDS = 130, 4
+
+
+def batch(name: str, status: str = "in_progress") -> Any:
+    return SimpleNamespace(id=name, status=status)
+
+
+class Account:
+    """An account's batches, newest first, and how often they were listed."""
+
+    def __init__(self, *names: str) -> None:
+        self.names, self.listings, self.read = names, 0, 0
+
+    def newest(self) -> Any:
+        self.listings += 1
+        for name in self.names:
+            self.read += 1
+            yield batch(name)
+
+
+def test_one_listing_serves_a_round_of_looks_however_many_wait():
+    looks, account = SharedLooks(), Account("c", "b", "a")
+    assert [looks.look(name, account.newest) for name in "abc"] == [None, None, None], "at first each is asked for alone"
+    for _ in range(ROUNDS):
+        assert [looks.look(name, account.newest).id for name in "abc"] == ["a", "b", "c"]
+    assert account.listings == ROUNDS
+
+
+def test_who_looks_more_often_sees_the_newest():
+    looks, account = SharedLooks(), Account("b", "a")
+    for name in "ab":
+        looks.look(name, account.newest)
+    for _ in range(5):
+        assert looks.look("a", account.newest) is not None
+    assert account.listings == 5
+    assert looks.look("b", account.newest) is not None
+    assert account.listings == 5, "it has not seen the last of them"
+
+
+def test_a_batch_alone_is_asked_for_alone_and_so_is_one_that_no_listing_shows():
+    looks, account = SharedLooks(), Account("b")
+    assert [looks.look("b", account.newest) for _ in range(3)] == [None, None, None]
+    looks.look("old", account.newest)
+    assert looks.look("old", account.newest) is None
+    assert looks.look("b", account.newest).id == "b"
+    looks.forget("old")
+    assert looks.look("b", account.newest) is None, "alone again"
+
+
+def test_who_has_not_looked_for_long_counts_no_more():
+    now = [0.0]
+    looks, account = SharedLooks(lambda: now[0]), Account("a", "gone")
+    for name in ("a", "gone"):
+        looks.look(name, account.newest)
+    now[0] += FORGOTTEN_AFTER_SECONDS / 2
+    looks.look("a", account.newest)
+    now[0] += FORGOTTEN_AFTER_SECONDS * 0.6
+    assert looks.look("a", account.newest) is None
+    assert account.listings == 1
+
+
+def test_many_waits_cost_two_pages_of_a_list_a_round(rehearsal: Rehearsal, tmp_path):
+    """Over real HTTP, from clients that share nothing but the account."""
+    rehearsal.pace(validating=0.1, running=600.0)
+    called: Counter[str] = Counter()
+
+    def count(request: httpx2.Request) -> None:
+        path = request.url.path.removeprefix("/v1")
+        called["list" if path == "/batches" else "retrieve"] += request.method == "GET"
+
+    def provider() -> OpenAIBatches:
+        client = httpx2.Client(event_hooks={"request": [count]})
+        return OpenAIBatches("/v1/chat/completions", replace(rehearsal.access(), http_client=client))
+
+    path = tmp_path / "lines"
+    first = provider()
+    path.write_bytes(first._form.line("00" * 32, b'{"model":"gpt-5.4-nano","messages":[{"role":"user","content":"x"}]}') + b"\n")
+    uploaded = first.upload("t", path)
+    batches = [first.create(uploaded, "gpt-5.4-nano", f"t{i}", {}, lambda: True).batch_id for i in range(BATCHES)]
+    waits = [(provider(), batch_id) for batch_id in batches]
+    called.clear()
+    for _ in range(1 + ROUNDS):
+        assert {waiting.poll(batch_id).state for waiting, batch_id in waits} == {"running"}
+    assert called == {"retrieve": BATCHES, "list": 2 * ROUNDS}
