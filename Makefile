@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export UV_COMPILE_BYTECODE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint chaos up down env lock schema clean help browser
+.PHONY: demo test lint chaos bench up down env lock schema clean help browser queue
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -14,7 +14,7 @@ help:            ## this list
 demo: $(VENV)/installed $(VENV)/local-installed    ## upload a sample to a local S3; see it come out as a dataset and a report
 	$(BIN)/python -m local.demo
 
-test: $(VENV)/installed $(VENV)/local-installed $(VENV)/llm-batch-installed $(VENV)/lineage-installed browser    ## every test; starts what it needs itself
+test: $(VENV)/installed $(VENV)/local-installed $(VENV)/llm-batch-installed $(VENV)/lineage-installed browser queue    ## every test; starts what it needs itself
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed    ## ruff, and mypy --strict on the core
@@ -24,6 +24,9 @@ lint: $(VENV)/installed    ## ruff, and mypy --strict on the core
 
 chaos: $(VENV)/installed $(VENV)/local-installed   ## kill everything everywhere and let the provider's bill judge (most of an hour; CHAOS="--sample 4" a quarter of it)
 	$(BIN)/python -m bench.chaos $(CHAOS)
+
+bench: $(VENV)/installed    ## what every step costs, against the machine's limits and the usual ways (a quarter of an hour; BENCH="--rows 100000" some minutes)
+	$(BIN)/python -m bench $(BENCH)
 
 up: $(VENV)/installed $(VENV)/local-installed      ## the local stack with the Airflow UI, left running
 	$(BIN)/python -m local.stack up
@@ -73,6 +76,11 @@ $(VENV)/llm-batch-installed: local/llm-batch.txt $(VENV)/installed | $(UV)
 $(VENV)/lineage-installed: local/lineage.txt $(VENV)/installed | $(UV)
 	$(UV) pip install -q --python $(BIN)/python --target $(VENV)/lineage --no-deps --require-hashes -r local/lineage.txt
 	touch $@
+
+# The tests of queued workers want a Redis, on the same terms.
+queue:
+	@command -v redis-server >/dev/null || \
+	  (command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq redis-server) || true
 
 # The UI's tests want a Chromium. Where there is none and Debian's can be installed, it is; else those tests are skipped and say so.
 browser:

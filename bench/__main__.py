@@ -13,11 +13,13 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench import PEAK
 from bench.steps import forget
 
 FOLDER = Path(".nightshift/bench")
@@ -64,14 +66,16 @@ class Contender:
 
 
 def measured(command: Sequence[str]) -> Cost:
-    """Run a command to its end. Raises CalledProcessError where it fails."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return Cost(used.ru_utime + used.ru_stime, time.perf_counter() - start, used.ru_maxrss / 1024)
+    """Run a command of the benchmark to its end. Raises CalledProcessError where it fails."""
+    with tempfile.NamedTemporaryFile() as told:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, PEAK: told.name})
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
+        rss = float(Path(told.name).read_text())
+    return Cost(used.ru_utime + used.ru_stime, time.perf_counter() - start, rss)
 
 
 def take_turns(contenders: Sequence[Contender], rounds: int) -> None:
@@ -94,14 +98,12 @@ class Sitting:
         return self.rows / self.by_name[name].cpu
 
 
-def sit(rows: int, rounds: int, *, audited: bool) -> Sitting:
-    """Measure everything over so many rows."""
-    folder, out = (FOLDER / f"{rows}").resolve(), (FOLDER / "out").resolve()
+def sit(rows: int, rounds: int, *, where: Path = FOLDER, audited: bool = True, core: bool = False) -> Sitting:
+    """Measure everything over so many rows; with `core` no more than what the regressions of CI are told by."""
+    folder, out = (where / f"{rows}").resolve(), (where / "out").resolve()
     if not (folder / "reviews.parquet").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        # in a process of its own: a child begins with the peak of its parent
         measured([sys.executable, "-m", "bench.reviews", str(folder / "reviews.parquet"), str(rows)])
-    (FOLDER / ".gitignore").write_text("*\n")
 
     def yardstick(name: str) -> Contender:
         return Contender(name, ["bench.yardsticks", name, str(folder), str(out)], lambda: shutil.rmtree(out, ignore_errors=True))
@@ -109,25 +111,18 @@ def sit(rows: int, rounds: int, *, audited: bool) -> Sitting:
     def step(name: str, *rest: str, label: str | None = None) -> Contender:
         return Contender(label or name, ["bench.steps", name, str(folder), *rest], lambda: forget(folder, name))
 
-    encoding = [
-        yardstick("read"),
-        yardstick("preescaped"),
-        yardstick("jinja_orjson"),
-        step("plan", "reviews-logic", label="plan (logic)"),
-        step("plan"),
-    ]
+    usual = [] if core else [yardstick("read"), yardstick("jinja_orjson"), step("plan", "reviews-logic", label="plan (logic)")]
+    encoding = [*usual, yardstick("preescaped"), step("plan")]
     take_turns(encoding, rounds)
     measured([sys.executable, "-m", "bench.steps", "submit", str(folder)])
-    collecting = [yardstick("outer_typed"), yardstick("copy"), step("collect")]
-    if rows <= NAIVE_ROWS:
-        collecting.insert(0, yardstick("json_jsonschema"))
+    naive = [yardstick("json_jsonschema")] if rows <= NAIVE_ROWS and not core else []
+    collecting = [*naive, *([] if core else [yardstick("copy")]), yardstick("outer_typed"), step("collect")]
     take_turns(collecting, rounds)
-    rest = [step("known"), step("assemble")]
+    rest = [] if core else [step("known"), step("assemble")]
     take_turns(rest, rounds)
-    if audited:
-        rest.append(step("audit"))
-        take_turns(rest[-1:], rounds)
-    return Sitting(rows, {each.name: each for each in (*encoding, *collecting, *rest)})
+    checked = [step("audit")] if audited and not core else []
+    take_turns(checked, rounds)
+    return Sitting(rows, {each.name: each for each in (*encoding, *collecting, *rest, *checked)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +191,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the medians there, too")
     given = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / ".gitignore").write_text("*\n")
     small, large = (sit(rows, given.rounds, audited=rows == given.rows) for rows in (given.small, given.rows))
     held = bars(large, small)
     print(table(small), "\n\n", table(large), "\n\n| bar | is | has to be |\n|---|---:|---:|", sep="")

@@ -20,6 +20,7 @@ from pathlib import Path
 import httpx2
 import uvicorn
 
+from bench import peak
 from bench.__main__ import FOLDER, measured
 from bench.steps import job_in, site_in
 from nightshift.drive import Watcher, begin, drive
@@ -60,12 +61,6 @@ def go(folder: Path, url: str) -> None:
     print(json.dumps({"stage": "end", "cpu": sum(os.times()[:2]), **told}), flush=True)
 
 
-def peak(pid: int) -> int:
-    """The most memory that a process has had, in MB."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM")), 0)
-
-
 def watch(folder: Path, rows: int) -> dict[str, object]:
     """Start the server and the run; what was seen of both."""
     port = free_port()
@@ -75,15 +70,19 @@ def watch(folder: Path, rows: int) -> dict[str, object]:
         _until_up(url)
         run = subprocess.Popen([sys.executable, "-m", "bench.scale", str(rows), "--go", url], stdout=subprocess.PIPE, text=True)
         assert run.stdout is not None
-        start, stages, most = time.monotonic(), [], 0
+        start, stages, most = time.monotonic(), [], 0.0
         for line in run.stdout:
             most = max(most, peak(run.pid))
-            stages.append({**json.loads(line), "at": round(time.monotonic() - start, 1), "mb": most})
+            stages.append({**json.loads(line), "at": round(time.monotonic() - start, 1), "mb": round(most)})
             print(f"  {stages[-1]}", file=sys.stderr, flush=True)
         if run.wait():
             raise subprocess.CalledProcessError(run.returncode, "the run")
         bill = httpx2.get(f"{url}/rehearsal/bill", timeout=300).json()
-        return {"stages": stages, "server_mb": peak(server.pid), "bill": {key: bill[key] for key in ("requests", "unique_requests", "usd")}}
+        return {
+            "stages": stages,
+            "server_mb": round(peak(server.pid)),
+            "bill": {key: bill[key] for key in ("requests", "unique_requests", "usd")},
+        }
     finally:
         server.terminate()
         server.wait(timeout=60)
