@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import statistics
+import subprocess
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from bench.__main__ import FOLDER
+from bench.scale import until_up
 from local.sample import reviews
 from local.stack import ROOT, AirflowApi, Stack, down, reserve, s3_client, up
 from tests.airflow.jobs import job
@@ -75,10 +79,19 @@ def start(rows: int, shards: int) -> Stack:
     policy = {"max_requests_per_shard": -(-rows // shards)}
     (jobs / "wide.yaml").write_text(yaml.safe_dump(job("wide", {"input": {"uri": "s3://reviews/wide/*.jsonl"}, "policy": policy})))
     reserve(folder)
-    pace = ("--pace", "validating=0", "--pace", "running=0", "--pace", "finalizing=0")
-    stack = up(folder, jobs=jobs, rehearse=pace, extra={"AIRFLOW__CORE__DAGS_FOLDER": str(dags), "NIGHTSHIFT_POLL_SECONDS": "1"})
+    stack = up(folder, jobs=jobs, extra={"AIRFLOW__CORE__DAGS_FOLDER": str(dags), "NIGHTSHIFT_POLL_SECONDS": "1"})
+    answer_at_once(stack)
     s3_client(stack).put_object(Bucket="reviews", Key="wide/a.jsonl", Body=b"".join(line + b"\n" for line in reviews(rows, seed=1)))
     return stack
+
+
+def answer_at_once(stack: Stack) -> None:
+    """Put a provider in the place of the stack's own that does not read what it answers: reading takes it a millisecond a request."""
+    os.killpg(stack.pids["provider"], signal.SIGKILL)
+    command = [sys.executable, "-m", "bench.scale", "0", "--serve", str(stack.provider_port)]
+    stack.pids["provider"] = subprocess.Popen(command, start_new_session=True).pid
+    stack.save()
+    until_up(stack.provider)
 
 
 def took(api: AirflowApi, dag: str, name: str, conf: dict[str, object]) -> tuple[float, int]:

@@ -67,7 +67,7 @@ def watch(folder: Path, rows: int) -> dict[str, object]:
     url = f"http://127.0.0.1:{port}"
     server = subprocess.Popen([sys.executable, "-m", "bench.scale", str(rows), "--serve", str(port)])
     try:
-        _until_up(url)
+        until_up(url)
         run = subprocess.Popen([sys.executable, "-m", "bench.scale", str(rows), "--go", url], stdout=subprocess.PIPE, text=True)
         assert run.stdout is not None
         start, stages, most = time.monotonic(), [], 0.0
@@ -88,7 +88,8 @@ def watch(folder: Path, rows: int) -> dict[str, object]:
         server.wait(timeout=60)
 
 
-def _until_up(url: str, seconds: float = 60) -> None:
+def until_up(url: str, seconds: float = 60) -> None:
+    """Wait for a server to answer. Raises what it says instead in the end."""
     deadline = time.monotonic() + seconds
     while True:
         try:

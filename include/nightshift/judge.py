@@ -16,9 +16,11 @@ from msgspec.structs import replace
 
 from nightshift.columns import GROUP_ROWS, answers_schema, fit, needs_fitting, rows_at_once
 from nightshift.job import Job
+from nightshift.matching import sum_known
 from nightshift.providers.protocol import Reply
 from nightshift.settle import TOKENS, usage_of
 from nightshift.shapes import Usage, Variant
+from nightshift.stores.shards import keys_in
 
 WRITE_ROWS = 2048  # of answers in words
 UNFIT = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError)
@@ -88,10 +90,12 @@ class Sheet:
         self._at_once = rows_at_once(self._schema, WRITE_ROWS)
         self._lines: list[tuple[bytes, Answer]] = []
         self._batches: list[pa.RecordBatch] = []
+        self.asked_again = 0
 
     def add(self, key: bytes, answer: Answer) -> None:
         """Add the line of a request."""
         self._lines.append((key, answer))
+        self.asked_again += answer.again is not None
         if len(self._lines) == self._at_once:
             self._flush()
 
@@ -121,19 +125,13 @@ class Sheet:
 
 def _with_tokens(batch: pa.RecordBatch, replies: Mapping[bytes, Sequence[Reply]]) -> pa.RecordBatch:
     """A batch with the tokens of further replies added to its lines."""
-    keys = batch.column("request_key").to_pylist()
-    further = {place: replies[key] for place, key in enumerate(keys) if key in replies}
+    further = {place: replies[key] for place, key in enumerate(keys_in(batch)) if key in replies}
     for name in TOKENS if further else ():
         values = batch.column(name).to_pylist()
         for place, more in further.items():
-            values[place] = _sum([values[place], *(getattr(reply, name) for reply in more)])
+            values[place] = sum_known([values[place], *(getattr(reply, name) for reply in more)])
         batch = batch.set_column(batch.schema.get_field_index(name), batch.schema.field(name), pa.array(values, pa.int64()))
     return batch
-
-
-def _sum(values: Sequence[int | None]) -> int | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
 
 
 def usage_of_replies(answers: Iterable[Answer], above: int | None) -> Usage:

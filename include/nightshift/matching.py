@@ -62,14 +62,25 @@ class Matching:
 
 def better(first: Reply, second: Reply) -> Reply:
     """Of two lines for one request the one that stays, with the tokens of both."""
-    best = second if RANK.get(second.outcome, 0) > RANK.get(first.outcome, 0) else first
-    other = first if best is second else second
+    if RANK.get(second.outcome, 0) > RANK.get(first.outcome, 0):
+        first, second = second, first
+    return with_tokens(first, [second])
+
+
+def with_tokens(reply: Reply, further: Sequence[Reply]) -> Reply:
+    """A reply with the tokens of further ones to the same request added: they are paid for, too."""
     return replace(
-        best,
-        input_tokens=_sum(best.input_tokens, other.input_tokens),
-        output_tokens=_sum(best.output_tokens, other.output_tokens),
-        cached_tokens=best.cached_tokens + other.cached_tokens,
+        reply,
+        input_tokens=sum_known([reply.input_tokens, *(each.input_tokens for each in further)]),
+        output_tokens=sum_known([reply.output_tokens, *(each.output_tokens for each in further)]),
+        cached_tokens=reply.cached_tokens + sum(each.cached_tokens for each in further),
     )
+
+
+def sum_known(values: Sequence[int | None]) -> int | None:
+    """The sum of those that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
 
 
 def unfold(replies: Iterable[Reply | Garbage], groups: Iterable[Sequence[bytes]]) -> Iterator[Reply | Garbage]:
@@ -111,7 +122,3 @@ def key_of(custom_id: str) -> bytes:
 
 def _part(tokens: int | None, place: int, count: int) -> int | None:
     return None if tokens is None else tokens // count + (place < tokens % count)
-
-
-def _sum(one: int | None, two: int | None) -> int | None:
-    return None if one is None and two is None else (one or 0) + (two or 0)

@@ -12,7 +12,7 @@ import pytest
 from nightshift.budgets import Budget
 from nightshift.errors import AccessDenied, ApprovalNeeded, BatchUnknown, BudgetExceeded, ProviderUnavailable
 from nightshift.job import RetrySpec
-from nightshift.matching import Matching
+from nightshift.matching import Matching, with_tokens
 from nightshift.packing import WANTED, balance, cut
 from nightshift.providers.protocol import Garbage, Reply, Snapshot
 from nightshift.shapes import Estimate, Plan
@@ -181,6 +181,12 @@ def test_F67_what_comes_after_a_success_is_paid_with_it():
     late = [reply(A, "refused", 5), reply(A, "succeeded", 7)]
     matching, found = matched(reply(A, "succeeded"), *late)
     assert (found[A].input_tokens, matching.twice, matching.failed) == (1, {A: late}, {})
+
+
+def test_F67_tokens_of_further_lines_are_added_where_they_are_known():
+    unknown = Reply(custom_id=A.hex(), outcome="succeeded", paid=True)
+    found = with_tokens(reply(A, "succeeded", 3), [reply(A, "refused", 5), unknown])
+    assert (found.outcome, found.input_tokens, with_tokens(unknown, [unknown]).input_tokens) == ("succeeded", 8, None)
 
 
 def test_F67_of_two_failures_the_better_word_stays():

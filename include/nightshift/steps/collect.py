@@ -7,7 +7,7 @@ provider returned none for it, or two.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -18,10 +18,10 @@ from nightshift.arrow import collector_paused, keep_pandas_out
 from nightshift.budgets import settle_attempts
 from nightshift.errors import BatchLost, BatchRejected, BatchUnknown, NightshiftError, ProviderUnavailable, ResultsGone
 from nightshift.judge import AS_IT_WAS, Answer, Sheet, judge_for, usage_of_replies
-from nightshift.matching import Matching, unfold
+from nightshift.matching import Matching, unfold, with_tokens
 from nightshift.money.prices import long_above, tier_of
 from nightshift.providers.forms import form_of
-from nightshift.providers.protocol import Provider, Reply, Snapshot
+from nightshift.providers.protocol import Garbage, Provider, Reply, Snapshot
 from nightshift.purse import Purse, purse_of
 from nightshift.runs import Run, Site
 from nightshift.settle import settle
@@ -29,7 +29,7 @@ from nightshift.shapes import Settled
 from nightshift.steps.submit import open_where, payer_of
 from nightshift.steps.wait import FILES_GRACE, is_waiting_for_files
 from nightshift.stores.ledger import Attach, Attempt, Done, Ended, is_stuck, next_move
-from nightshift.stores.shards import Left, answers_key, asked, pending, read_answers, shared_lines
+from nightshift.stores.shards import Left, answers_key, asked_of, pending, read_answers, shared_lines
 
 LOST_AFTER = timedelta(minutes=2)  # from the first "not known" here; the wait before has looked for longer
 
@@ -81,8 +81,8 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
         _end_without_answers(site, shard, attempt, attempts, snapshot, provider)
         return
     facts = site.ledger.shard(shard)
-    left = asked(site.store, facts, attempt.claim)
-    target = answers_key(shard, attempt.number)
+    waiting = pending(site.store, shard, attempt.claim.after)
+    left = asked_of(waiting, facts, attempt.claim)
     origin = {
         "shard": shard,
         "attempt": attempt.number,
@@ -91,27 +91,18 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
         "tier": tier_of(attempt.claim.provider),
         "stand_in": attempt.claim.model if attempt.claim.model != facts.model else None,
     }
-    matching, sheet, judge = Matching(left), Sheet(run.job, origin), judge_for(run.job)
+    matching, sheet = Matching(left), Sheet(run.job, origin)
+    groups = list(shared_lines(left, form_of(facts.endpoint).inputs_per_line))
     with site.scratch() as folder, collector_paused():
-        groups = list(shared_lines(left, form_of(facts.endpoint).inputs_per_line))
-        failed = dict[bytes, Answer]()
         try:
-            for key, reply in matching.successes(unfold(provider.replies(snapshot, Path(folder)), groups)):
-                answer = judge(reply)
-                if answer.output is not None and left[key] is None:
-                    sheet.add(key, answer)
-                else:
-                    failed[key] = answer
+            failed = _put_down(sheet, judge_for(run.job), matching, unfold(provider.replies(snapshot, Path(folder)), groups), left)
         except ResultsGone as error:
             if snapshot.ended_at is None or site.now() - snapshot.ended_at < FILES_GRACE:
                 raise  # they can lag behind the status; 30 days later they are gone (F61)
             _give_up(site, run, shard, attempt, attempts, provider, error)
             return
-        failed.update((key, judge(reply)) for key, reply in matching.failed.items())
         failed.update(_absent(matching.absent, snapshot, groups))
-        sheet.count_twice(matching.twice)
-        payer = payer_of(site, run, attempt)
-        above = long_above(attempt.claim.provider, attempt.claim.model)
+        payer, above = payer_of(site, run, attempt), long_above(attempt.claim.provider, attempt.claim.model)
         purse = purse_of(site, payer, facts, attempts, sheet.usage(above) + usage_of_replies(failed.values(), above), attempt.claim)
         again = _again_for(site, payer, shard, attempt, left, purse)
         for key in left:
@@ -119,15 +110,41 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
                 sheet.add(key, again(key, failed.pop(key)))
         path = Path(folder) / "answers.parquet"
         sheet.write(path)
-        site.store.create(target, path)  # who harvested first has decided what is asked again
+        is_first = site.store.create(answers_key(shard, attempt.number), path)  # who harvested first has decided what is asked again
+    if is_first:
+        remaining = len(waiting) - len(left) + sheet.asked_again
+    else:
+        remaining = len(pending(site.store, shard, (*attempt.claim.after, attempt.number)))
     ended = Ended(
         how="harvested",
         status=snapshot.status,
         ended_at=site.now(),
-        remaining=len(pending(site.store, shard, (*attempt.claim.after, attempt.number))),
+        remaining=remaining,
         reasons=tuple(f"{name}: {count}" for name, count in sorted(matching.alarms.items())),
     )
     site.ledger.record_end(shard, attempt.number, ended)
+
+
+def _put_down(
+    sheet: Sheet,
+    judge: Callable[[Reply], Answer],
+    matching: Matching,
+    replies: Iterable[Reply | Garbage],
+    left: Mapping[bytes, Left | None],
+) -> dict[bytes, Answer]:
+    """Put down the good answers to what was asked for the first time, as they come; give the others, by request."""
+    others = dict[bytes, Answer]()
+    for key, reply in matching.successes(replies):
+        answer = judge(reply)
+        if answer.output is not None and left[key] is None:
+            sheet.add(key, answer)
+        else:
+            others[key] = answer
+    sheet.count_twice(matching.twice)
+    for key in matching.twice.keys() & others.keys():
+        others[key] = replace(others[key], reply=with_tokens(others[key].reply, matching.twice[key]))
+    others.update((key, judge(reply)) for key, reply in matching.failed.items())
+    return others
 
 
 def _look(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[Attempt], provider: Provider) -> Snapshot | None:

@@ -73,9 +73,10 @@ def read_answers(objects: Objects, shard: str, attempt: int, columns: Sequence[s
     return pq.ParquetFile(pa.BufferReader(data)).read(None if columns is None else list(columns), use_threads=False)
 
 
-def keys_in(table: pa.Table) -> list[bytes]:
-    """The request keys of a table of answers."""
-    data = b"".join(_bytes_of(chunk) for chunk in table.column("request_key").chunks)
+def keys_in(answers: pa.Table | pa.RecordBatch) -> list[bytes]:
+    """The request keys of answers, many times as fast as Arrow's own conversion."""
+    column = answers.column("request_key")
+    data = b"".join(map(_bytes_of, column.chunks if isinstance(column, pa.ChunkedArray) else [column]))
     return [data[start : start + KEY_BYTES] for start in range(0, len(data), KEY_BYTES)]
 
 
@@ -137,8 +138,8 @@ def pending(objects: Objects, shard: str, after: Sequence[int]) -> dict[bytes, L
     for number in sorted(after):
         table = read_answers(objects, shard, number, ["request_key", "again", "text", "reason"])
         is_left = table.column("again").is_valid()
-        for key in keys_in(table.select(["request_key"]).filter(pc.invert(is_left))):
-            left.pop(key, None)
+        final = frozenset(keys_in(table.select(["request_key"]).filter(pc.invert(is_left))))
+        left = {} if final == left.keys() else {key: each for key, each in left.items() if key not in final}
         for line in table.filter(is_left).to_pylist():
             variant = Variant.model_validate_json(line["again"])
             left[line["request_key"]] = Left(variant=variant, text=line["text"], reason=line["reason"])
@@ -147,11 +148,18 @@ def pending(objects: Objects, shard: str, after: Sequence[int]) -> dict[bytes, L
 
 def asked(objects: Objects, shard: Shard, claim: Claim) -> dict[bytes, Left | None]:
     """The requests that an attempt asks, in line order: what follows from its claim."""
-    return dict(islice(next_asked(pending(objects, shard.key, claim.after), shard).items(), claim.most))
+    return asked_of(pending(objects, shard.key, claim.after), shard, claim)
+
+
+def asked_of(left: Mapping[bytes, Left | None], shard: Shard, claim: Claim) -> dict[bytes, Left | None]:
+    """The same, where it is known what was left before."""
+    return dict(islice(next_asked(left, shard).items(), claim.most))
 
 
 def next_asked(left: Mapping[bytes, Left | None], shard: Shard) -> dict[bytes, Left | None]:
     """Of what is left, what is asked next: all that goes to where the first of them goes. One batch asks one model."""
+    if not any(left.values()):  # all are asked for the first time, and so of one
+        return dict(left)
     own = whom(Variant(), shard)
     of = {key: whom(each.variant, shard) if each else own for key, each in left.items()}
     first = next(iter(of.values()), None)
