@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from threading import Event, Lock
+from threading import Event
 from typing import Any
 
 from nightshift.errors import Interrupted, NightshiftError, RunHeld, ShardHeld, Transient
@@ -95,10 +95,12 @@ def _drive(site: Site, run: Run, ask: Callable[[Run, Plan], bool], watcher: Watc
 
 def _settle_all(site: Site, run: Run, approved: Plan, watcher: Watcher) -> None:
     """Drive every shard until it is settled. The first permanent error stops new work; what is in flight stays in the ledger."""
-    stop, harvesting = Event(), Lock()
+    stop = Event()
     site = replace(site, stopped=stop.is_set)
-    with ThreadPoolExecutor(SHARDS_AT_ONCE, thread_name_prefix="shard") as pool:
-        futures = [pool.submit(_settle, site, run, shard, watcher, stop, harvesting) for shard in approved.shards]
+    # Harvests need memory: one after the other, and in one thread, because what a thread has freed no other one gets to use.
+    harvester = ThreadPoolExecutor(1, thread_name_prefix="harvest")
+    with harvester, ThreadPoolExecutor(SHARDS_AT_ONCE, thread_name_prefix="shard") as pool:
+        futures = [pool.submit(_settle, site, run, shard, watcher, stop, harvester) for shard in approved.shards]
         try:
             for future in futures:
                 future.result()
@@ -108,7 +110,7 @@ def _settle_all(site: Site, run: Run, approved: Plan, watcher: Watcher) -> None:
             raise
 
 
-def _settle(site: Site, run: Run, shard: str, watcher: Watcher, stop: Event, harvesting: Lock) -> Settled:
+def _settle(site: Site, run: Run, shard: str, watcher: Watcher, stop: Event, harvester: ThreadPoolExecutor) -> Settled:
     """Submit → wait → collect, until the shard is settled."""
     failures = 0
     while True:
@@ -116,8 +118,7 @@ def _settle(site: Site, run: Run, shard: str, watcher: Watcher, stop: Event, har
             submit(site, run, shard)
             for pause in pauses(site, run, shard, seen=lambda look: watcher.shard(shard, look)):
                 _sleep(stop, pause)
-            with harvesting:
-                settled = collect(site, run, shard)
+            settled = harvester.submit(collect, site, run, shard).result()
             failures = 0
         except ShardHeld as held:
             _sleep(stop, min(max(held.seconds_left, 1.0), 30.0))
