@@ -67,7 +67,7 @@ class Files:
         """See Provider."""
         return False
 
-    def poll(self, batch_id: str) -> Snapshot:
+    def poll(self, batch_id: str, *, waiting: bool = False) -> Snapshot:
         """See Provider."""
         files = (f"out-{batch_id}.jsonl", f"err-{batch_id}.jsonl")
         return Snapshot(state="ended", status="completed", done=0, total=0, result_files=files, reasons=(), bad_lines={}, ended_at=NOON)

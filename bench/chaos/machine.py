@@ -202,7 +202,7 @@ class InMemory:
     def is_busy(self) -> bool:
         return False
 
-    def poll(self, batch_id: str) -> Snapshot:
+    def poll(self, batch_id: str, *, waiting: bool = False) -> Snapshot:
         self._life.effect()
         if batch_id not in self._account.batches:
             raise BatchUnknown(self.where, batch_id)

@@ -95,5 +95,7 @@ def test_many_waits_cost_two_pages_of_a_list_a_round(rehearsal: Rehearsal, tmp_p
     waits = [(provider(), batch_id) for batch_id in batches]
     called.clear()
     for _ in range(1 + ROUNDS):
-        assert {waiting.poll(batch_id).state for waiting, batch_id in waits} == {"running"}
+        assert {one.poll(batch_id, waiting=True).state for one, batch_id in waits} == {"running"}
     assert called == {"retrieve": BATCHES, "list": 2 * ROUNDS}
+    waits[0][0].poll(batches[0])
+    assert called["retrieve"] == BATCHES + 1, "who does not only wait looks for itself"

@@ -254,7 +254,7 @@ class BedrockJobs:
             raise BatchUnknown(self.where, arn) from error
         return job
 
-    def poll(self, batch_id: str) -> Snapshot:
+    def poll(self, batch_id: str, *, waiting: bool = False) -> Snapshot:
         """See Provider. The result files are looked for once the job has ended: before, they may be half of what comes (F94)."""
         job = self._job(batch_id)
         status = job.get("status")

@@ -174,7 +174,7 @@ class LiveServer:
         """See Provider."""
         return False
 
-    def poll(self, batch_id: str) -> Snapshot:
+    def poll(self, batch_id: str, *, waiting: bool = False) -> Snapshot:
         """See Provider. There is a receipt only for work that is done."""
         return Snapshot(state="ended", status="completed", done=0, total=0, result_files=(batch_id,), reasons=(), bad_lines={})
 

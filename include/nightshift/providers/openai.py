@@ -207,13 +207,13 @@ class OpenAIBatches:
                 return
             after = batches[-1].id
 
-    def poll(self, batch_id: str) -> Snapshot:
+    def poll(self, batch_id: str, *, waiting: bool = False) -> Snapshot:
         """See Provider."""
         import openai
 
         looks = looks_at(self.where, self._client.api_key)
         try:
-            batch = looks.look(batch_id, self._newest_batches)
+            batch = looks.look(batch_id, self._newest_batches) if waiting else None
             if batch is None:
                 with self._errors():
                     batch = self._client.batches.retrieve(batch_id)

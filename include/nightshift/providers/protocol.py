@@ -150,8 +150,8 @@ class Provider(Protocol):
     def is_busy(self) -> bool:
         """Whether any batch of this account is under way, so that a full queue will drain."""
 
-    def poll(self, batch_id: str) -> Snapshot:
-        """One look."""
+    def poll(self, batch_id: str, *, waiting: bool = False) -> Snapshot:
+        """One look. For who is only `waiting` it may be as old as the last one of others who wait at the same place."""
 
     def replies(self, snapshot: Snapshot, scratch: Path) -> Iterator[Reply | Garbage]:
         """Every line of every result file, in no particular order."""

@@ -83,7 +83,7 @@ def watch(
     failures, last_known = 0, now()
     while True:
         try:
-            snapshot: Snapshot | NightshiftError = provider.poll(receipt.batch_id)
+            snapshot: Snapshot | NightshiftError = provider.poll(receipt.batch_id, waiting=True)
             failures, last_known = 0, now()
         except (Permanent, Transient) as error:
             snapshot, failures = error, failures + 1
