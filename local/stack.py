@@ -32,6 +32,15 @@ AWS = {"AWS_ACCESS_KEY_ID": "rehearsal", "AWS_SECRET_ACCESS_KEY": "rehearsal", "
 BEDROCK_SERVICES = ("bedrock", "bedrock-runtime", "service-quotas")
 BEDROCK_ROLE_ARN = "arn:aws:iam::123456789012:role/rehearsal"
 START_SECONDS = 240
+PORTS = {  # and the part that listens there
+    "aws_port": "aws",
+    "database_port": "database",
+    "queue_port": "queue",
+    "provider_port": "provider",
+    "airflow_port": "airflow",
+    "worker_log_port": "airflow",
+    "trigger_log_port": "airflow",
+}
 AIRFLOW = str(Path(sys.executable).parent / "airflow")
 
 
@@ -95,10 +104,12 @@ def load(folder: Path) -> Stack | None:
     return Stack(**json.loads(path.read_text())) if path.exists() else None
 
 
-def reserve(folder: Path) -> Stack:
-    """The stack of a folder as it will be started: where its parts will listen."""
+def reserve(folder: Path, *, apart: bool = False) -> Stack:
+    """The stack of a folder as it will be started: where its parts will listen. `apart`: where no other stack begins to look."""
     folder.mkdir(parents=True, exist_ok=True)
     stack = _ports(load(folder) or _new(folder))
+    for name in PORTS if apart else ():
+        setattr(stack, name, _free_port())
     stack.save()
     return stack
 
@@ -337,17 +348,9 @@ def _new(folder: Path) -> Stack:
 
 def _ports(stack: Stack) -> Stack:
     """Keep the ports of parts that run; move the others where somebody else listens."""
-    owners = {
-        "aws_port": "aws",
-        "database_port": "database",
-        "queue_port": "queue",
-        "provider_port": "provider",
-        "airflow_port": "airflow",
-        "worker_log_port": "airflow",
-        "trigger_log_port": "airflow",
-    }
-    for name, part in owners.items():
-        if not (part in stack.pids and _alive(stack.pids[part])) and not _is_free(getattr(stack, name)):
+    for name, part in PORTS.items():
+        runs = any(_alive(pid) for each, pid in stack.pids.items() if each == part or each.startswith(f"{part}-"))
+        if not runs and not _is_free(getattr(stack, name)):
             setattr(stack, name, _free_port())
     return stack
 

@@ -40,7 +40,7 @@ SCHEMA = {
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that the others run beside them and nobody waits for one in the end."""
-    longest = ("test_stack", "test_dags", "test_chaos", "test_conformance", "test_failures")
+    longest = ("test_stack", "test_dags", "test_celery", "test_chaos", "test_conformance", "test_failures")
     items.sort(key=lambda item: next((place for place, name in enumerate(longest) if name in item.nodeid), len(longest)))
 
 

@@ -40,7 +40,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     (folder / "house" / "jobs").mkdir()
     wide = {"input": {"uri": "s3://reviews/wide/*.jsonl"}, "policy": {"max_requests_per_shard": SHARD}}
     (folder / "house" / "jobs" / "wide.yaml").write_text(yaml.safe_dump(job("wide", wide)))
-    reserve(folder)
+    reserve(folder, apart=True)  # another stack may run beside this one
     started = up(folder, jobs=jobs_of(folder), say=lambda part: None, extra=QUICK, workers=1)
     put_reviews(started, "wide/a.jsonl", ROWS, seed=1)
     yield started
