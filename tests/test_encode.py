@@ -122,6 +122,13 @@ def test_many_values_at_once_are_judged_like_each_alone(values, requirement):
     assert list(check(values) or [None] * len(values)) == alone
 
 
+def test_a_row_that_fails_leaves_nothing_behind_for_those_after_it():
+    prompt = "user:\n{% autoescape true %}{{ who | upper }}{% endautoescape %} {{ [text, '<'] | join('&') }}\n"
+    good, bad = {"text": "1<2", "who": "a"}, {"text": "1<2", "who": None}
+    found = encoded(Encoder(job(prompt)), [good, bad, good])
+    assert (found.keys[0], len(found.keys)) == (found.keys[1], 2)
+
+
 def test_a_null_is_no_word():
     with pytest.raises(NullInPrompt):
         job(PLAIN).prompt.user.template.render(text=None, who="a")

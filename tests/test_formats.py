@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import gzip
 import io
+from datetime import timedelta
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from nightshift.errors import InputUnreadable
-from nightshift.formats import MAX_LINE_BYTES, guess_format, read_rows
+from nightshift.formats import MAX_LINE_BYTES, Fault, Rows, guess_format, in_pieces, read_rows
 
 
 def rows(data: bytes, fmt: str, compression: str | None = None, wanted: tuple[str, ...] = ("id", "text")):
@@ -119,3 +120,27 @@ def test_a_broken_file_is_one_clear_error(data, fmt, compression, why):
     with pytest.raises(InputUnreadable, match="Nothing was sent") as caught:
         rows(data, fmt, compression)
     assert why in str(caught.value)
+
+
+def test_nanoseconds_are_cut_off_alike_whether_pandas_is_there_or_not():
+    """Arrow makes pandas' own objects of them where pandas is loaded, and refuses elsewhere."""
+    table = pa.table(
+        {"id": ["a"], "at": pa.array([1_700_000_000_123_456_789], pa.timestamp("ns", "UTC")), "took": pa.array([1_999], pa.duration("ns"))}
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    buffer.seek(0)
+    [batch] = read_rows(io.BufferedReader(buffer), "s3://b/k", "parquet", None, ("id", "at", "took"))
+    assert str(batch.columns["at"][0]) == "2023-11-14 22:13:20.123456+00:00"
+    assert batch.columns["took"] == [timedelta(microseconds=1)]
+
+
+def test_a_batch_in_pieces_is_the_same_rows():
+    whole = Rows(
+        count=5, columns={"id": list("abcde")}, faults={1: Fault("bad", ""), 4: Fault("worse", "")}, arrays={"id": pa.array(list("abcde"))}
+    )
+    pieces = list(in_pieces(whole, 2))
+    assert [piece.count for piece in pieces] == [2, 2, 1]
+    assert [value for piece in pieces for value in piece.columns["id"]] == list("abcde")
+    assert [piece.arrays["id"].to_pylist() for piece in pieces] == [["a", "b"], ["c", "d"], ["e"]]
+    assert [list(piece.faults.items()) for piece in pieces] == [[(1, whole.faults[1])], [], [(0, whole.faults[4])]]

@@ -68,6 +68,18 @@ class Rows:
         return found
 
 
+def in_pieces(rows: Rows, size: int) -> Iterator[Rows]:
+    """A batch as batches of at most so many rows."""
+    for start in range(0, rows.count, size):
+        end = min(start + size, rows.count)
+        yield Rows(
+            count=end - start,
+            columns={name: values[start:end] for name, values in rows.columns.items()},
+            faults={place - start: fault for place, fault in rows.faults.items() if start <= place < end},
+            arrays={name: array.slice(start, end - start) for name, array in rows.arrays.items()},
+        )
+
+
 def guess_format(key: str) -> tuple[Format | None, Compression | None]:
     """Format and compression from an object's name; None where the name does not tell."""
     path = PurePosixPath(key.lower())
@@ -173,11 +185,29 @@ class _Lists(Mapping[str, Sequence[Any]]):
 
 
 def _to_list(column: Any) -> list[Any]:
-    """Arrow values as Python objects. What Python cannot hold becomes None: writers do not always check."""
+    """Arrow values as Python objects. What Python cannot hold becomes None: writers do not always check.
+
+    Nanoseconds are cut off. Arrow gives them as objects of pandas where that is loaded, and else not at all: a row would ask
+    something else in another process.
+    """
+    coarser = _in_microseconds(column.type)
+    if coarser is not None:
+        column = column.cast(coarser, safe=False)
     try:
         return cast("list[Any]", column.to_pylist())
     except (ValueError, OverflowError):  # text that is not UTF-8; dates beyond what Python holds
         return [_or_none(value) for value in column]
+
+
+def _in_microseconds(kind: pa.DataType) -> pa.DataType | None:
+    """The type of the same moments in microseconds, where this one counts nanoseconds."""
+    import pyarrow as pa
+
+    if not pa.types.is_temporal(kind) or getattr(kind, "unit", None) != "ns":
+        return None
+    if pa.types.is_timestamp(kind):
+        return pa.timestamp("us", kind.tz)
+    return pa.duration("us") if pa.types.is_duration(kind) else pa.time64("us")
 
 
 def _or_none(value: Any) -> Any:

@@ -81,7 +81,8 @@ def reconcile(database: duckdb.DuckDBPyConnection, plan: Plan) -> None:
             f"No answer, not even a failure, was harvested for rows {', '.join(str(each[0]) for each in lost)}, … Nothing is published."
         )
     doubled = database.execute(
-        """SELECT any_value(rows.id) FROM rows JOIN (SELECT request_key FROM words GROUP BY request_key HAVING count(*) > 1)
+        """SELECT any_value(rows.id) FROM rows JOIN (
+             SELECT DISTINCT request_key FROM everything GROUP BY request_key, stand_in, place >> 32 HAVING count(*) > 1)
            USING (request_key) GROUP BY request_key LIMIT 10"""
     ).fetchall()
     if doubled:

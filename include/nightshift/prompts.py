@@ -17,7 +17,10 @@ from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 ROLE_LINE = re.compile(r"^(system|user):[ \t]*$", re.MULTILINE)
-ASSIGNING = (nodes.Assign, nodes.AssignBlock, nodes.Block, nodes.Import, nodes.FromImport, nodes.Include, nodes.Macro, nodes.Extends)
+ASSIGNING = (
+    nodes.Assign, nodes.AssignBlock, nodes.Block, nodes.Import, nodes.FromImport, nodes.Include, nodes.Macro, nodes.Extends,
+    nodes.EvalContextModifier, nodes.ScopedEvalContextModifier,
+)  # fmt: skip
 FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
@@ -48,7 +51,7 @@ class Part:
     template: Template
     variables: frozenset[str]
     plain: Plain | None  # None where the template holds logic
-    assigns: bool  # whether it gives names to values, which outlive a row in a context that is used again
+    assigns: bool  # whether it may leave something behind in its context, which therefore serves one row only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from nightshift.contract import typed
 from nightshift.encode import Encoder, Request, Requests
 from nightshift.errors import InputUnreadable, RequestTooLarge
-from nightshift.formats import BATCH_ROWS, PICTURE_ROWS, Fault, Rows, column_types, read_rows
+from nightshift.formats import BATCH_ROWS, PICTURE_ROWS, Fault, Rows, column_types, in_pieces, read_rows
 from nightshift.job import Job
 from nightshift.packing import Lines
 from nightshift.pictures import Pictures
@@ -74,7 +74,7 @@ class Spool:
         self._pictures, self._sample = pictures, sample  # `sample`: the places of the rows that are asked about; None: of all
         self._read = 0  # rows, those that are not in the sample with them
         self.path = folder / "spool"
-        self._file = self.path.open("wb", buffering=0)
+        self._file = self.path.open("wb", buffering=1 << 20)
         self._end = 0
         self.rows = 0
         self.slices: list[Path] = []
@@ -101,6 +101,7 @@ class Spool:
             for group in _grouped(self._encoded(batches, schema)):
                 index.write_table(pa.Table.from_batches([each.index for each in group], schema=schema))
                 spooled.write_table(pa.Table.from_batches([each.places for each in group], schema=SPOOLED))
+        self._file.flush()
         self.slices.append(path)
 
     def _encoded(self, batches: Iterable[Rows], schema: pa.Schema) -> Iterator[_Part]:
@@ -110,7 +111,8 @@ class Spool:
 
     def _sampled(self, batches: Iterable[Rows]) -> Iterator[Rows]:
         for rows in batches:
-            yield from [rows] if self._sample is None else only([rows], self._sample, self._read)
+            kept = [rows] if self._sample is None else only([rows], self._sample, self._read)
+            yield from (each for some in kept for each in (in_pieces(some, PICTURE_ROWS) if self._pictures else [some]))
             self._read += rows.count
 
     def _encode(self, rows: Rows, schema: pa.Schema) -> _Part:
@@ -121,7 +123,7 @@ class Spool:
         asked = np.array([reason is None for reason in requests.reasons], bool)
         ordinals = np.arange(self.rows, self.rows + rows.count)
         self._check_sizes(sizes + self._encoder.line_bytes, ordinals[asked])
-        self._file.write(b"".join(requests.tails))
+        self._file.writelines(requests.tails)
         keys = pa.py_buffer(b"".join(requests.keys))
         own = pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(requests.keys), [None, keys])
         starts = self._end + np.cumsum(sizes) - sizes

@@ -9,7 +9,8 @@ from typing import Any
 
 import httpx2
 
-from nightshift.providers.looks import FORGOTTEN_AFTER_SECONDS, SharedLooks
+from nightshift.errors import ProviderUnavailable
+from nightshift.providers.looks import FORGOTTEN_AFTER_SECONDS, QUIET_SECONDS, SharedLooks
 from nightshift.providers.openai import OpenAIBatches
 from tests.conftest import Rehearsal
 
@@ -72,6 +73,22 @@ def test_who_has_not_looked_for_long_counts_no_more():
     now[0] += FORGOTTEN_AFTER_SECONDS * 0.6
     assert looks.look("a", account.newest) is None
     assert account.listings == 1
+
+
+def test_where_nothing_is_listed_each_is_asked_for_alone_and_the_list_left_alone_for_a_while():
+    now, asked = [0.0], []
+
+    def refused() -> Any:
+        asked.append(now[0])
+        raise ProviderUnavailable("here", "no list")
+
+    looks = SharedLooks(lambda: now[0])
+    for _ in range(4):
+        assert [looks.look(name, refused) for name in "ab"] == [None, None]
+    assert len(asked) == 1
+    now[0] += QUIET_SECONDS
+    looks.look("a", refused)
+    assert len(asked) == 2
 
 
 def test_many_waits_cost_two_pages_of_a_list_a_round(rehearsal: Rehearsal, tmp_path):

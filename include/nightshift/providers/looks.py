@@ -10,10 +10,13 @@ from itertools import islice
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from nightshift.errors import NightshiftError
+
 if TYPE_CHECKING:
     from openai.types import Batch
 
 FORGOTTEN_AFTER_SECONDS = 3600.0  # without a look a batch is waited for by nobody here
+QUIET_SECONDS = 300.0  # without a listing, once it has failed
 MOST_FOREIGN = 500  # batches of others that a listing is read over; who is not among them is asked for alone
 
 
@@ -35,6 +38,7 @@ class SharedLooks:
         self._listed: dict[str, Batch] = {}
         self._number = 0
         self._waiters: dict[str, _Waiter] = {}
+        self._quiet_until = 0.0
 
     def look(self, batch_id: str, newest: Callable[[], Iterable[Batch]]) -> Batch | None:
         """The batch as it stands in a listing that its waiter has not seen yet; None where it has to be asked for alone."""
@@ -46,8 +50,13 @@ class SharedLooks:
                 self._waiters[batch_id] = _Waiter(self._number, now)
                 return None
             if before.listing == self._number:
-                wanted = islice(newest(), MOST_FOREIGN + len(self._waiters))
-                self._listed = _until_found(wanted, set(self._waiters))
+                if now < self._quiet_until:
+                    return None
+                try:
+                    self._listed = _until_found(islice(newest(), MOST_FOREIGN + len(self._waiters)), set(self._waiters))
+                except NightshiftError:  # there are servers that list nothing, and know each batch
+                    self._quiet_until = now + QUIET_SECONDS
+                    return None
                 self._number += 1
             self._waiters[batch_id] = _Waiter(self._number, now)
             return self._listed.get(batch_id)

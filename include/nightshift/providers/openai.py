@@ -218,6 +218,7 @@ class OpenAIBatches:
                 with self._errors():
                     batch = self._client.batches.retrieve(batch_id)
         except openai.NotFoundError as error:
+            looks.forget(batch_id)
             raise BatchUnknown(self.where, batch_id) from error
         if STATES.get(str(getattr(batch, "status", None)), "running") != "running":
             looks.forget(batch_id)

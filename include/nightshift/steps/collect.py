@@ -132,12 +132,12 @@ def _put_down(
     replies: Iterable[Reply | Garbage],
     left: Mapping[bytes, Left | None],
 ) -> dict[bytes, Answer]:
-    """Put down the good answers to what was asked for the first time, as they come; give the others, by request."""
+    """Put down the good answers as they come; give the others, by request."""
     others = dict[bytes, Answer]()
     for key, reply in matching.successes(replies):
-        answer = judge(reply)
-        if answer.output is not None and left[key] is None:
-            sheet.add(key, answer)
+        answer, before = judge(reply), left[key]
+        if answer.output is not None:
+            sheet.add(key, replace(answer, asked_as=before.variant) if before else answer)
         else:
             others[key] = answer
     sheet.count_twice(matching.twice)
@@ -226,8 +226,6 @@ def _again_for(
 
     def again(key: bytes, answer: Answer) -> Answer:
         reply, before = answer.reply, left[key]
-        if before is None and reply.outcome == "succeeded":
-            return answer
         asked_as = before.variant if before else AS_IT_WAS
         answer = replace(answer, asked_as=asked_as)
         is_late = reply.outcome == "expired" or (reply.outcome == "cancelled" and overdue)

@@ -75,7 +75,7 @@ def read_answers(objects: Objects, shard: str, attempt: int, columns: Sequence[s
 
 def keys_in(answers: pa.Table | pa.RecordBatch) -> list[bytes]:
     """The request keys of answers, many times as fast as Arrow's own conversion."""
-    column = answers.column("request_key")
+    column = answers.column("request_key").cast(pa.binary(KEY_BYTES))
     data = b"".join(map(_bytes_of, column.chunks if isinstance(column, pa.ChunkedArray) else [column]))
     return [data[start : start + KEY_BYTES] for start in range(0, len(data), KEY_BYTES)]
 
