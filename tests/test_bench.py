@@ -6,7 +6,7 @@ import pytest
 
 from bench.__main__ import Sitting, marginal, sit
 
-SMALL, LARGE = 4_000, 40_000
+SMALL, LARGE = 4_000, 30_000
 MOST_MB = 300
 
 
@@ -14,7 +14,7 @@ MOST_MB = 300
 def sittings(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sitting, Sitting]:
     """Two sittings, so that what start-up costs cancels out."""
     where = tmp_path_factory.mktemp("bench")
-    return sit(SMALL, 2, where=where, core=True), sit(LARGE, 2, where=where, core=True)
+    return sit(SMALL, 1, where=where, core=True), sit(LARGE, 1, where=where, core=True)
 
 
 @pytest.mark.parametrize(

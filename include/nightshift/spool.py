@@ -63,14 +63,8 @@ class Spool:
         sample: frozenset[int] | None = None,
         progress: RowsRead = lambda rows: None,
     ) -> None:
-        self._folder, self._database, self._job, self._encoder, self._limits, self._progress = (
-            folder,
-            database,
-            job,
-            encoder,
-            limits,
-            progress,
-        )
+        self._folder, self._database, self._progress = folder, database, progress
+        self._job, self._encoder, self._limits = job, encoder, limits
         self._pictures, self._sample = pictures, sample  # `sample`: the places of the rows that are asked about; None: of all
         self._read = 0  # rows, those that are not in the sample with them
         self.path = folder / "spool"
@@ -101,7 +95,6 @@ class Spool:
             for group in _grouped(self._encoded(batches, schema)):
                 index.write_table(pa.Table.from_batches([each.index for each in group], schema=schema))
                 spooled.write_table(pa.Table.from_batches([each.places for each in group], schema=SPOOLED))
-        self._file.flush()
         self.slices.append(path)
 
     def _encoded(self, batches: Iterable[Rows], schema: pa.Schema) -> Iterator[_Part]:
@@ -167,7 +160,8 @@ class Spool:
             raise RequestTooLarge(int(ordinals[worst]), int(sizes[worst]), most)
 
     def load(self) -> None:
-        """Show the places of all requests to the database."""
+        """Show the places of all requests to the database. Nothing is taken in after it."""
+        self._file.close()
         pa.default_memory_pool().release_unused()  # what reading needed is DuckDB's now
         self._database.execute(f"CREATE VIEW spool AS SELECT * FROM read_parquet('{self._folder}/spooled-*.parquet')")
 

@@ -18,7 +18,7 @@ from tests.airflow.conftest import ROOT
 from tests.airflow.jobs import job
 from tests.airflow.test_stack import provider, put_reviews, requests_billed, summary_of, tasks_of, until
 
-ROWS, SHARD = 120, 30
+ROWS, SHARD = 120, 40
 QUICK = {  # a dead worker is noticed in seconds, where an installation takes minutes
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
