@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nightshift.errors import InputUnreadable
-from nightshift.formats import MAX_LINE_BYTES, Fault, Rows, guess_format, in_pieces, read_rows
+from nightshift.formats import MAX_LINE_BYTES, Fault, Rows, guess_format, read_rows
 
 
 def rows(data: bytes, fmt: str, compression: str | None = None, wanted: tuple[str, ...] = ("id", "text")):
@@ -135,11 +135,11 @@ def test_nanoseconds_are_cut_off_alike_whether_pandas_is_there_or_not():
     assert batch.columns["took"] == [timedelta(microseconds=1)]
 
 
-def test_a_batch_in_pieces_is_the_same_rows():
+def test_some_rows_of_a_batch_keep_their_values_arrays_and_faults():
     whole = Rows(
         count=5, columns={"id": list("abcde")}, faults={1: Fault("bad", ""), 4: Fault("worse", "")}, arrays={"id": pa.array(list("abcde"))}
     )
-    pieces = list(in_pieces(whole, 2))
+    pieces = [whole.at(places) for places in ([0, 1], range(2, 4), [4])]
     assert [piece.count for piece in pieces] == [2, 2, 1]
     assert [value for piece in pieces for value in piece.columns["id"]] == list("abcde")
     assert [piece.arrays["id"].to_pylist() for piece in pieces] == [["a", "b"], ["c", "d"], ["e"]]

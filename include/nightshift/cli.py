@@ -23,7 +23,7 @@ from nightshift.money.prices import farewells
 from nightshift.pages import render_job_reference, usd
 from nightshift.settings import Settings, read_settings
 from nightshift.shapes import Approval, Plan, Summary
-from nightshift.terminal import people, plan_table, show_comparison, show_summary, shown
+from nightshift.terminal import as_json, people, plan_table, show_comparison, show_summary, shown
 
 if TYPE_CHECKING:
     from nightshift.runs import Run, Site
@@ -383,24 +383,6 @@ def rehearse(
     uvicorn.run(
         build_app(state, key=key, pace=paced, faults=faults), host=host, port=port, log_level="warning", timeout_graceful_shutdown=3
     )
-
-
-def as_json(summary: Summary) -> dict[str, Any]:
-    """What `run --json` ends with."""
-    return {
-        "job": summary.job,
-        "run": summary.run,
-        "state": summary.state,
-        "rows": summary.rows,
-        "outcomes": summary.outcomes,
-        "requests": summary.requests.model_dump(),
-        "batches": summary.batches,
-        "paid": summary.paid,
-        "cost_usd": {"estimated": summary.cost_usd.estimated, "actual": summary.cost_usd.actual, "saved": summary.cost_usd.saved},
-        "published": summary.published,
-        "results": summary.results,
-        "report": summary.report,
-    }
 
 
 def _store(given: str | None, settings: Settings) -> str:

@@ -67,16 +67,15 @@ class Rows:
             return None
         return found
 
+    def at(self, places: Sequence[int]) -> Rows:
+        """Some of the rows, by their positions."""
+        import pyarrow as pa
 
-def in_pieces(rows: Rows, size: int) -> Iterator[Rows]:
-    """A batch as batches of at most so many rows."""
-    for start in range(0, rows.count, size):
-        end = min(start + size, rows.count)
-        yield Rows(
-            count=end - start,
-            columns={name: values[start:end] for name, values in rows.columns.items()},
-            faults={place - start: fault for place, fault in rows.faults.items() if start <= place < end},
-            arrays={name: array.slice(start, end - start) for name, array in rows.arrays.items()},
+        return Rows(
+            count=len(places),
+            columns={name: [values[i] for i in places] for name, values in self.columns.items()},
+            faults={at: self.faults[i] for at, i in enumerate(places) if i in self.faults},
+            arrays={name: array.take(pa.array(places, pa.int64())) for name, array in self.arrays.items()},
         )
 
 

@@ -1,6 +1,6 @@
 """Requests into shards: which of them somebody has paid for or is about to, and what fits into one batch.
 
-Everything works on a DuckDB table `requests (key, ordinal, start, size, weight, known)`: one line per distinct request, with the
+Everything works on a DuckDB table `requests (key, start, size, weight, known)`: one line per distinct request, with the
 place of its line in a local spool file, and `known` once somebody else has it.
 """
 
@@ -34,7 +34,7 @@ ANSWERED, IN_FLIGHT = "answered", "in flight"
 BATCH_REQUESTS = 1 << 14  # chosen requests that are fetched at once
 GATHER_BYTES = 1 << 18  # of the spool that are read at once
 WANTED = pa.schema([("key", pa.binary()), ("start", pa.int64()), ("size", pa.int32()), ("weight", pa.int32())])
-REQUESTS = "(key BLOB, ordinal BIGINT, start BIGINT, size INTEGER, weight INTEGER, known VARCHAR)"
+REQUESTS = "(key BLOB, start BIGINT, size INTEGER, weight INTEGER, known VARCHAR)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +94,12 @@ def wanted(database: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
     found = database.cursor().sql("SELECT key, start, size, weight FROM requests WHERE known IS NULL ORDER BY start")
     for batch in found.to_arrow_reader(BATCH_REQUESTS):
         yield pa.Table.from_batches([batch])
+
+
+def wanted_of(places: Iterable[tuple[bytes, int, int, int]]) -> pa.Table:
+    """Requests as WANTED, from (key, start, size, weight) of each; there is one at least."""
+    columns = zip(*places, strict=True)
+    return pa.Table.from_arrays([pa.array(values, field.type) for values, field in zip(columns, WANTED, strict=True)], schema=WANTED)
 
 
 def cut(wanted: Iterable[pa.Table], most: int, most_bytes: int, frame: int = 0) -> Iterator[pa.Table]:

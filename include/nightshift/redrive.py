@@ -15,7 +15,7 @@ import pyarrow as pa
 from nightshift.errors import CountsDisagree, InputMissing
 from nightshift.job import Job, Policy
 from nightshift.join import join, reconcile, settled
-from nightshift.packing import IN_FLIGHT, REQUESTS, estimate_shards, freeze, groups, mark_answered, mark_in_flight, whole_lines
+from nightshift.packing import IN_FLIGHT, REQUESTS, estimate_shards, freeze, groups, mark_answered, mark_in_flight, wanted_of, whole_lines
 from nightshift.runs import Redrive, Run, RunInput, Site, approved_plan, check_models, load_run, run_folder, salt_of
 from nightshift.shapes import Assembled, Outcome, Plan, Variant
 from nightshift.stores.answers import seen
@@ -127,9 +127,7 @@ def _check_kept(database: duckdb.DuckDBPyConnection, plan: Plan, original: Run) 
 def _choose(database: duckdb.DuckDBPyConnection, outcomes: Sequence[Outcome]) -> None:
     """The last word on every request that is driven again, as the table `failed`."""
     database.execute(
-        """CREATE TABLE failed AS
-           SELECT answers.*, (SELECT min(ordinal) FROM rows WHERE rows.request_key = answers.request_key) AS ordinal
-           FROM answers WHERE list_contains(?, answers.outcome)""",
+        "CREATE TABLE failed AS SELECT * FROM answers WHERE list_contains(?, outcome)",
         [list(outcomes)],
     )
 
@@ -140,22 +138,18 @@ def _gather_lines(site: Site, folder: Path, database: duckdb.DuckDBPyConnection)
     spool, end = folder / "spool.jsonl", 0
     with spool.open("wb", buffering=1 << 20) as target:
         for (shard,) in database.execute("SELECT DISTINCT shard FROM failed ORDER BY 1").fetchall():
-            chosen = {
-                bytes(key): ordinal
-                for key, ordinal in database.execute("SELECT request_key, ordinal FROM failed WHERE shard = ?", [shard]).fetchall()
-            }
+            chosen = {bytes(key) for (key,) in database.execute("SELECT request_key FROM failed WHERE shard = ?", [shard]).fetchall()}
             places, facts = [], site.ledger.shard(shard)
             with site.store.download(requests_key(shard), folder / "requests.jsonl").open("rb") as lines:
                 for line in lines:
                     if (key := key_of_line(line)) in chosen:
                         target.write(line)
-                        places.append((key, chosen[key], end, len(line), facts.request_bytes // facts.request_count))
+                        places.append((key, end, len(line), facts.request_bytes // facts.request_count))
                         end += len(line)
             if len(places) < len(chosen):
                 raise InputMissing(site.store.uri_of(requests_key(shard)), "it no longer holds all of its requests; run the job again")
-            names = ("key", "ordinal", "start", "size", "weight")
-            found = pa.table(dict(zip(names, map(list, zip(*places, strict=True)), strict=True)))
-            database.execute("INSERT INTO requests SELECT key, ordinal, start, size, weight, NULL FROM found")
+            found = wanted_of(places)
+            database.execute("INSERT INTO requests SELECT key, start, size, weight, NULL FROM found")
             del found
     return spool
 
@@ -163,9 +157,7 @@ def _gather_lines(site: Site, folder: Path, database: duckdb.DuckDBPyConnection)
 def _seed(database: duckdb.DuckDBPyConnection, job: Job, keys: Sequence[bytes]) -> pa.Table:
     """What became of some requests, with how each is asked now."""
     found = pa.table({"request_key": pa.array(keys, pa.binary(32))})
-    table: pa.Table = database.sql(
-        "SELECT failed.* EXCLUDE (ordinal, again) FROM failed SEMI JOIN found USING (request_key)"
-    ).to_arrow_table()
+    table: pa.Table = database.sql("SELECT failed.* EXCLUDE (again) FROM failed SEMI JOIN found USING (request_key)").to_arrow_table()
     del found
     asked_as = table.select(["outcome", "stand_in", "token_limit"]).to_pylist()
     again = [

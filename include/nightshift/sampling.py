@@ -7,8 +7,6 @@ import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import pyarrow as pa
-
 from nightshift.formats import Rows
 
 
@@ -33,12 +31,7 @@ def only(batches: Iterable[Rows], places: frozenset[int], start: int) -> Iterato
         kept = [i for i in range(rows.count) if start + i in places]
         start += rows.count
         if kept:
-            yield Rows(
-                count=len(kept),
-                columns={name: [values[i] for i in kept] for name, values in rows.columns.items()},
-                faults={at: rows.faults[i] for at, i in enumerate(kept) if i in rows.faults},
-                arrays={name: array.take(pa.array(kept)) for name, array in rows.arrays.items()},
-            )
+            yield rows.at(kept)
 
 
 def _hash(value: Any) -> int:

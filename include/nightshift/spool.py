@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from nightshift.contract import typed
 from nightshift.encode import Encoder, Request, Requests
 from nightshift.errors import InputUnreadable, RequestTooLarge
-from nightshift.formats import BATCH_ROWS, PICTURE_ROWS, Fault, Rows, column_types, in_pieces, read_rows
+from nightshift.formats import BATCH_ROWS, PICTURE_ROWS, Fault, Rows, column_types, read_rows
 from nightshift.job import Job
 from nightshift.packing import Lines
 from nightshift.pictures import Pictures
@@ -104,9 +104,17 @@ class Spool:
 
     def _sampled(self, batches: Iterable[Rows]) -> Iterator[Rows]:
         for rows in batches:
-            kept = [rows] if self._sample is None else only([rows], self._sample, self._read)
-            yield from (each for some in kept for each in (in_pieces(some, PICTURE_ROWS) if self._pictures else [some]))
+            for kept in [rows] if self._sample is None else only([rows], self._sample, self._read):
+                yield from self._pieces(kept)
             self._read += rows.count
+
+    def _pieces(self, rows: Rows) -> Iterator[Rows]:
+        """A batch as it is; where rows show pictures, a few at once, because those are in memory."""
+        if self._pictures is None:
+            yield rows
+            return
+        for start in range(0, rows.count, PICTURE_ROWS):
+            yield rows.at(range(start, min(start + PICTURE_ROWS, rows.count)))
 
     def _encode(self, rows: Rows, schema: pa.Schema) -> _Part:
         """Encode a batch of rows, write their requests to the spool, and say where they stand."""

@@ -220,16 +220,17 @@ class OpenAIBatches:
         except openai.NotFoundError as error:
             looks.forget(batch_id)
             raise BatchUnknown(self.where, batch_id) from error
-        if STATES.get(str(getattr(batch, "status", None)), "running") != "running":
-            looks.forget(batch_id)
         status = getattr(batch, "status", None)
         if not isinstance(status, str):
             raise ProviderUnavailable(self.where, f"its answer about batch {batch_id} holds no status")
+        state = STATES.get(status, "running")
+        if state != "running":
+            looks.forget(batch_id)
         counts = batch.request_counts
         errors = (batch.errors.data if batch.errors else None) or []
         reasons = [": ".join(part for part in (error.code, error.message) if part) for error in errors]
         return Snapshot(
-            state=STATES.get(status, "running"),
+            state=state,
             status=status,
             done=sum(getattr(counts, name, None) or 0 for name in ("completed", "failed")),
             total=getattr(counts, "total", None) or 0,

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from nightshift.budgets import Budget, budgets_of
 from nightshift.errors import ApprovalNeeded, BudgetExceeded
-from nightshift.packing import ANSWERED, IN_FLIGHT, REQUESTS, WANTED, estimate_shards, freeze, mark_answered, mark_in_flight, whole_lines
+from nightshift.packing import ANSWERED, IN_FLIGHT, estimate_shards, freeze, mark_answered, mark_in_flight, wanted_of, whole_lines
 from nightshift.pages import measured_on, stated, usd
 from nightshift.providers.forms import form_of
 from nightshift.runs import Run, Site, salt_of
@@ -162,11 +162,11 @@ def _revised(site: Site, run: Run, plan: Plan, in_flight: list[str]) -> Plan:
 
 
 def _load_keys(site: Site, database: duckdb.DuckDBPyConnection, shards: list[Shard]) -> None:
-    """The requests of some shards; the shard's place in the list stands in `ordinal`."""
-    database.execute(f"CREATE TABLE requests {REQUESTS}")
+    """The requests of some shards, each with its shard's place in the list."""
+    database.execute("CREATE TABLE requests (key BLOB, shard INTEGER, known VARCHAR)")
     for number, shard in enumerate(shards):
         found = pa.table({"key": pa.array(request_keys(site.store, shard.key), pa.binary(32))})
-        database.execute(f"INSERT INTO requests SELECT key, {number}, 0, 0, 0, NULL FROM found")
+        database.execute(f"INSERT INTO requests SELECT key, {number}, NULL FROM found")
         del found
 
 
@@ -175,9 +175,7 @@ def _without_known(site: Site, run: Run, folder: Path, database: duckdb.DuckDBPy
 
     One that somebody has settled meanwhile, with failures only, is frozen again under another name.
     """
-    known = {
-        bytes(key) for (key,) in database.execute(f"SELECT key FROM requests WHERE ordinal = {number} AND known IS NOT NULL").fetchall()
-    }
+    known = {bytes(key) for (key,) in database.execute(f"SELECT key FROM requests WHERE shard = {number} AND known IS NOT NULL").fetchall()}
     if not known and site.ledger.settled(shard.key) is None:
         return shard
     places, start = [], 0
@@ -189,11 +187,10 @@ def _without_known(site: Site, run: Run, folder: Path, database: duckdb.DuckDBPy
             start += len(line)
     if not places:
         return None
-    group = pa.Table.from_arrays(
-        [pa.array(values, field.type) for values, field in zip(zip(*places, strict=True), WANTED, strict=True)], schema=WANTED
-    )
     before = seed_of(site.store, shard)
-    return freeze(site, run.job.spec.request, shard.fingerprint, lines, group, least=shard.least, salt=salt_of(run), before=before)
+    return freeze(
+        site, run.job.spec.request, shard.fingerprint, lines, wanted_of(places), least=shard.least, salt=salt_of(run), before=before
+    )
 
 
 def question(run: Run, plan: Plan, *, with_sample: bool = True) -> str:

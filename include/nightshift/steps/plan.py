@@ -1,7 +1,7 @@
 """plan: rows to requests, duplicates collapsed, paid answers reused, the rest packed into shards. Sends nothing.
 
 Rows stream once: each is rendered, hashed and written to a local spool; DuckDB (spilling to disk) decides in SQL which
-requests are new; their lines are then copied from the spool into shards. Memory is bounded whatever the rows.
+requests are new; their lines are then put together from the spool, as they are stored. Memory is bounded whatever the rows.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _collapse(database: duckdb.DuckDBPyConnection) -> None:
     """Rows that ask the same become one request, which stands where its first row stands."""
     database.execute(f"CREATE TABLE requests {REQUESTS}")
     database.execute(
-        """INSERT INTO requests SELECT key, min(ordinal), min(start), any_value(size), any_value(weight), NULL
+        """INSERT INTO requests SELECT key, min(start), any_value(size), any_value(weight), NULL
            FROM spool ANTI JOIN doubled USING (ordinal) GROUP BY key"""
     )
 
