@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from local import compose
+from local.stack import BUCKETS
 from nightshift.settings import read_settings
 
 ROOT = Path(__file__).parents[1]
@@ -89,3 +91,9 @@ def test_the_image_takes_what_its_containers_start():
     assert all(any(part.startswith(line[1:]) for line in ignored if line.startswith("!")) for part in copied)
     assert "USER 50000:0" in dockerfile
     assert "--require-hashes" in dockerfile
+
+
+def test_the_rehearsal_has_the_buckets_of_the_local_stack():
+    made = re.search(r"^BUCKETS = (.+)$", (ROOT / "docker" / "make_buckets.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert made
+    assert ast.literal_eval(made[1]) == BUCKETS
