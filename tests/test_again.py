@@ -207,7 +207,7 @@ def test_F75_a_cut_answer_is_asked_for_with_a_larger_limit_each_time(world):
 
 def test_another_model_can_be_asked_and_is_told_apart_in_batches_and_costs(world):
     """Refused rows go to another model, those that met a server error to the same one: a batch holds one model."""
-    world.rehearsal.faults(refused=0.4, errored=0.3)
+    world.rehearsal.faults(refused=0.4, errored_once=0.3)
     job = world.job(policy={"retry": {"refused": {"times": 1, "model": "gpt-5.4-mini"}, "errored": 5}})
     summary = go(world, job, world.write("a.jsonl", reviews(60)))
     bill = world.rehearsal.bill()

@@ -296,3 +296,16 @@ def test_two_servers_on_one_state_are_not_needed_and_a_restart_forgets_nothing(t
     client = openai.OpenAI(base_url=f"{second.url}/v1", api_key=second.key)
     assert client.batches.retrieve(batch.id).status == "completed"
     second.stop()
+
+
+def test_faults_are_drawn_again_as_they_were_and_fall_otherwise_on_the_next_batch(tmp_path):
+    drawn = []
+    for name in ("one", "two"):
+        server = serve(tmp_path / name)
+        server.faults(errored=0.5)
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0)
+        ended = [wait(client, start(client, lines(20)).id)[0] for _ in range(2)]
+        drawn.append([[line["custom_id"] for line in output(client, batch.error_file_id)] for batch in ended])
+        server.stop()
+    assert drawn[0] == drawn[1]
+    assert drawn[0][0] != drawn[0][1]

@@ -32,6 +32,7 @@ class StoredBatch:
     """A batch as the server keeps it. Times are unix seconds."""
 
     id: str
+    number: int = 0  # the how-manieth of its book: faults are drawn by it, so the same work meets the same faults again
     endpoint: str
     input_file_id: str
     metadata: dict[str, str] | None
@@ -104,8 +105,9 @@ class Book:
         self.path_of(file_id).unlink(missing_ok=True)
 
     def add_batch(self, batch: StoredBatch) -> None:
-        """Enter a new batch."""
+        """Enter a new batch and number it."""
         with self._lock:
+            batch.number = 1 + self._rows("SELECT count(*) AS entered FROM batches")[0]["entered"]
             self._db.execute("INSERT INTO batches (id, body) VALUES (?, ?)", (batch.id, orjson.dumps(asdict(batch))))
 
     def save(self, batch: StoredBatch) -> None:

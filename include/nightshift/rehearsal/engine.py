@@ -186,13 +186,13 @@ class Engine:
         """Run what ran, write the result files, charge, and only then show the end: in one transaction with the bill."""
         faults, desk = self._faults(), self._desk(batch)
         lines, _ = desk.read(batch)
-        order = random.Random(batch.id)
+        order = random.Random(batch.number)
         order.shuffle(lines)
-        if status == "completed" and any(drawn(batch.id, line.custom_id, "never_run", faults.never_run) for line in lines):
+        if status == "completed" and any(drawn(batch.number, line.custom_id, "never_run", faults.never_run) for line in lines):
             status = "expired"
         results = Results()
         for position, line in enumerate(lines):
-            if position >= done or drawn(batch.id, line.custom_id, "never_run", faults.never_run):
+            if position >= done or drawn(batch.number, line.custom_id, "never_run", faults.never_run):
                 results.errors += desk.never_run(line, status)
             elif drawn("once", line.custom_id, "errored_once", faults.errored_once) and self._book.errors_first(batch.id, line.custom_id):
                 results.errors.append(desk.failed(line, 500, SERVER_ERROR))
@@ -217,7 +217,7 @@ def run_line(desk: Desk, batch: StoredBatch, line: Line, faults: Faults, results
     """Answer one request of a batch into the result files, with the faults drawn for it."""
 
     def hit(name: str) -> bool:
-        return drawn(batch.id, line.custom_id, name, getattr(faults, name))
+        return drawn(batch.number, line.custom_id, name, getattr(faults, name))
 
     if hit("unknown"):
         results.output.append(desk.stranger())

@@ -72,8 +72,8 @@ class Faults(BaseModel):
     unknown_status: bool = Field(False, description="in_progress is called by a word nobody knows (F45)")
 
 
-def drawn(batch: str, custom_id: str, fault: str, share: float) -> bool:
-    """Whether this request of this batch has the fault: the same answer every time, independent between faults."""
+def drawn(batch: int | str, custom_id: str, fault: str, share: float) -> bool:
+    """Whether this request of this batch (its number, or a word for all) has the fault: the same every time, independent between faults."""
     if share <= 0:
         return False
     digest = hashlib.blake2b(f"{batch}/{custom_id}/{fault}".encode(), digest_size=8).digest()
