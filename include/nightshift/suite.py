@@ -1,0 +1,224 @@
+"""Great Expectations over a dataset of any size: an expectation is shown as much of the rows at once as its verdict needs.
+
+Great Expectations judges pandas frames that it holds whole, and costs seconds and 240 MB to import: it is imported here, inside a call, and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nightshift.job import Expectation
+from nightshift.shapes import Check
+from nightshift.stores.objects import Objects
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+EXAMPLES = 5
+ROWS_AT_ONCE = 100_000
+
+# These judge a row by what stands in it, so rows can be judged part by part and counted together.
+ROW_BY_ROW = frozenset(
+    {
+        "expect_column_pair_values_a_to_be_greater_than_b",
+        "expect_column_pair_values_to_be_equal",
+        "expect_column_pair_values_to_be_in_set",
+        "expect_column_value_lengths_to_be_between",
+        "expect_column_value_lengths_to_equal",
+        "expect_column_values_to_be_between",
+        "expect_column_values_to_be_dateutil_parseable",
+        "expect_column_values_to_be_in_set",
+        "expect_column_values_to_be_json_parseable",
+        "expect_column_values_to_be_null",
+        "expect_column_values_to_match_json_schema",
+        "expect_column_values_to_match_regex",
+        "expect_column_values_to_match_regex_list",
+        "expect_column_values_to_match_strftime_format",
+        "expect_column_values_to_not_be_in_set",
+        "expect_column_values_to_not_be_null",
+        "expect_column_values_to_not_match_regex",
+        "expect_column_values_to_not_match_regex_list",
+        "expect_multicolumn_sum_to_equal",
+        "expect_select_column_values_to_be_unique_within_record",
+    }
+)
+# These judge what columns there are: all of them and no row.
+COLUMNS_ONLY = frozenset(
+    {
+        "expect_column_to_exist",
+        "expect_table_column_count_to_be_between",
+        "expect_table_column_count_to_equal",
+        "expect_table_columns_to_match_ordered_list",
+        "expect_table_columns_to_match_set",
+    }
+)
+
+
+class Parts:
+    """A dataset in Parquet files of the store, of which columns and rows are taken as they are needed."""
+
+    def __init__(self, store: Objects, keys: Sequence[str]) -> None:
+        self._store, self._keys = store, keys
+        with store.open(keys[0]) as file:
+            self.schema: pa.Schema = pq.read_schema(file)
+
+    def whole(self, names: set[str]) -> pd.DataFrame:
+        """All rows of some columns; of a name that the dataset does not have, nothing."""
+        tables = []
+        for key in self._keys:
+            with self._store.open(key) as file:
+                tables.append(pq.read_table(file, columns=self._known(names)))
+        frame: pd.DataFrame = pa.concat_tables(tables).to_pandas()
+        return frame
+
+    def in_turn(self, names: set[str]) -> Iterator[pd.DataFrame]:
+        """The same, at most ROWS_AT_ONCE at a time; an empty dataset is one empty frame."""
+        seen = 0
+        for key in self._keys:
+            with self._store.open(key) as file:
+                for batch in pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=self._known(names)):
+                    seen += batch.num_rows
+                    yield batch.to_pandas()
+        if not seen:
+            yield self.whole(names)
+
+    def columns(self) -> pd.DataFrame:
+        """All columns and no row."""
+        frame: pd.DataFrame = self.schema.empty_table().to_pandas()
+        return frame
+
+    def _known(self, names: set[str]) -> list[str]:
+        return [name for name in self.schema.names if name in names]
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What was found of one expectation so far."""
+
+    expectation: Expectation
+    success: bool = True
+    considered: int = 0  # rows that it looked at, where it looks at rows
+    unexpected: int | None = None
+    examples: list[str] = field(default_factory=list)
+    detail: str | None = None
+
+    def whole(self, result: Mapping[str, Any], id_column: str) -> None:
+        """Take a verdict on all rows as it is."""
+        self._take(result, id_column)
+        self.success = self.success and bool(result["success"])
+
+    def part(self, result: Mapping[str, Any], id_column: str) -> None:
+        """Count a part of the rows; the verdict is that on all counted so far, by the rule of Great Expectations."""
+        self._take(result, id_column)
+        found = result.get("result") or {}
+        self.considered += (found.get("element_count") or 0) - (found.get("missing_count") or 0)
+        if self.considered and self.detail is None:
+            mostly = self.expectation.kwargs.get("mostly", 1.0)
+            self.success = (self.considered - (self.unexpected or 0)) / self.considered >= mostly
+
+    def _take(self, result: Mapping[str, Any], id_column: str) -> None:
+        found = result.get("result") or {}
+        if found.get("unexpected_count") is not None:
+            self.unexpected = (self.unexpected or 0) + found["unexpected_count"]
+        indexes = (each for each in found.get("partial_unexpected_index_list") or () if isinstance(each, dict))
+        self.examples = [*self.examples, *(str(each.get(id_column)) for each in indexes)][:EXAMPLES]
+        failed = None if result["success"] else _exception_message(result.get("exception_info") or {})
+        observed = found.get("observed_value")
+        observed = round(observed, 4) if isinstance(observed, float) else observed
+        if failed is not None:
+            self.success, self.detail = False, failed
+        elif observed is not None:
+            self.detail = f"observed {observed}"
+
+    def check(self) -> Check:
+        """The verdict."""
+        return Check(
+            expectation=self.expectation.type,
+            column=self.expectation.column,
+            severity=self.expectation.severity,
+            success=self.success,
+            unexpected=self.unexpected,
+            examples=tuple(self.examples),
+            detail=self.detail,
+        )
+
+
+def run_suite(expectations: Sequence[Expectation], parts: Parts, id_column: str) -> tuple[Check, ...]:
+    """Apply a suite to a dataset; rows that break it are named by their id.
+
+    Reads the rows once, and once more for each expectation that has to see a column whole.
+    """
+    validate = _validator(id_column)
+    seen = [_Seen(expectation) for expectation in expectations]
+    by_row = [each for each in seen if each.expectation.type in ROW_BY_ROW]
+    if by_row:
+        named = {id_column}.union(*(_named(each.expectation) for each in by_row))
+        for frame in parts.in_turn(named):
+            for each, result in zip(by_row, validate([each.expectation for each in by_row], frame), strict=True):
+                each.part(result, id_column)
+    for each in seen:
+        if each.expectation.type not in ROW_BY_ROW:
+            is_of_columns = each.expectation.type in COLUMNS_ONLY
+            frame = parts.columns() if is_of_columns else parts.whole({id_column} | _named(each.expectation))
+            [result] = validate([each.expectation], frame)
+            each.whole(result, id_column)
+    return tuple(each.check() for each in seen)
+
+
+def _validator(id_column: str) -> Any:
+    """Great Expectations, set up: (expectations, frame) -> the result of each, as a dict."""
+    os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
+    logging.getLogger("great_expectations._docs_decorators").addFilter(lambda record: record.levelno > logging.INFO)  # 216 lines at import
+    import great_expectations as gx
+    from great_expectations.exceptions.exceptions import GreatExpectationsError
+    from great_expectations.expectations.registry import get_expectation_impl
+
+    context = gx.get_context(mode="ephemeral")
+    quiet: Any = {"globally": False, "metric_calculations": False}  # else tqdm fills the task's log
+    context.variables.progress_bars = quiet
+    definition = context.data_sources.add_pandas("staged").add_dataframe_asset("rows").add_batch_definition_whole_dataframe("all")
+    shown: Any = {
+        "result_format": "SUMMARY",  # COMPLETE keeps every row that breaks an expectation, however many
+        "partial_unexpected_count": EXAMPLES,
+        "unexpected_index_column_names": [id_column],
+        "return_unexpected_index_query": False,
+    }
+
+    def validate(expectations: Sequence[Expectation], frame: pd.DataFrame) -> list[Mapping[str, Any]]:
+        batch = definition.get_batch(batch_parameters={"dataframe": frame})
+        results: list[Mapping[str, Any]] = []
+        for expectation in expectations:
+            try:
+                built = get_expectation_impl(expectation.type)(**expectation.kwargs)
+                results.append(batch.validate(built, result_format=shown).to_json_dict())
+            except (GreatExpectationsError, ValueError, TypeError) as error:
+                # A suite line that cannot even be applied is red, not green: nobody has checked what it asks for.
+                results.append({"success": False, "exception_info": {"exception_message": str(error).splitlines()[0]}})
+        return results
+
+    return validate
+
+
+def _named(expectation: Expectation) -> set[str]:
+    """The columns that an expectation names."""
+    named: set[str] = set()
+    for name, value in expectation.kwargs.items():
+        if name.startswith("column"):
+            named |= {value} if isinstance(value, str) else set(value) if isinstance(value, list) else set()
+    return named
+
+
+def _exception_message(info: Mapping[str, Any]) -> str | None:
+    """Great Expectations nests this once per metric, or not at all."""
+    for inner in (info, *info.values()):
+        if isinstance(inner, Mapping) and inner.get("exception_message"):
+            return str(inner["exception_message"]).splitlines()[0][:300]
+    return None
