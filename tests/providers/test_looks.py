@@ -7,14 +7,17 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import boto3
 import httpx2
 
 from nightshift.errors import ProviderUnavailable
+from nightshift.providers.bedrock import BedrockJobs
 from nightshift.providers.looks import FORGOTTEN_AFTER_SECONDS, QUIET_SECONDS, SharedLooks
 from nightshift.providers.openai import OpenAIBatches
-from tests.conftest import Rehearsal
+from tests.conftest import Rehearsal, World
 
-BATCHES, ROUNDS = 130, 4
+BATCHES, ROUNDS, JOBS = 130, 4, 15
+HAIKU = "us.anthropic.claude-haiku-4-5-20251001-v1:0"
 
 
 def batch(name: str, status: str = "in_progress") -> Any:
@@ -31,7 +34,7 @@ class Account:
         self.listings += 1
         for name in self.names:
             self.read += 1
-            yield batch(name)
+            yield name, batch(name)
 
 
 def test_one_listing_serves_a_round_of_looks_however_many_wait():
@@ -116,3 +119,22 @@ def test_many_waits_cost_two_pages_of_a_list_a_round(rehearsal: Rehearsal, tmp_p
     assert called == {"retrieve": BATCHES, "list": 2 * ROUNDS}
     waits[0][0].poll(batches[0])
     assert called["retrieve"] == BATCHES + 1, "who does not only wait looks for itself"
+
+
+def test_many_waits_for_jobs_of_bedrock_cost_one_list_a_round(cloud: World, tmp_path):
+    cloud.rehearsal.pace(validating=0.1, running=600.0)
+    cloud.rehearsal.faults(jobs_at_once=JOBS)
+    session = boto3.Session()
+    called: Counter[str] = Counter()
+    session.events.register("before-send.bedrock", lambda event_name, **rest: called.update([event_name.rpartition(".")[2]]))
+    access = replace(cloud.rehearsal.bedrock(), session=session)
+    first = BedrockJobs("converse", cloud.site.store, access)
+    path = tmp_path / "lines"
+    path.write_bytes(b"".join(first._form.line(f"{i:064x}", b'{"messages":[]}') + b"\n" for i in range(100)))
+    uploaded = first.upload("nightshift-a-1", path)
+    jobs = [first.create(uploaded, HAIKU, f"{i:032x}", {}, lambda: True).batch_id for i in range(JOBS)]
+    waits = [(BedrockJobs("converse", cloud.site.store, access), job) for job in jobs]
+    called.clear()
+    for _ in range(1 + ROUNDS):
+        assert {one.poll(job, waiting=True).state for one, job in waits} == {"running"}
+    assert called == {"GetModelInvocationJob": JOBS, "ListModelInvocationJobs": ROUNDS}

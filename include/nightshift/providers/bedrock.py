@@ -38,6 +38,7 @@ from nightshift.errors import (
 from nightshift.money.prices import base_model
 from nightshift.providers.doubt import CLOCK_SKEW, look_after_doubt
 from nightshift.providers.forms import form_of
+from nightshift.providers.looks import SharedLooks
 from nightshift.providers.protocol import WINDOW, BatchState, Garbage, Limits, Reply, Snapshot
 from nightshift.shapes import Endpoint, Outcome, Receipt
 from nightshift.stores.ledger import CREATE_TIMEOUT
@@ -113,6 +114,11 @@ class BedrockAccess:
         import boto3
 
         return self.session or boto3.Session()
+
+    @cached_property
+    def looks(self) -> SharedLooks[Mapping[str, Any]]:
+        """What all who wait for jobs by this access share."""
+        return SharedLooks()
 
     def client(self, service: str, **config: Any) -> Any:
         """A boto3 client. Raises AccessDenied where boto3 finds no region or no credentials."""
@@ -233,12 +239,10 @@ class BedrockJobs:
         """See Provider."""
         return any(next(iter(self._jobs(statusEquals=status)), None) is not None for status in RUNNING)
 
-    def _jobs(self, **filters: Any) -> Iterator[Mapping[str, Any]]:
-        """Jobs, oldest first. What is not clearly a list is an outage, never an empty list."""
+    def _jobs(self, order: str = "Ascending", **filters: Any) -> Iterator[Mapping[str, Any]]:
+        """Jobs, oldest first or in another order. What is not clearly a list is an outage, never an empty list."""
         with self._errors():
-            pages = self._control.get_paginator("list_model_invocation_jobs").paginate(
-                sortBy="CreationTime", sortOrder="Ascending", **filters
-            )
+            pages = self._control.get_paginator("list_model_invocation_jobs").paginate(sortBy="CreationTime", sortOrder=order, **filters)
             for page in pages:
                 if not isinstance(page.get("invocationJobSummaries"), list):
                     raise ProviderUnavailable(self.where, "its list of jobs is not a list of jobs.")
@@ -251,16 +255,22 @@ class BedrockJobs:
             with self._errors(passing=OUR_FAULT):
                 job: Mapping[str, Any] = self._control.get_model_invocation_job(jobIdentifier=arn)
         except ClientError as error:
+            self._access.looks.forget(arn)
             raise BatchUnknown(self.where, arn) from error
         return job
 
     def poll(self, batch_id: str, *, waiting: bool = False) -> Snapshot:
         """See Provider. The result files are looked for once the job has ended: before, they may be half of what comes (F94)."""
-        job = self._job(batch_id)
+        looks = self._access.looks
+        job = looks.look(batch_id, lambda: ((str(each.get("jobArn")), each) for each in self._jobs("Descending"))) if waiting else None
+        if job is None:
+            job = self._job(batch_id)
         status = job.get("status")
         if not isinstance(status, str):
             raise ProviderUnavailable(self.where, f"its answer about job {batch_id} holds no status")
         state = STATES.get(status, "running")
+        if state != "running":
+            looks.forget(batch_id)
         ended_at = job.get("endTime") or job.get("lastModifiedTime")
         return Snapshot(
             state=state,

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import Any, Generic, TypeVar
 
 from nightshift.errors import NightshiftError
 
-if TYPE_CHECKING:
-    from openai.types import Batch
-
+Batch = TypeVar("Batch")  # as the provider's own SDK lists it
 FORGOTTEN_AFTER_SECONDS = 3600.0  # without a look a batch is waited for by nobody here
 QUIET_SECONDS = 300.0  # without a listing, once it has failed
 MOST_FOREIGN = 500  # batches of others that a listing is read over; who is not among them is asked for alone
@@ -26,7 +24,7 @@ class _Waiter:
     at: float  # monotonic seconds of its last look
 
 
-class SharedLooks:
+class SharedLooks(Generic[Batch]):
     """How the batches of an account stood at the last listing.
 
     Who has seen the last listing makes the next one, and all others see that: one listing for each round of looks, however many
@@ -40,8 +38,11 @@ class SharedLooks:
         self._waiters: dict[str, _Waiter] = {}
         self._quiet_until = 0.0
 
-    def look(self, batch_id: str, newest: Callable[[], Iterable[Batch]]) -> Batch | None:
-        """The batch as it stands in a listing that its waiter has not seen yet; None where it has to be asked for alone."""
+    def look(self, batch_id: str, newest: Callable[[], Iterable[tuple[str, Batch]]]) -> Batch | None:
+        """The batch as it stands in a listing that its waiter has not seen yet; None where it has to be asked for alone.
+
+        `newest` lists the account's batches by their ids, newest first.
+        """
         with self._lock:
             now = self._clock()
             before = self._waiters.get(batch_id)
@@ -67,18 +68,18 @@ class SharedLooks:
             self._waiters.pop(batch_id, None)
 
 
-def _until_found(batches: Iterable[Batch], wanted: set[str]) -> dict[str, Batch]:
+def _until_found(batches: Iterable[tuple[str, Batch]], wanted: set[str]) -> dict[str, Batch]:
     """Those of some batches that are wanted, read no further than the last of them."""
     found: dict[str, Batch] = {}
-    for batch in batches:
-        if batch.id in wanted:
-            found[batch.id] = batch
+    for batch_id, batch in batches:
+        if batch_id in wanted:
+            found[batch_id] = batch
             if len(found) == len(wanted):
                 break
     return found
 
 
 @cache
-def looks_at(where: str, key: str) -> SharedLooks:
+def looks_at(where: str, key: str) -> SharedLooks[Any]:
     """The looks that this process shares at one account."""
     return SharedLooks()

@@ -213,7 +213,7 @@ class OpenAIBatches:
 
         looks = looks_at(self.where, self._client.api_key)
         try:
-            batch = looks.look(batch_id, self._newest_batches) if waiting else None
+            batch = looks.look(batch_id, lambda: ((each.id, each) for each in self._newest_batches())) if waiting else None
             if batch is None:
                 with self._errors():
                     batch = self._client.batches.retrieve(batch_id)
