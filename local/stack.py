@@ -32,6 +32,10 @@ AWS = {"AWS_ACCESS_KEY_ID": "rehearsal", "AWS_SECRET_ACCESS_KEY": "rehearsal", "
 BEDROCK_SERVICES = ("bedrock", "bedrock-runtime", "service-quotas")
 BEDROCK_ROLE_ARN = "arn:aws:iam::123456789012:role/rehearsal"
 START_SECONDS = 240
+WARM = {  # LocalExecutor's workers come from a process that has imported what tasks import
+    "AIRFLOW__SCHEDULER__MP_START_METHOD": "forkserver",
+    "AIRFLOW__SCHEDULER__MP_FORKSERVER_PRELOAD": "nightshift_airflow.warm",
+}
 PORTS = {  # and the part that listens there
     "aws_port": "aws",
     "database_port": "database",
@@ -276,7 +280,7 @@ def airflow_env(stack: Stack, jobs: Path | None = None) -> dict[str, str]:
         "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(stack.worker_log_port),
         "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
         "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
-        **(_queued_env(stack) if stack.workers else {}),
+        **(_queued_env(stack) if stack.workers else WARM),
         "NIGHTSHIFT_JOBS": str(jobs or ROOT / "include" / "jobs"),
         "NIGHTSHIFT_UPLOAD_POLL_SECONDS": "2",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # standalone calls `airflow` by name

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import structlog
-from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
 from airflow.sdk import BaseOperator, task
 from airflow.sdk.exceptions import AirflowSkipException
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
@@ -210,6 +209,9 @@ def start_and_note(found: Any) -> Any:
 
     The run id is the upload's identity, so a second announcement finds the run that the first one started.
     """
+    # It imports Airflow's database models, which takes as long as all else here; a job's DAG, which imports this file, never needs them.
+    from airflow.providers.standard.operators.trigger_dagrun import TriggerDagRunOperator
+
     started = TriggerDagRunOperator.partial(task_id="start", logical_date=None, skip_when_already_exists=True).expand_kwargs(found)
     noted = note_uploads(found)
     started >> noted

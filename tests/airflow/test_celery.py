@@ -75,6 +75,13 @@ def published(stack: Stack) -> dict[str, bytes]:
     return {key.rpartition("/")[2]: client.get_object(Bucket="nightshift", Key=key)["Body"].read() for key in parts}
 
 
+def test_workers_have_imported_what_tasks_import(stack):
+    started = [pid for name, pid in stack.pids.items() if name.startswith("worker-")]
+    assert started
+    for pid in started:
+        until(lambda pid=pid: "libarrow" in Path(f"/proc/{pid}/maps").read_text(), "what tasks import, in the worker that forks them", 60)
+
+
 def test_results_are_the_same_bytes_with_one_two_and_four_workers(stack):
     api = AirflowApi(stack)
     until(lambda: api.get("/dags", dag_ids="wide")["total_entries"], "the DAG")
