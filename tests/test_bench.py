@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import pytest
 
 from bench.__main__ import Sitting, marginal, sit
 
 SMALL, LARGE = 4_000, 30_000
 MOST_MB = 300
+TRIES = 4
+
+
+@dataclass
+class Bench:
+    """Two sittings, so that what start-up costs cancels out. They are sat again where other tests beside them may be to blame."""
+
+    where: Path
+    sittings: list[Sitting] = field(default_factory=list)
+    tries: int = 0
+
+    def sit(self) -> None:
+        self.tries += 1
+        again = [sit(rows, 1, where=self.where, core=True) for rows in (SMALL, LARGE)]
+        for before, now in zip(self.sittings, again, strict=False):
+            for name, contender in now.by_name.items():
+                contender.costs += before.by_name[name].costs
+        self.sittings = again
+
+    def ratio(self, step: str, yardstick: str) -> float:
+        small, large = self.sittings
+        return marginal(large, small, step) / marginal(large, small, yardstick)
 
 
 @pytest.fixture(scope="module")
-def sittings(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sitting, Sitting]:
-    """Two sittings, so that what start-up costs cancels out."""
-    where = tmp_path_factory.mktemp("bench")
-    return sit(SMALL, 1, where=where, core=True), sit(LARGE, 1, where=where, core=True)
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    made = Bench(tmp_path_factory.mktemp("bench"))
+    made.sit()
+    return made
 
 
 @pytest.mark.parametrize(
@@ -24,12 +49,12 @@ def sittings(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sitting, Sitting
         pytest.param("collect", "outer_typed", 18.0, id="collect against typed outer lines: 8 when this was written"),
     ],
 )
-def test_one_more_row_costs_no_more_than_so_many_times_the_least(sittings, step, yardstick, most):
-    small, large = sittings
-    ratio = marginal(large, small, step) / marginal(large, small, yardstick)
-    assert ratio <= most, f"{step} takes {ratio:.1f} times as long as {yardstick}"
+def test_one_more_row_costs_no_more_than_so_many_times_the_least(bench, step, yardstick, most):
+    while bench.ratio(step, yardstick) > most and bench.tries < TRIES:
+        bench.sit()
+    assert bench.ratio(step, yardstick) <= most
 
 
 @pytest.mark.parametrize("step", ["plan", "collect"])
-def test_a_step_stays_within_its_memory(sittings, step):
-    assert all(sitting.by_name[step].rss <= MOST_MB for sitting in sittings)
+def test_a_step_stays_within_its_memory(bench, step):
+    assert all(sitting.by_name[step].rss <= MOST_MB for sitting in bench.sittings)

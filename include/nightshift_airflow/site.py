@@ -11,6 +11,7 @@ from typing import Any
 from airflow.sdk import BaseHook
 from airflow.sdk.exceptions import AirflowNotFoundException
 
+from nightshift.aws import default_session
 from nightshift.doorbell import Doorbell, listen_to
 from nightshift.errors import AccessDenied, JobInvalid
 from nightshift.job import JobFile
@@ -144,10 +145,8 @@ def doorbell() -> Doorbell | None:
 
 def queue_client(connection_id: str) -> Any:
     """A client of SQS, from an AWS connection; boto3's own defaults where there is none."""
-    import boto3
-
     aws = _aws(connection_id)
-    session: Any = aws.session if aws else boto3.Session()
+    session: Any = aws.session if aws else default_session()
     return session.client("sqs", **(_client_config(aws, "sqs") if aws else {}))
 
 

@@ -16,10 +16,11 @@ from local import postgres
 from local.stack import AirflowApi, Stack, airflow_env, down, reserve, s3_client, start_worker, tail, up
 from tests.airflow.conftest import ROOT
 from tests.airflow.jobs import job
-from tests.airflow.test_stack import provider, put_reviews, requests_billed, summary_of, tasks_of, until
+from tests.airflow.test_stack import CALM, provider, put_reviews, requests_billed, summary_of, tasks_of, until
 
 ROWS, SHARD = 120, 40
 QUICK = {  # a dead worker is noticed in seconds, where an installation takes minutes
+    **CALM,
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
     "AIRFLOW__SCHEDULER__TASK_QUEUED_TIMEOUT": "30",

@@ -29,6 +29,7 @@ from tests.airflow.jobs import write_jobs
 
 DAYS = int(os.environ.get("NIGHTSHIFT_TEST_DAYS", "6"))  # of the backfill: thirty take some minutes longer
 FULL_DAYS = range(1, DAYS + 1, 4)  # that there is something to read of
+CALM = {"AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "300"}  # no file changes here, and reading all of them anew takes a core
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -55,7 +56,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory, chat: tuple[str, list[str]])
     folder = tmp_path_factory.mktemp("stack")
     jobs = write_jobs(folder / "house", f"{reserve(folder).aws}/000000000000/uploads")
     hook = json.dumps({"conn_type": "slackwebhook", "password": chat[0]})
-    started = up(folder, jobs=jobs, say=lambda part: None, extra={"AIRFLOW_CONN_CHAT": hook})
+    started = up(folder, jobs=jobs, say=lambda part: None, extra={"AIRFLOW_CONN_CHAT": hook, **CALM})
     tell_uploads(started)
     yield started
     down(folder)

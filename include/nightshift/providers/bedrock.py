@@ -23,6 +23,7 @@ from uuid import uuid4
 
 import orjson
 
+from nightshift.aws import default_session
 from nightshift.errors import (
     AccessDenied,
     BatchRejected,
@@ -110,10 +111,8 @@ class BedrockAccess:
 
     @cached_property
     def opened(self) -> boto3.Session:
-        """The session: made once, for it takes half a second."""
-        import boto3
-
-        return self.session or boto3.Session()
+        """The session."""
+        return self.session or default_session()
 
     @cached_property
     def looks(self) -> SharedLooks[Mapping[str, Any]]:

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,15 @@ class Served:
 
     def faults(self, **wanted: Any) -> None:
         """Replace the faults; those not named are off."""
-        httpx2.put(f"{self.url}/rehearsal/faults", json=Faults(**wanted).model_dump()).raise_for_status()
+        _client().put(f"{self.url}/rehearsal/faults", json=Faults(**wanted).model_dump()).raise_for_status()
 
     def pace(self, **wanted: float) -> None:
         """Replace the pace."""
-        httpx2.put(f"{self.url}/rehearsal/pace", json=wanted).raise_for_status()
+        _client().put(f"{self.url}/rehearsal/pace", json=wanted).raise_for_status()
 
     def bill(self) -> dict[str, Any]:
         """What a provider would have charged, and how often each request was paid."""
-        found: dict[str, Any] = httpx2.get(f"{self.url}/rehearsal/bill", params={"by_request": True}).json()
+        found: dict[str, Any] = _client().get(f"{self.url}/rehearsal/bill", params={"by_request": True}).json()
         return found
 
     def stop(self) -> None:
@@ -63,6 +64,12 @@ def serve(state: Path, *, pace: Pace = FAST, faults: Faults | None = None, port:
             raise TimeoutError(f"the rehearsal server did not start on port {config.port}")
         time.sleep(0.01)
     return Served(url=f"http://127.0.0.1:{config.port}", key=KEY, state=state, server=server, thread=thread)
+
+
+@cache
+def _client() -> httpx2.Client:
+    """One for all servers: each would read all certificates of the machine, for servers that speak plain HTTP."""
+    return httpx2.Client(limits=httpx2.Limits(max_keepalive_connections=0))
 
 
 def free_port() -> int:

@@ -30,6 +30,7 @@ from obstore.exceptions import (
 from obstore.store import LocalStore, MemoryStore, from_url
 from pydantic import ValidationError
 
+from nightshift.aws import default_session
 from nightshift.errors import AccessDenied, BucketMissing, InputChanged, InputMissing, LedgerCorrupt, StoreUnavailable
 from nightshift.shapes import Wire
 
@@ -308,12 +309,11 @@ def _match_parts(key: list[str], pattern: list[str]) -> bool:
 
 
 def _s3_config(session: boto3.Session | None, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-    import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
     from obstore.auth.boto3 import Boto3CredentialProvider
 
-    session = session or boto3.Session()
+    session = session or default_session()
     overrides = dict(overrides or {})
     try:
         client = session.client("s3", config=Config(s3={"addressing_style": "path"}), **overrides)
