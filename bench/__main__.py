@@ -16,10 +16,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import PEAK
+from bench import PEAK, peers
 from bench.steps import forget
 
 FOLDER = Path(".nightshift/bench")
@@ -37,22 +38,30 @@ class Cost:
 
 @dataclass(slots=True)
 class Contender:
-    """A command that takes its turn, and what has to be gone before it."""
+    """A command that takes its turn, or some that take it side by side, and what has to be gone before it."""
 
     name: str
-    command: Sequence[str]
+    commands: Sequence[Sequence[str]]
     before: Callable[[], None] = lambda: None
     costs: list[Cost] = field(default_factory=list)
 
     def run(self) -> None:
         """Take a turn."""
         self.before()
-        self.costs.append(measured([sys.executable, "-m", *self.command]))
+        start = time.perf_counter()
+        with ThreadPoolExecutor(len(self.commands)) as pool:
+            each = list(pool.map(lambda command: measured([sys.executable, "-m", *command]), self.commands))
+        self.costs.append(Cost(sum(cost.cpu for cost in each), time.perf_counter() - start, max(cost.rss for cost in each)))
 
     @property
     def cpu(self) -> float:
         """CPU seconds, the median."""
         return statistics.median(cost.cpu for cost in self.costs)
+
+    @property
+    def least(self) -> float:
+        """CPU seconds of the best turn: what runs beside it only adds."""
+        return min(cost.cpu for cost in self.costs)
 
     @property
     def wall(self) -> float:
@@ -98,7 +107,7 @@ class Sitting:
         return self.rows / self.by_name[name].cpu
 
 
-def sit(rows: int, rounds: int, *, where: Path = FOLDER, audited: bool = True, core: bool = False) -> Sitting:
+def sit(rows: int, rounds: int, *, where: Path = FOLDER, core: bool = False) -> Sitting:
     """Measure everything over so many rows; with `core` no more than what the regressions of CI are told by."""
     folder, out = (where / f"{rows}").resolve(), (where / "out").resolve()
     if not (folder / "reviews.parquet").exists():
@@ -106,21 +115,29 @@ def sit(rows: int, rounds: int, *, where: Path = FOLDER, audited: bool = True, c
         measured([sys.executable, "-m", "bench.reviews", str(folder / "reviews.parquet"), str(rows)])
 
     def yardstick(name: str) -> Contender:
-        return Contender(name, ["bench.yardsticks", name, str(folder), str(out)], lambda: shutil.rmtree(out, ignore_errors=True))
+        module = "bench.peers" if name in peers.PEERS else "bench.yardsticks"
+        return Contender(name, [[module, name, str(folder), str(out)]], lambda: shutil.rmtree(out, ignore_errors=True))
 
     def step(name: str, *rest: str, label: str | None = None) -> Contender:
-        return Contender(label or name, ["bench.steps", name, str(folder), *rest], lambda: forget(folder, name))
+        return Contender(label or name, [["bench.steps", name, str(folder), *rest]], lambda: forget(folder, name))
 
     usual = [] if core else [yardstick("read"), yardstick("jinja_orjson"), step("plan", "reviews-logic", label="plan (logic)")]
-    encoding = [*usual, yardstick("preescaped"), step("plan")]
+    beside = rows <= NAIVE_ROWS and not core and peers.is_there()
+    if beside and not (folder / "peer-rows.json").exists():
+        measured([sys.executable, "-m", "bench.peers", "prepare", str(folder)])
+    encoding = [*usual, *([yardstick("classifier-encode")] if beside else []), yardstick("preescaped"), step("plan")]
     take_turns(encoding, rounds)
     measured([sys.executable, "-m", "bench.steps", "submit", str(folder)])
     naive = [yardstick("json_jsonschema")] if rows <= NAIVE_ROWS and not core else []
-    collecting = [*naive, *([] if core else [yardstick("copy")]), yardstick("outer_typed"), step("collect")]
+    naive += [yardstick("classifier-collect")] if beside else []
+    halves = [["bench.steps", "collect", str(folder), part, "2"] for part in ("0", "1")]
+    side_by_side = Contender("collect, two processes", halves, lambda: forget(folder, "collect"))
+    limits = [] if core else [yardstick("copy"), side_by_side]
+    collecting = [*naive, *limits, yardstick("outer_typed"), step("collect")]
     take_turns(collecting, rounds)
     rest = [] if core else [step("known"), step("assemble")]
     take_turns(rest, rounds)
-    checked = [step("audit")] if audited and not core else []
+    checked = [] if core else [step("audit")]
     take_turns(checked, rounds)
     return Sitting(rows, {each.name: each for each in (*encoding, *collecting, *rest, *checked)})
 
@@ -140,8 +157,8 @@ class Bar:
         return (self.least is None or self.value >= self.least) and (self.most is None or self.value <= self.most)
 
 
-def bars(sitting: Sitting, small: Sitting | None) -> list[Bar]:
-    """The bars that a sitting is held against; `small`: one over far fewer rows, for what grows."""
+def bars(sitting: Sitting, middle: Sitting, small: Sitting) -> list[Bar]:
+    """The bars that a sitting is held against; `middle`: over as many rows as the slow ones take; `small`: far fewer, for what grows."""
     of, found = sitting.by_name, list[Bar]()
     found.append(
         Bar("plan, rows per CPU second, against the pre-escaped ceiling", sitting.per_cpu("plan") / sitting.per_cpu("preescaped"), 0.60)
@@ -158,21 +175,26 @@ def bars(sitting: Sitting, small: Sitting | None) -> list[Bar]:
     found.append(Bar("plan against reading the columns and copying the requests", floor / of["plan"].cpu, 0.20))
     found.append(Bar("plan of known rows against plan of new ones", of["plan"].cpu / of["known"].cpu, 1.0))
     found.append(Bar("collect against typed outer lines", of["outer_typed"].cpu / of["collect"].cpu, 0.20))
-    if "json_jsonschema" in of:
-        found.append(Bar("collect against json and jsonschema", of["json_jsonschema"].cpu / of["collect"].cpu, 8.0))
-    if "audit" in of:
-        found.append(Bar("audit with 8 expectations, CPU against collect", of["audit"].cpu / of["collect"].cpu, most=1.0))
-        found.append(Bar("audit, MB", of["audit"].rss, most=1000))
+    found.append(Bar("collect in two processes, wall time", of["collect"].wall / of["collect, two processes"].wall, 1.8))
+    for step, slow, least in (
+        ("collect", "json_jsonschema", 8.0),
+        ("plan", "classifier-encode", 5.0),
+        ("collect", "classifier-collect", 4.0),
+    ):
+        if slow in middle.by_name:
+            ratio = middle.by_name[slow].cpu / middle.by_name[step].cpu
+            found.append(Bar(f"{step} of {middle.rows:,} rows against {slow}", ratio, least))
+    found.append(Bar("audit with 8 expectations, CPU against collect", of["audit"].cpu / of["collect"].cpu, most=1.0))
+    found.append(Bar("audit, MB", of["audit"].rss, most=1000))
     for name in ("plan", "collect"):
         found.append(Bar(f"{name}, MB", of[name].rss, most=300))
-        if small is not None:
-            found.append(Bar(f"{name}, MB against {small.rows:,} rows", of[name].rss / small.by_name[name].rss, most=1.10))
+        found.append(Bar(f"{name}, MB against {small.rows:,} rows", of[name].rss / small.by_name[name].rss, most=1.10))
     return found
 
 
 def marginal(large: Sitting, small: Sitting, name: str) -> float:
     """CPU microseconds of one more row: what start-up costs is left out."""
-    return (large.by_name[name].cpu - small.by_name[name].cpu) / (large.rows - small.rows) * 1e6
+    return (large.by_name[name].least - small.by_name[name].least) / (large.rows - small.rows) * 1e6
 
 
 def table(sitting: Sitting) -> str:
@@ -183,26 +205,41 @@ def table(sitting: Sitting) -> str:
     return "\n".join(lines)
 
 
+def growth(sittings: Sequence[Sitting]) -> str:
+    """What the steps take as the rows grow, as Markdown."""
+    steps = [name for name in ("plan", "known", "collect", "assemble", "audit") if all(name in each.by_name for each in sittings)]
+    heads = " | ".join(f"{sitting.rows:,} rows" for sitting in sittings)
+    lines = [f"| rows/CPU-s, MB | {heads} |", "|---|" + "---:|" * len(sittings)]
+    for name in steps:
+        cells = " | ".join(f"{sitting.per_cpu(name):,.0f}, {sitting.by_name[name].rss:.0f}" for sitting in sittings)
+        lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Measure, print, and say by the exit code whether every bar holds."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--small", type=int, default=10_000, help="rows of the sitting that growth is measured from")
+    parser.add_argument("--middle", type=int, default=NAIVE_ROWS, help="rows of the sitting that the slow ones take part in")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the medians there, too")
     given = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / ".gitignore").write_text("*\n")
-    small, large = (sit(rows, given.rounds, audited=rows == given.rows) for rows in (given.small, given.rows))
-    held = bars(large, small)
-    print(table(small), "\n\n", table(large), "\n\n| bar | is | has to be |\n|---|---:|---:|", sep="")
+    if not peers.is_there():
+        print("  the peer's code is not here, so nothing is measured against it: python -m bench.peers fetch", file=sys.stderr)
+    sittings = [sit(rows, given.rounds) for rows in (given.small, given.middle, given.rows)]
+    small, middle, large = sittings
+    held = bars(large, middle, small)
+    for sitting in sittings:
+        print(table(sitting), "\n")
+    print(growth(sittings), "\n\n| bar | is | has to be |\n|---|---:|---:|", sep="")
     for bar in held:
         wanted = f"≥ {bar.least:g}" if bar.least is not None else f"≤ {bar.most:g}"
         print(f"| {bar.what} | {bar.value:.2f}{'' if bar.holds else ' (missed)'} | {wanted} |")
     if given.json:
-        medians = {
-            sitting.rows: {name: (each.cpu, each.wall, each.rss) for name, each in sitting.by_name.items()} for sitting in (small, large)
-        }
+        medians = {sitting.rows: {name: (each.cpu, each.wall, each.rss) for name, each in sitting.by_name.items()} for sitting in sittings}
         given.json.write_text(json.dumps(medians, indent=1))
     return 0 if all(bar.holds for bar in held) else 1
 

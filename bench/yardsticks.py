@@ -21,7 +21,7 @@ FILE_REQUESTS = 50_000
 MARK = "\x00{}\x00"
 
 
-def _job() -> tuple[str, str, dict[str, Any]]:
+def job_parts() -> tuple[str, str, dict[str, Any]]:
     """The system prompt, the user's template and the schema of the benchmark's job."""
     system, user = (JOB / "reviews.md").read_text(encoding="utf-8").removeprefix("system:\n").split("\nuser:\n")
     return system, user.rstrip("\n"), json.loads((JOB / "reviews.json").read_text(encoding="utf-8"))
@@ -39,7 +39,7 @@ def _request(custom_id: str, user: str) -> dict[str, Any]:
     return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
 
 
-_job_parts = _job()
+_job_parts = job_parts()
 
 
 def _batches(folder: Path) -> Iterator[list[list[Any]]]:
