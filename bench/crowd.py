@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import orjson
 import psutil
 import uvicorn
@@ -31,7 +31,6 @@ from fastapi.responses import Response
 
 from bench.__main__ import FOLDER
 from bench.scale import until_up
-from local.sample import reviews
 from local.stack import KEY, AirflowApi, Stack, client_env, down, reserve, up
 from nightshift.drive import begin
 from nightshift.job_file import load_job
@@ -105,7 +104,7 @@ def provider() -> FastAPI:
     ended: list[float] = []
 
     def shown(batch: dict[str, Any]) -> dict[str, Any]:
-        status = {"status": "failed", "failed_at": ended[0]} if ended else {"status": "in_progress"}
+        status = {"status": "failed", "failed_at": int(ended[0])} if ended else {"status": "in_progress"}
         return {**batch, **status}
 
     def answer(body: Any) -> Response:
@@ -134,8 +133,9 @@ def provider() -> FastAPI:
 
     @app.post("/v1/batches")
     async def create(request: Request) -> Response:
-        name, body = f"batch_{len(batches)}", orjson.loads(await request.body())
-        batches[name] = {"id": name, "object": "batch", "created_at": time.time(), "request_counts": None, **body}
+        body = orjson.loads(await request.body())
+        name = f"batch_{len(batches)}"
+        batches[name] = {"id": name, "object": "batch", "created_at": int(time.time()), "request_counts": None, **body}
         return answer(shown(batches[name]))
 
     @app.get("/v1/batches")
@@ -177,7 +177,8 @@ def start(folder: Path, waits: int, port: int) -> Stack:
     (dags / "crowd.py").write_text(DAG.format(run=str(folder / "run"), waits=waits))
     spec = job("crowd", {"input": {"uri": f"file://{folder}/rows.jsonl"}, "policy": {"max_requests_per_shard": 1}})
     (jobs / "crowd.yaml").write_text(yaml.safe_dump(spec))
-    (folder / "rows.jsonl").write_bytes(b"".join(line + b"\n" for line in reviews(2 * waits, seed=1)[:waits]))
+    rows = ({"review_id": f"r{i}", "hotel_id": "h", "text": f"Room {i} was lovely."} for i in range(waits))
+    (folder / "rows.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     stack = reserve(folder)
     own = {"NIGHTSHIFT_STORE": f"file://{folder}/store", "NIGHTSHIFT_POLL_SECONDS": "30"}
     url = f"http://127.0.0.1:{port}/v1"
@@ -271,7 +272,8 @@ def look(stack: Stack, waits: int, url: str) -> None:
         time.sleep(1)
 
     def asked() -> Counter[str]:
-        return Counter(httpx2.get(f"{url}/asked", timeout=60).json())
+        with urllib.request.urlopen(f"{url}/asked", timeout=60) as answer:
+            return Counter(json.load(answer))
 
     def until(name: str, done: Any) -> None:
         begun, before = time.monotonic(), watch.cpu()
@@ -291,7 +293,7 @@ def look(stack: Stack, waits: int, url: str) -> None:
     until(f"{STEADY_SECONDS} s of waiting", lambda: time.monotonic() - start > STEADY_SECONDS)
     calls = asked() - before
     memory = watch.memory()
-    httpx2.post(f"{url}/end", timeout=60)
+    urllib.request.urlopen(f"{url}/end", b"", timeout=60).close()
     until("all have ended", lambda: states(api)["success"] == waits)
     print(f"MB of the largest process: {dict(memory)}; calls in {STEADY_SECONDS} s of waiting: {dict(calls)}")
 
