@@ -31,7 +31,8 @@ from fastapi.responses import Response
 
 from bench.__main__ import FOLDER
 from bench.scale import until_up
-from local.stack import KEY, AirflowApi, Stack, client_env, down, reserve, up
+from local.airflow_api import AirflowApi
+from local.stack import KEY, Stack, airflow_api, client_env, down, reserve, up
 from nightshift.drive import begin
 from nightshift.job_file import load_job
 from nightshift.local_site import local_site
@@ -116,7 +117,7 @@ def provider() -> FastAPI:
 
     @app.get("/asked")
     def told() -> Response:
-        return answer({**asked, "batches": len(batches)})
+        return answer(asked)
 
     @app.post("/end")
     def end() -> Response:
@@ -198,7 +199,7 @@ def start(folder: Path, waits: int, port: int) -> Stack:
 class Watch:
     """CPU seconds and memory of Airflow's processes, by what they are."""
 
-    parts = ("scheduler", "triggerer", "api_server", "dag-processor")
+    parts = ("scheduler", "triggerer", "api_server")
 
     def __init__(self, root: int) -> None:
         self._root = psutil.Process(root)
@@ -233,7 +234,7 @@ class Watch:
 def states(api: AirflowApi) -> Counter[str]:
     """How many waits are in which state."""
     seen = Counter[str]()
-    for state in ("deferred", "success", "failed"):
+    for state in ("deferred", "success"):
         found = api.get("/dags/crowd/dagRuns/crowd/taskInstances", task_id="wait", state=state, limit="1")
         seen[state] = found["total_entries"]
     return seen
@@ -267,7 +268,7 @@ def main() -> None:
 
 def look(stack: Stack, waits: int, url: str) -> None:
     """Let all wait at once, watch them for a while, end them, and print a table."""
-    api, watch = AirflowApi(stack), Watch(stack.pids["airflow"])
+    api, watch = airflow_api(stack), Watch(stack.pids["airflow"])
     while "crowd" not in {each["dag_id"] for each in api.get("/dags")["dags"]}:
         time.sleep(1)
 
@@ -281,7 +282,7 @@ def look(stack: Stack, waits: int, url: str) -> None:
             time.sleep(2)
         took = time.monotonic() - begun
         spent = watch.cpu() - before
-        print(f"| {name} | {took:.0f} | " + " | ".join(f"{spent[part]:.1f}" for part in Watch.parts[:3]) + " |", flush=True)
+        print(f"| {name} | {took:.0f} | " + " | ".join(f"{spent[part]:.1f}" for part in Watch.parts) + " |", flush=True)
 
     print(f"| {waits:,} waits | wall s | scheduler CPU-s | triggerer CPU-s | API server CPU-s |\n|---|---:|---:|---:|---:|")
     before = asked()

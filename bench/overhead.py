@@ -21,8 +21,9 @@ import yaml
 
 from bench.__main__ import FOLDER
 from bench.scale import until_up
+from local.airflow_api import AirflowApi
 from local.sample import reviews
-from local.stack import ROOT, AirflowApi, Stack, down, reserve, s3_client, up
+from local.stack import ROOT, Stack, airflow_api, down, reserve, s3_client, up
 from tests.airflow.jobs import job
 
 MINIMAL = """
@@ -116,7 +117,7 @@ def main() -> None:
     os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
     stack = start(given.rows, given.shards)
     try:
-        api = AirflowApi(stack)
+        api = airflow_api(stack)
         while {each["dag_id"] for each in api.get("/dags")["dags"]} != {"minimal", "wide"}:
             time.sleep(1)
         seconds: dict[str, list[float]] = {"minimal": [], "wide": []}

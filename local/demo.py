@@ -15,8 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from local.airflow_api import AirflowApi
 from local.sample import write_sample
-from local.stack import ROOT, AirflowApi, Stack, StackFailed, client_env, down, is_up, s3_client, up
+from local.stack import ROOT, Stack, StackFailed, airflow_api, client_env, down, is_up, s3_client, up
 from nightshift.shapes import Summary
 from nightshift.terminal import show_summary
 
@@ -55,7 +56,7 @@ def run(stack: Stack) -> Summary:
     sample = write_sample(Path(stack.folder) / "reviews-sample.jsonl")
     s3_client(stack).upload_file(str(sample), "reviews", key)
     console.print(f"Uploaded {sum(1 for _ in sample.open('rb')):,} reviews to s3://reviews/{key}")
-    api = AirflowApi(stack)
+    api = airflow_api(stack)
     run_id = _watch(stack, api, key)
     summary, page = _fetch(stack, api, run_id)
     console.print()

@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from local import compose, postgres
+from local.airflow_api import AirflowApi, is_healthy
 
 ROOT = Path(__file__).resolve().parent.parent
 BUCKETS = ("reviews", "pictures", "nightshift")
 STORE = "s3://nightshift/store"
+USER = "admin"  # of Airflow
 KEY = "sk-rehearsal"
 AWS = {"AWS_ACCESS_KEY_ID": "rehearsal", "AWS_SECRET_ACCESS_KEY": "rehearsal", "AWS_DEFAULT_REGION": "us-east-1"}
 BEDROCK_SERVICES = ("bedrock", "bedrock-runtime", "service-quotas")
@@ -164,7 +166,7 @@ def up(
         else:
             say("Airflow (scheduler, triggerer, dag-processor, API server)")
             _start(stack, "airflow", [AIRFLOW, "standalone"], env)
-            _until(stack, "airflow", lambda: _airflow_healthy(stack))
+            _until(stack, "airflow", lambda: is_healthy(stack.airflow))
     except BaseException:
         down(folder)
         raise
@@ -184,7 +186,7 @@ def _start_queued(stack: Stack, env: Mapping[str, str], say: Callable[[str], Non
             continue
         command = [str(stack.airflow_port) if part == "8080" else part for part in compose.command(service)]
         _start(stack, service, [AIRFLOW, *command], env)
-    _until(stack, "airflow-apiserver", lambda: _airflow_healthy(stack))
+    _until(stack, "airflow-apiserver", lambda: is_healthy(stack.airflow))
     for number in range(1, stack.workers + 1):
         say(f"worker {number}")
         start_worker(stack, number, env)
@@ -238,7 +240,7 @@ def airflow_env(stack: Stack, jobs: Path | None = None) -> dict[str, str]:
     home.mkdir(parents=True, exist_ok=True)
     passwords = home / "passwords.json"
     passwords.touch(mode=0o600)
-    passwords.write_text(json.dumps({"admin": stack.password}))
+    passwords.write_text(json.dumps({USER: stack.password}))
     aws = {
         "conn_type": "aws",
         "login": AWS["AWS_ACCESS_KEY_ID"],
@@ -273,7 +275,7 @@ def airflow_env(stack: Stack, jobs: Path | None = None) -> dict[str, str]:
         "AIRFLOW__CORE__PARALLELISM": "4",
         "AIRFLOW__CORE__PLUGINS_FOLDER": str(ROOT / "plugins"),
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(passwords),
-        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": "admin:admin",
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": f"{USER}:admin",
         "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "30",
         **({} if postgres.wrapper() is None else {"AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": stack.database}),
         "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(stack.trigger_log_port),
@@ -300,24 +302,9 @@ def _queued_env(stack: Stack) -> dict[str, str]:
     }
 
 
-class AirflowApi:
-    """Airflow's REST API with the stack's own user."""
-
-    def __init__(self, stack: Stack) -> None:
-        self._stack = stack
-        self._token = ""
-
-    def get(self, path: str, **query: str) -> Any:
-        """GET below /api/v2."""
-        return self.call("GET", path, None, query)
-
-    def call(self, method: str, path: str, body: Any = None, query: Mapping[str, str] | None = None) -> Any:
-        """One call, signed in."""
-        if not self._token:
-            answer = _http("POST", f"{self._stack.airflow}/auth/token", {"username": "admin", "password": self._stack.password}, {})
-            self._token = answer["access_token"]
-        asked = "?" + "&".join(f"{name}={value}" for name, value in query.items()) if query else ""
-        return _http(method, f"{self._stack.airflow}/api/v2{path}{asked}", body, {"Authorization": f"Bearer {self._token}"})
+def airflow_api(stack: Stack) -> AirflowApi:
+    """The stack's Airflow, signed in as its only user."""
+    return AirflowApi(stack.airflow, USER, stack.password)
 
 
 def s3_client(stack: Stack) -> Any:
@@ -456,28 +443,13 @@ def _ok(url: str) -> bool:
         return False
 
 
-def _airflow_healthy(stack: Stack) -> bool:
-    try:
-        health = _http("GET", f"{stack.airflow}/api/v2/monitor/health", None, {})
-    except (OSError, ValueError):
-        return False
-    return all((health.get(part) or {}).get("status") == "healthy" for part in ("metadatabase", "scheduler", "triggerer", "dag_processor"))
-
-
-def _http(method: str, url: str, body: Any, headers: Mapping[str, str]) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers}, method=method)
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return json.loads(response.read() or b"null")
-
-
 def main() -> None:
     """`python -m local.stack up|down|status`"""
     folder = ROOT / ".nightshift"
     match sys.argv[1:]:
         case ["up"]:
             stack = up(folder, say=lambda part: print(f"starting {part}", flush=True))
-            print(f"\nAirflow    {stack.airflow}   user admin, password {stack.password}")
+            print(f"\nAirflow    {stack.airflow}   user {USER}, password {stack.password}")
             print(f"S3         {stack.aws}   upload to s3://reviews/inbox/ and the DAG `uploads` starts a run")
             print(f"provider   {stack.provider}/v1   bill at {stack.provider}/rehearsal/bill")
             print('\nFor the command line: eval "$(make env)"   Stop with: make down')

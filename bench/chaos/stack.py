@@ -22,8 +22,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from local.airflow_api import AirflowApi
 from local.sample import reviews
-from local.stack import KEY, ROOT, AirflowApi, Stack, airflow_env, down, s3_client, tail, up
+from local.stack import KEY, ROOT, Stack, airflow_api, airflow_env, down, s3_client, tail, up
 from nightshift.shapes import Summary
 
 JOB, ROWS, SHARD = "review_sentiment", 400, 60
@@ -56,7 +57,7 @@ def kill_airflow(kills: int, seed: int, say: Callable[[str], None]) -> dict[str,
         try:
             _call(stack, "PUT", "/rehearsal/pace", {"validating": 1.0, "running": 12.0, "finalizing": 0.5})
             _call(stack, "PUT", "/rehearsal/faults", {"errored_once": 0.2, "create_500_after_accept": 1})
-            api, run = AirflowApi(stack), _begin(stack)
+            api, run = airflow_api(stack), _begin(stack)
             with ExitStack() as restarted:
                 deaths = _kill_parts(stack, api, run, env, kills, draw, say, restarted)
                 state = _end(api, run, say)
@@ -82,7 +83,7 @@ def _begin(stack: Stack) -> str:
     data = b"".join(line + b"\n" for line in reviews(ROWS, seed=11))
     s3_client(stack).put_object(Bucket="reviews", Key="elsewhere/chaos.jsonl", Body=data)
     body = {"logical_date": None, "dag_run_id": "chaos", "conf": {"input": "s3://reviews/elsewhere/chaos.jsonl"}}
-    AirflowApi(stack).call("POST", f"/dags/{JOB}/dagRuns", body)
+    airflow_api(stack).call("POST", f"/dags/{JOB}/dagRuns", body)
     return f"/dags/{JOB}/dagRuns/chaos"
 
 

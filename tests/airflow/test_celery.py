@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from local import postgres
-from local.stack import AirflowApi, Stack, airflow_env, down, reserve, s3_client, start_worker, tail, up
+from local.airflow_api import AirflowApi
+from local.stack import Stack, airflow_api, airflow_env, down, reserve, s3_client, start_worker, tail, up
 from tests.airflow.conftest import ROOT
 from tests.airflow.jobs import job
 from tests.airflow.test_stack import CALM, provider, put_reviews, requests_billed, summary_of, tasks_of, until
@@ -84,7 +85,7 @@ def test_workers_have_imported_what_tasks_import(stack):
 
 
 def test_results_are_the_same_bytes_with_one_two_and_four_workers(stack):
-    api = AirflowApi(stack)
+    api = airflow_api(stack)
     until(lambda: api.get("/dags", dag_ids="wide")["total_entries"], "the DAG")
     results = []
     for workers in (1, 2, 4):
@@ -104,7 +105,7 @@ def test_results_are_the_same_bytes_with_one_two_and_four_workers(stack):
 
 
 def test_a_worker_that_is_killed_in_the_middle_of_its_shards_loses_nothing_and_pays_nothing_twice(stack):
-    api = AirflowApi(stack)
+    api = airflow_api(stack)
     provider(stack, "PUT", "/rehearsal/pace", {"validating": 0.1, "running": 3.0, "finalizing": 0.1})
     before = requests_billed(stack)
     path = start(api, "bereft")

@@ -22,8 +22,9 @@ import pytest
 from playwright.sync_api import Page, sync_playwright
 
 from local import demo
+from local.airflow_api import AirflowApi
 from local.sample import reviews
-from local.stack import AirflowApi, Stack, StackFailed, airflow_env, client_env, down, reserve, s3_client, tail, up
+from local.stack import Stack, StackFailed, airflow_api, airflow_env, client_env, down, reserve, s3_client, tail, up
 from nightshift.shapes import Summary
 from tests.airflow.jobs import write_jobs
 
@@ -78,7 +79,7 @@ def aws_client(stack: Stack, service: str) -> Any:
 
 @pytest.fixture
 def api(stack: Stack) -> AirflowApi:
-    return AirflowApi(stack)
+    return airflow_api(stack)
 
 
 def provider(stack: Stack, method: str, path: str, body: Any = None) -> Any:
