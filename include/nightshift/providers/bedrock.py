@@ -111,7 +111,7 @@ class BedrockAccess:
 
     @cached_property
     def opened(self) -> boto3.Session:
-        """The session."""
+        """The session that was given, or the process's own."""
         return self.session or default_session()
 
     @cached_property

@@ -32,7 +32,7 @@ class StoredBatch:
     """A batch as the server keeps it. Times are unix seconds."""
 
     id: str
-    number: int = 0  # the how-manieth of its book: faults are drawn by it, so the same work meets the same faults again
+    number: int = 0  # its place in the book, from 1: faults are drawn by it, so that the same work meets the same faults
     endpoint: str
     input_file_id: str
     metadata: dict[str, str] | None
