@@ -10,7 +10,7 @@ from nightshift.pages import render_comparison
 from nightshift.partitions import MANIFEST, Manifest, results_folder
 from nightshift.runs import Run, Site, run_id
 from nightshift.shapes import Outcome, Summary, Wire
-from nightshift.stores.database import open_database
+from nightshift.stores.database import open_database, quoted
 from nightshift.stores.objects import dump_json
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def compare(site: Site, old: Run, new: Run) -> Comparison:
         for name, run in (("old", old), ("new", new)):
             parts = _parts(site, run, Path(folder), name)
             database.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet({parts})")
-        both = f"old JOIN new ON old.{_quoted(identifier)} = new.{_quoted(identifier)}"
+        both = f"old JOIN new ON old.{quoted(identifier)} = new.{quoted(identifier)}"
         [(common,)] = database.execute(f"SELECT count(*) FROM {both}").fetchall()
         counts = [database.execute(f"SELECT count(*) FROM {name}").fetchall()[0][0] for name in ("old", "new")]
         found = Comparison(
@@ -135,7 +135,7 @@ def _side(site: Site, run: Run, answered: int) -> Side:
 
 
 def _field(database: duckdb.DuckDBPyConnection, both: str, name: str) -> Field:
-    old, new = f"old.{_quoted(name)}", f"new.{_quoted(name)}"
+    old, new = f"old.{quoted(name)}", f"new.{quoted(name)}"
     [(same, changed)] = database.execute(
         f"SELECT count(*) FILTER ({old} IS NOT DISTINCT FROM {new}), count(*) FILTER ({old} IS DISTINCT FROM {new}) FROM {both}"
     ).fetchall()
@@ -148,13 +148,9 @@ def _field(database: duckdb.DuckDBPyConnection, both: str, name: str) -> Field:
 
 
 def _examples(database: duckdb.DuckDBPyConnection, both: str, identifier: str, name: str) -> list[Example]:
-    old, new, row = f"old.{_quoted(name)}", f"new.{_quoted(name)}", f"old.{_quoted(identifier)}"
+    old, new, row = f"old.{quoted(name)}", f"new.{quoted(name)}", f"old.{quoted(identifier)}"
     found: list[tuple[Any, ...]] = database.execute(
         f"""SELECT {row}::VARCHAR, left(coalesce({old}::VARCHAR, 'null'), 300), left(coalesce({new}::VARCHAR, 'null'), 300)
             FROM {both} WHERE {old} IS DISTINCT FROM {new} ORDER BY hash({row}), 1 LIMIT 5"""
     ).fetchall()
     return [Example(id=row_id, field=name, old=was, new=is_now) for row_id, was, is_now in found]
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'

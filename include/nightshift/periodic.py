@@ -16,7 +16,7 @@ from nightshift.pages import render_periodic
 from nightshift.partitions import MANIFEST, Manifest
 from nightshift.runs import Site
 from nightshift.shapes import OUTCOMES, Outcome, Summary, Wire
-from nightshift.stores.database import open_database
+from nightshift.stores.database import open_database, quoted
 from nightshift.stores.objects import Objects, dump_json
 
 if TYPE_CHECKING:
@@ -212,11 +212,11 @@ def _draw(database: duckdb.DuckDBPyConnection, job: str, figure: Figure) -> tupl
 
 def query_of(figure: Figure) -> str:
     """The SQL of a figure over the view `results`."""
-    names = [f"({by}) AS {_quoted(_column(by))}" for by in figure.by]
+    names = [f"({by}) AS {quoted(_column(by))}" for by in figure.by]
     grouped = f"SELECT {', '.join([*names, f'({figure.value}) AS value'])} FROM results" + (" GROUP BY ALL" if names else "")
     if not figure.share:
         return f"{grouped} ORDER BY ALL"
-    whole = ", ".join(_quoted(_column(by)) for by in figure.by[:-1])
+    whole = ", ".join(quoted(_column(by)) for by in figure.by[:-1])
     over = f"OVER (PARTITION BY {whole})" if whole else "OVER ()"
     return f"SELECT * EXCLUDE (value), value, value / sum(value) {over} AS share FROM ({grouped}) ORDER BY ALL"
 
@@ -250,7 +250,3 @@ def _csv(rows: Iterable[dict[str, Any]]) -> bytes:
 def _sum(values: Iterable[float | None]) -> float | None:
     listed = list(values)
     return None if None in listed else round(sum(value for value in listed if value is not None), 6)
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'

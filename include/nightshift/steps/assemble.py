@@ -15,7 +15,7 @@ from nightshift.job import Job
 from nightshift.join import join, reconcile, settled
 from nightshift.runs import Run, Site
 from nightshift.shapes import OUTCOMES, Assembled, Outcome, Plan, Settled
-from nightshift.stores.database import open_database
+from nightshift.stores.database import open_database, quoted
 from nightshift.vectors import LINE, with_vectors
 
 if TYPE_CHECKING:
@@ -93,11 +93,11 @@ def _parts(folder: Path, kind: str, reader: pa.RecordBatchReader) -> Iterator[Pa
 
 
 def _kept(job: Job) -> str:
-    return ", ".join(f"rows.{_quoted(f'keep_{name}')} AS {_quoted(name)}" for name in job.kept)
+    return ", ".join(f"rows.{quoted(f'keep_{name}')} AS {quoted(name)}" for name in job.kept)
 
 
 def _succeeded_query(job: Job) -> str:
-    fields = [f"answers.output.{_quoted(name)} AS {_quoted(name)}" for name in job.fields]
+    fields = [f"answers.output.{quoted(name)} AS {quoted(name)}" for name in job.fields]
     if job.dimensions is not None:
         fields = [f"answers.line AS {LINE}"]  # vectors are put in afterwards: sorted by DuckDB, they would not fit into its memory
     columns = ", ".join([_kept(job), *fields])
@@ -112,10 +112,6 @@ def _quarantine_query(job: Job) -> str:
                       lower(hex(rows.request_key)) AS _request_key
                FROM rows LEFT JOIN (SELECT * FROM answers WHERE outcome <> 'succeeded') AS answers USING (request_key)
                WHERE rows.request_key IS NULL OR answers.outcome IS NOT NULL ORDER BY rows.ordinal"""
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
 
 
 def _outcomes(database: duckdb.DuckDBPyConnection) -> dict[Outcome, int]:

@@ -19,7 +19,7 @@ from nightshift.pages import render_report
 from nightshift.partitions import quarantine_folder
 from nightshift.runs import Run, Site
 from nightshift.shapes import OUTCOMES, Assembled, Audit, Cost, Counts, Paid, Plan, Published, Summary, Tier, Usage, Wire
-from nightshift.stores.database import open_database
+from nightshift.stores.database import open_database, quoted
 from nightshift.stores.objects import dump_json
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def distributions(site: Site, job: Job, assembled: Assembled) -> dict[str, dict[
 
 def _distribution(database: duckdb.DuckDBPyConnection, column: str, kind: str) -> dict[str, Any]:
     """{"kind": "shares" | "histogram", "bars": [[label, count], …], "total": n}"""
-    name = '"' + column.replace('"', '""') + '"'
+    name = quoted(column)
     if kind in ("double", "float"):
         low, high, total = database.execute(
             f"SELECT min({name}), max({name}), count({name}) FROM results WHERE isfinite({name})"

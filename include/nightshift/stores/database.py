@@ -28,3 +28,8 @@ def open_database(folder: Path, memory: str = MEMORY_LIMIT) -> Iterator[duckdb.D
         yield connection
     finally:
         connection.close()
+
+
+def quoted(name: str) -> str:
+    """A column's name as it stands in SQL."""
+    return '"' + name.replace('"', '""') + '"'
