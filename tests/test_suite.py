@@ -8,7 +8,7 @@ import pytest
 
 from nightshift.job import Expectation
 from nightshift.stores.objects import open_objects
-from nightshift.suite import COLUMNS_ONLY, ROW_BY_ROW, Parts, run_suite
+from nightshift.suite import BY_VALUE, COLUMNS_ONLY, ROW_BY_ROW, Parts, run_suite
 
 ROWS = 240
 WORDS = ["positive", "neutral", "negative", None]
@@ -36,7 +36,7 @@ def parts(tmp_path):
     store, table = open_objects(f"file://{tmp_path}"), rows()
     for number in range(3):
         pq.write_table(table.slice(80 * number, 80), tmp_path / f"{number}.parquet")
-    return Parts(store, [f"{number}.parquet" for number in range(3)])
+    return Parts(store, [f"{number}.parquet" for number in range(3)], tmp_path)
 
 
 ASKED = {
@@ -76,6 +76,38 @@ def test_rows_judged_part_by_part_get_the_verdict_of_all_of_them_at_once(parts, 
     assert [check.model_dump() for check in in_turn] == [check.model_dump() for check in at_once]
     assert {check.success for check in at_once} == {True, False}
     assert any(check.unexpected and check.examples for check in at_once)
+
+
+UNIQUE = [
+    ("expect_column_values_to_be_unique", {"column": "id"}),
+    ("expect_column_values_to_be_unique", {"column": "day"}),
+    ("expect_column_values_to_be_unique", {"column": "word", "mostly": 0.9}),
+    ("expect_column_values_to_be_unique", {"column": "sum"}),  # one value in more rows than a part has
+    ("expect_column_values_to_be_unique", {"column": "nowhere"}),
+    ("expect_compound_columns_to_be_unique", {"column_list": ["number", "other"]}),
+    ("expect_compound_columns_to_be_unique", {"column_list": ["word", "id"]}),
+]
+
+
+def test_rows_held_against_others_of_their_value_get_the_verdict_of_all_of_them_at_once(parts, monkeypatch):
+    asked = [Expectation(type=name, kwargs=kwargs) for name, kwargs in UNIQUE]
+    assert {each.type for each in asked} == BY_VALUE
+    monkeypatch.setattr("nightshift.suite.ROWS_AT_ONCE", 20)
+    in_parts = run_suite(asked, parts, "id")
+    monkeypatch.setattr("nightshift.suite.BY_VALUE", frozenset())
+    at_once = run_suite(asked, parts, "id")
+    assert [check.model_dump(exclude={"examples"}) for check in in_parts] == [check.model_dump(exclude={"examples"}) for check in at_once]
+    assert [check.success for check in at_once] == [True, False, False, False, False, False, True]
+    table = rows()
+    day = dict(zip(table["id"].to_pylist(), table["day"].to_pylist(), strict=True))
+    assert len({day[each] for each in in_parts[1].examples}) == 1, "rows that are named share what they should not"
+
+
+def test_no_part_is_longer_than_asked_but_for_one_frequent_value(parts, monkeypatch):
+    monkeypatch.setattr("nightshift.suite.ROWS_AT_ONCE", 20)
+    assert max(len(frame) for frame in parts.by_value({"id"}, set())) <= 2 * 20
+    assert sum(len(frame) for frame in parts.by_value({"day"}, {"id"})) == ROWS
+    assert [len(frame) for frame in parts.by_value({"sum"}, {"id"})] == [ROWS]
 
 
 def test_what_needs_all_rows_sees_all_of_them_and_what_judges_columns_sees_every_column(parts, monkeypatch):
@@ -122,9 +154,10 @@ def test_an_expectation_that_cannot_be_applied_is_red_and_says_why(parts):
 
 def test_an_empty_dataset_is_judged_too(tmp_path):
     pq.write_table(rows().slice(0, 0), tmp_path / "0.parquet")
-    empty = Parts(open_objects(f"file://{tmp_path}"), ["0.parquet"])
+    empty = Parts(open_objects(f"file://{tmp_path}"), ["0.parquet"], tmp_path)
     asked = {
         "expect_column_values_to_not_be_null": {"column": "word"},
+        "expect_column_values_to_be_unique": {"column": "word"},
         "expect_table_row_count_to_be_between": {"min_value": 1},
     }
-    assert [check.success for check in run_suite(suite(asked), empty, "id")] == [True, False]
+    assert [check.success for check in run_suite(suite(asked), empty, "id")] == [True, True, False]

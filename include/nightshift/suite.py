@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nightshift.job import Expectation
 from nightshift.shapes import Check
+from nightshift.stores.database import open_database, quoted
 from nightshift.stores.objects import Objects
 
 if TYPE_CHECKING:
     import pandas as pd
 
 EXAMPLES = 5
-ROWS_AT_ONCE = 100_000
+ROWS_AT_ONCE = 50_000
+SORT_MEMORY = "64MB"  # beside Great Expectations; what does not fit is sorted on local disk
 
 # These judge a row by what stands in it, so rows can be judged part by part and counted together.
 ROW_BY_ROW = frozenset(
@@ -50,6 +54,8 @@ ROW_BY_ROW = frozenset(
         "expect_select_column_values_to_be_unique_within_record",
     }
 )
+# These hold a row against others of the same values, so each part has to have all rows of the values in it.
+BY_VALUE = frozenset({"expect_column_values_to_be_unique", "expect_compound_columns_to_be_unique"})
 # These judge what columns there are: all of them and no row.
 COLUMNS_ONLY = frozenset(
     {
@@ -82,10 +88,10 @@ IN_ONE_FIGURE = frozenset(
 
 
 class Parts:
-    """A dataset in Parquet files of the store, of which columns and rows are taken as they are needed."""
+    """A dataset in Parquet files of the store, of which columns and rows are taken as they are needed. `folder`: local disk to sort on."""
 
-    def __init__(self, store: Objects, keys: Sequence[str]) -> None:
-        self._store, self._keys = store, keys
+    def __init__(self, store: Objects, keys: Sequence[str], folder: Path) -> None:
+        self._store, self._keys, self._folder = store, keys, folder
         with store.open(keys[0]) as file:
             self.schema: pa.Schema = pq.read_schema(file)
 
@@ -101,13 +107,28 @@ class Parts:
     def in_turn(self, names: set[str]) -> Iterator[pd.DataFrame]:
         """The same, at most ROWS_AT_ONCE at a time; an empty dataset is one empty frame."""
         seen = 0
-        for key in self._keys:
-            with self._store.open(key) as file:
-                for batch in pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=self._known(names)):
-                    seen += batch.num_rows
-                    yield batch.to_pandas()
+        for batch in self._batches(names):
+            seen += batch.num_rows
+            yield batch.to_pandas()
         if not seen:
             yield self.whole(names)
+
+    def by_value(self, names: set[str], others: set[str]) -> Iterator[pd.DataFrame]:
+        """The rows of some columns and of others beside them; rows that have the same in those columns come in the same part.
+
+        A part has ROWS_AT_ONCE, or as many as the most frequent value.
+        """
+        if not names <= set(self.schema.names):
+            yield self.whole(names | others)
+            return
+        shown = self._known(names | others)
+        with open_database(self._folder, SORT_MEMORY) as database:
+            rows = pa.RecordBatchReader.from_batches(pa.schema([self.schema.field(name) for name in shown]), self._batches(set(shown)))
+            database.register("rows", rows)
+            columns, values = (", ".join(map(quoted, each)) for each in (shown, sorted(names)))
+            found = database.sql(f"SELECT hash({values}) AS value, {columns} FROM rows ORDER BY value").to_arrow_reader(ROWS_AT_ONCE)
+            for table in _uncut(found, found.schema):
+                yield table.select(shown).to_pandas()
 
     def length(self) -> pd.DataFrame:
         """All rows of the column that is least to read."""
@@ -119,8 +140,27 @@ class Parts:
         frame: pd.DataFrame = self.schema.empty_table().to_pandas()
         return frame
 
+    def _batches(self, names: set[str]) -> Iterator[pa.RecordBatch]:
+        for key in self._keys:
+            with self._store.open(key) as file:
+                yield from pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=self._known(names))
+
     def _known(self, names: set[str]) -> list[str]:
         return [name for name in self.schema.names if name in names]
+
+
+def _uncut(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Batches in the order of their column `value`, cut anew so that no value stands in two of them. One at least."""
+    held = list[pa.RecordBatch]()
+    for batch in batches:
+        values = batch.column("value").to_numpy()
+        first_of_last = int(np.searchsorted(values, values[-1]))
+        if first_of_last or (held and held[-1].column("value")[-1].as_py() != values[0]):
+            yield pa.Table.from_batches([*held, batch.slice(0, first_of_last)], schema)
+            held = [batch.slice(first_of_last)]
+        else:
+            held.append(batch)
+    yield pa.Table.from_batches(held, schema)
 
 
 @dataclass(slots=True)
@@ -178,12 +218,16 @@ class _Seen:
 def run_suite(expectations: Sequence[Expectation], parts: Parts, id_column: str) -> tuple[Check, ...]:
     """Apply a suite to a dataset; rows that break it are named by their id.
 
-    Reads the rows once, and once more for each expectation that has to see a column whole.
+    Reads the rows once, and once more for each expectation that does not judge them row by row.
     """
     validate = _validator(id_column)
     seen = [_Seen(expectation) for expectation in expectations]
     for each in seen:  # the larger ones first: parts find room in what they leave
-        if each.expectation.type not in ROW_BY_ROW:
+        if each.expectation.type in BY_VALUE:
+            for frame in parts.by_value(_named(each.expectation), {id_column}):
+                [result] = validate([each.expectation], frame)
+                each.part(result, id_column)
+        elif each.expectation.type not in ROW_BY_ROW:
             [result] = validate([each.expectation], _shown(each.expectation, parts, id_column))
             each.whole(result, id_column)
     by_row = [each for each in seen if each.expectation.type in ROW_BY_ROW]
@@ -196,7 +240,7 @@ def run_suite(expectations: Sequence[Expectation], parts: Parts, id_column: str)
 
 
 def _shown(expectation: Expectation, parts: Parts, id_column: str) -> pd.DataFrame:
-    """What an expectation has to see that is not judged row by row."""
+    """What an expectation has to see that judges neither row by row nor by value."""
     named = _named(expectation)
     if expectation.type in COLUMNS_ONLY:
         return parts.columns()

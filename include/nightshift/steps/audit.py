@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from nightshift.job import Job
 from nightshift.runs import Run, Site
 from nightshift.shapes import Assembled, Audit, Check, Plan
@@ -13,9 +15,13 @@ def audit(site: Site, run: Run, plan: Plan, assembled: Assembled) -> Audit:
     stored = site.store.get_shape(run.key("audit.json"), Audit)
     if stored is not None:
         return stored
-    suite = run.job.expectations
-    checks = run_suite(suite, Parts(site.store, assembled.parts), run.job.spec.input.id) if suite else ()
+    checks = _checks(site, run.job, assembled) if run.job.expectations else ()
     return site.store.settle(run.key("audit.json"), verdict(run.job, plan.rows, assembled, checks))
+
+
+def _checks(site: Site, job: Job, assembled: Assembled) -> tuple[Check, ...]:
+    with site.scratch() as folder:
+        return run_suite(job.expectations, Parts(site.store, assembled.parts, Path(folder)), job.spec.input.id)
 
 
 def verdict(job: Job, rows: int, assembled: Assembled, checks: tuple[Check, ...]) -> Audit:
