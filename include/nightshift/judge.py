@@ -25,6 +25,9 @@ from nightshift.stores.shards import keys_in
 WRITE_ROWS = 2048  # of answers in words
 UNFIT = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError)
 AS_IT_WAS = Variant()
+OWN = (  # columns of a line that are not of its origin, in the order in which a sheet takes them
+    "request_key", "outcome", "reason", "text", "output", "paid", "again", "token_limit", "model", *TOKENS,
+)  # fmt: skip
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -88,14 +91,30 @@ class Sheet:
     def __init__(self, job: Job, origin: Mapping[str, Any]) -> None:
         self._schema, self._origin = answers_schema(job), origin
         self._at_once = rows_at_once(self._schema, WRITE_ROWS)
-        self._lines: list[tuple[bytes, Answer]] = []
+        self._lines: list[tuple[Any, ...]] = []
         self._batches: list[pa.RecordBatch] = []
         self.asked_again = 0
 
     def add(self, key: bytes, answer: Answer) -> None:
-        """Add the line of a request."""
-        self._lines.append((key, answer))
-        self.asked_again += answer.again is not None
+        """Add the line of a request. What is not written is let go of at once: tens of thousands of replies are not kept in memory."""
+        reply, output, again = answer.reply, answer.output, answer.again
+        self._lines.append(
+            (
+                key,
+                reply.outcome,
+                reply.reason,
+                reply.text if output is None else None,
+                output,
+                reply.paid,
+                again.model_dump_json(exclude_defaults=True) if again else None,
+                answer.asked_as.max_output_tokens,
+                reply.model,
+                reply.input_tokens,
+                reply.cached_tokens,
+                reply.output_tokens,
+            )
+        )
+        self.asked_again += again is not None
         if len(self._lines) == self._at_once:
             self._flush()
 
@@ -145,33 +164,15 @@ def _tokens_of(reply: Reply, above: int | None) -> Usage:
     return Usage(**tokens, **{f"long_{name}": count for name, count in tokens.items() if is_long})
 
 
-def _as_batch(lines: Sequence[tuple[bytes, Answer]], schema: pa.Schema, origin: Mapping[str, Any]) -> pa.RecordBatch:
+def _as_batch(lines: Sequence[tuple[Any, ...]], schema: pa.Schema, origin: Mapping[str, Any]) -> pa.RecordBatch:
     """Lines as columns. An answer that is valid but fits no column (an integer of twenty digits) becomes invalid, alone."""
+    own = dict(zip(OWN, zip(*lines, strict=True), strict=True))
     kind = schema.field("output").type
     try:
-        output = pa.array([answer.output for _, answer in lines], kind)
+        own["output"] = pa.array(own["output"], kind)
     except UNFIT:
-        lines = [(key, _fitting(answer, kind)) for key, answer in lines]
-        output = pa.array([answer.output for _, answer in lines], kind)
-    own = {**_columns(lines), "output": output}
+        own = dict(zip(OWN, zip(*(_fitting(line, kind) for line in lines), strict=True), strict=True))
     return pa.RecordBatch.from_arrays([_column(own, origin, field, len(lines)) for field in schema], schema=schema)
-
-
-def _columns(lines: Sequence[tuple[bytes, Answer]]) -> dict[str, list[Any]]:
-    replies = [answer.reply for _, answer in lines]
-    return {
-        "request_key": [key for key, _ in lines],
-        "outcome": [reply.outcome for reply in replies],
-        "reason": [reply.reason for reply in replies],
-        "text": [answer.reply.text if answer.output is None else None for _, answer in lines],
-        "paid": [reply.paid for reply in replies],
-        "again": [answer.again.model_dump_json(exclude_defaults=True) if answer.again else None for _, answer in lines],
-        "token_limit": [answer.asked_as.max_output_tokens for _, answer in lines],
-        "model": [reply.model for reply in replies],
-        "input_tokens": [reply.input_tokens for reply in replies],
-        "cached_tokens": [reply.cached_tokens for reply in replies],
-        "output_tokens": [reply.output_tokens for reply in replies],
-    }
 
 
 def _column(own: Mapping[str, Any], origin: Mapping[str, Any], field: pa.Field, count: int) -> pa.Array:
@@ -181,11 +182,11 @@ def _column(own: Mapping[str, Any], origin: Mapping[str, Any], field: pa.Field, 
     return values if isinstance(values, pa.Array) else pa.array(values, field.type)
 
 
-def _fitting(answer: Answer, kind: pa.DataType) -> Answer:
+def _fitting(line: tuple[Any, ...], kind: pa.DataType) -> tuple[Any, ...]:
+    named = dict(zip(OWN, line, strict=True))
     try:
-        pa.scalar(answer.output, kind)
+        pa.scalar(named["output"], kind)
     except UNFIT as error:
-        text = orjson.dumps(answer.output, option=orjson.OPT_NON_STR_KEYS, default=str).decode()
-        reply = replace(answer.reply, outcome="invalid", reason=f"fits no column: {error}"[:300], text=text)
-        return replace(answer, reply=reply, output=None)
-    return answer
+        text = orjson.dumps(named["output"], option=orjson.OPT_NON_STR_KEYS, default=str).decode()
+        return tuple({**named, "outcome": "invalid", "reason": f"fits no column: {error}"[:300], "text": text, "output": None}.values())
+    return line

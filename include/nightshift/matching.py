@@ -19,8 +19,7 @@ class Matching:
     """
 
     def __init__(self, keys: Collection[bytes]) -> None:
-        self._open = set(keys)
-        self._done = set[bytes]()
+        self._keys, self._open = keys, set(keys)
         self.failed: dict[bytes, Reply] = {}
         self.twice: dict[bytes, list[Reply]] = {}  # further lines for requests whose first success is handed on already
         self.alarms: Counter[str] = Counter()
@@ -32,30 +31,29 @@ class Matching:
 
     def successes(self, replies: Iterable[Reply | Garbage]) -> Iterator[tuple[bytes, Reply]]:
         """The request keys that succeeded, each with the reply that it keeps."""
+        not_seen, failed = self._open, self.failed
         for reply in replies:
             if isinstance(reply, Garbage):
                 self.alarms[reply.alarm] += 1
                 continue
             key = key_of(reply.custom_id)
-            if key in self._open:
-                self._open.remove(key)
+            if key in not_seen:
+                not_seen.remove(key)
                 if reply.outcome == "succeeded":
-                    self._done.add(key)
                     yield key, reply
                 else:
-                    self.failed[key] = reply
-            elif key in self._done:
+                    failed[key] = reply
+            elif key in failed:
                 self.alarms["duplicate lines"] += 1
-                self.twice.setdefault(key, []).append(reply)
-            elif key in self.failed:
-                self.alarms["duplicate lines"] += 1
-                best = better(self.failed[key], reply)
+                best = better(failed[key], reply)
                 if best.outcome == "succeeded":
-                    del self.failed[key]
-                    self._done.add(key)
+                    del failed[key]
                     yield key, best
                 else:
-                    self.failed[key] = best
+                    failed[key] = best
+            elif key in self._keys:  # and handed on already
+                self.alarms["duplicate lines"] += 1
+                self.twice.setdefault(key, []).append(reply)
             else:
                 self.alarms["lines for unknown requests"] += 1
 
