@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export UV_COMPILE_BYTECODE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint chaos bench up down env lock schema clean help browser queue
+.PHONY: demo test lint chaos bench peers up down env lock schema clean help browser queue
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -28,6 +28,8 @@ chaos: $(VENV)/installed $(VENV)/local-installed   ## kill everything everywhere
 bench: $(VENV)/installed    ## what every step costs, against the machine's limits and the usual ways (a quarter of an hour; BENCH="--rows 100000" some minutes)
 	$(BIN)/python -m bench $(BENCH)
 
+peers: $(VENV)/peers-installed    ## what `make bench` can measure beside us, in an environment of its own (600 MB)
+
 up: $(VENV)/installed $(VENV)/local-installed      ## the local stack with the Airflow UI, left running
 	$(BIN)/python -m local.stack up
 
@@ -43,6 +45,7 @@ lock: $(UV)      ## resolve pyproject.toml into requirements.txt again
 	$(UV) pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" local/requirements.in -o local/requirements.txt
 	$(UV) pip compile -q --universal --no-deps --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" local/llm-batch.in -o local/llm-batch.txt
 	$(UV) pip compile -q --universal --no-deps --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" local/lineage.in -o local/lineage.txt
+	$(UV) pip compile -q --universal --generate-hashes --no-emit-index-url --python-version 3.11 --custom-compile-command "make lock" bench/peers.in -o bench/peers.txt
 
 schema: $(VENV)/installed    ## write the JSON Schema and the page of job files again
 	$(BIN)/nightshift schema > docs/job.schema.json
@@ -65,6 +68,12 @@ $(VENV)/installed: requirements.txt pyproject.toml | $(UV)
 $(VENV)/local-installed: local/requirements.txt | $(UV)
 	$(UV) venv -q --allow-existing --python $(PYTHON) $(VENV)/local
 	$(UV) pip sync -q --python $(VENV)/local/bin/python --require-hashes local/requirements.txt
+	touch $@
+
+# What the peers of the benchmark pin excludes ours.
+$(VENV)/peers-installed: bench/peers.txt | $(UV)
+	$(UV) venv -q --allow-existing --python $(PYTHON) $(VENV)/peers
+	$(UV) pip sync -q --python $(VENV)/peers/bin/python --require-hashes bench/peers.txt
 	touch $@
 
 # Airflow's own @task.llm_batch, for the tests of our adapter: in a folder beside the environment, not in it.

@@ -20,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import PEAK, peers
+from bench import PEAK
+from bench.peers import peers
 from bench.steps import forget
 
 FOLDER = Path(".nightshift/bench")
@@ -50,7 +51,7 @@ class Contender:
         self.before()
         start = time.perf_counter()
         with ThreadPoolExecutor(len(self.commands)) as pool:
-            each = list(pool.map(lambda command: measured([sys.executable, "-m", *command]), self.commands))
+            each = list(pool.map(lambda command: measured(command), self.commands))
         self.costs.append(Cost(sum(cost.cpu for cost in each), time.perf_counter() - start, max(cost.rss for cost in each)))
 
     @property
@@ -114,32 +115,35 @@ def sit(rows: int, rounds: int, *, where: Path = FOLDER, core: bool = False) -> 
         folder.mkdir(parents=True, exist_ok=True)
         measured([sys.executable, "-m", "bench.reviews", str(folder / "reviews.parquet"), str(rows)])
 
+    def clear() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+
     def yardstick(name: str) -> Contender:
-        module = "bench.peers" if name in peers.PEERS else "bench.yardsticks"
-        return Contender(name, [[module, name, str(folder), str(out)]], lambda: shutil.rmtree(out, ignore_errors=True))
+        return Contender(name, [[sys.executable, "-m", "bench.yardsticks", name, str(folder), str(out)]], clear)
 
-    def step(name: str, *rest: str, label: str | None = None) -> Contender:
-        return Contender(label or name, [["bench.steps", name, str(folder), *rest]], lambda: forget(folder, name))
+    def step(name: str, *rest: Sequence[str], label: str | None = None) -> Contender:
+        command = [sys.executable, "-m", "bench.steps", name, str(folder)]
+        return Contender(label or name, [[*command, *each] for each in rest or ((),)], lambda: forget(folder, name))
 
-    usual = [] if core else [yardstick("read"), yardstick("jinja_orjson"), step("plan", "reviews-logic", label="plan (logic)")]
-    beside = rows <= NAIVE_ROWS and not core and peers.is_there()
-    if beside and not (folder / "peer-rows.json").exists():
-        measured([sys.executable, "-m", "bench.peers", "prepare", str(folder)])
-    encoding = [*usual, *([yardstick("classifier-encode")] if beside else []), yardstick("preescaped"), step("plan")]
+    encoding, collecting, rest = [yardstick("preescaped"), step("plan")], [yardstick("outer_typed"), step("collect")], list[Contender]()
+    if not core:
+        encoding = [yardstick("read"), yardstick("jinja_orjson"), step("plan", ["reviews-logic"], label="plan (logic)"), *encoding]
+        collecting = [yardstick("copy"), step("collect", ["0", "2"], ["1", "2"], label="collect, two processes"), *collecting]
+        rest = [step("known"), step("assemble"), step("audit")]
+    if not core and rows <= NAIVE_ROWS:
+        collecting = [yardstick("json_jsonschema"), *collecting]
     take_turns(encoding, rounds)
     measured([sys.executable, "-m", "bench.steps", "submit", str(folder)])
-    naive = [yardstick("json_jsonschema")] if rows <= NAIVE_ROWS and not core else []
-    naive += [yardstick("classifier-collect")] if beside else []
-    halves = [["bench.steps", "collect", str(folder), part, "2"] for part in ("0", "1")]
-    side_by_side = Contender("collect, two processes", halves, lambda: forget(folder, "collect"))
-    limits = [] if core else [yardstick("copy"), side_by_side]
-    collecting = [*naive, *limits, yardstick("outer_typed"), step("collect")]
     take_turns(collecting, rounds)
-    rest = [] if core else [step("known"), step("assemble")]
-    take_turns(rest, rounds)
-    checked = [] if core else [step("audit")]
-    take_turns(checked, rounds)
-    return Sitting(rows, {each.name: each for each in (*encoding, *collecting, *rest, *checked)})
+    for each in rest:
+        take_turns([each], rounds)
+    beside = list[Contender]()
+    if not core and rows <= NAIVE_ROWS:
+        for peer in (each for each in peers() if each.is_there):
+            peer.prepare(folder, out)
+            beside += [Contender(name, [peer.command(name, folder, out)], clear) for name in peer.names]
+    take_turns(beside, rounds)
+    return Sitting(rows, {each.name: each for each in (*encoding, *collecting, *rest, *beside)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +183,9 @@ def bars(sitting: Sitting, middle: Sitting, small: Sitting) -> list[Bar]:
     for step, slow, least in (
         ("collect", "json_jsonschema", 8.0),
         ("plan", "classifier-encode", 5.0),
+        ("plan", "curator-encode", 60.0),
         ("collect", "classifier-collect", 4.0),
+        ("collect", "curator-collect", 40.0),
     ):
         if slow in middle.by_name:
             ratio = middle.by_name[slow].cpu / middle.by_name[step].cpu
@@ -226,8 +232,9 @@ def main() -> int:
     given = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / ".gitignore").write_text("*\n")
-    if not peers.is_there():
-        print("  the peer's code is not here, so nothing is measured against it: python -m bench.peers fetch", file=sys.stderr)
+    for peer in peers():
+        if not peer.is_there:
+            print(f"  {peer.module} is not here, so nothing is measured against it: {peer.how}", file=sys.stderr)
     sittings = [sit(rows, given.rounds) for rows in (given.small, given.middle, given.rows)]
     small, middle, large = sittings
     held = bars(large, middle, small)
