@@ -1,0 +1,19 @@
+"""A sample of reviews, to where the rehearsal's job looks for uploads. Endpoint and credentials are where boto3 finds them."""
+
+import sys
+
+import boto3
+from sample import reviews
+
+BUCKET, ROWS = "reviews", 3000
+
+
+def upload(seed: int) -> str:
+    """Put the sample of a seed into the inbox; its URI."""
+    key = f"inbox/sample-{seed}.jsonl"
+    boto3.client("s3").put_object(Bucket=BUCKET, Key=key, Body=b"".join(line + b"\n" for line in reviews(ROWS, seed)))
+    return f"s3://{BUCKET}/{key}"
+
+
+if __name__ == "__main__":
+    print(f"{upload(int(sys.argv[1]) if len(sys.argv) > 1 else 1)}: the DAG `uploads` sees it, and starts a run of review_sentiment")
