@@ -23,7 +23,7 @@ def rows() -> pa.Table:
             "word": [None if i < 80 else WORDS[i % 4] for i in range(ROWS)],
             "number": pa.array(numbers, pa.int64()),
             "other": pa.array([None if number is None else 6 - number for number in numbers], pa.int64()),
-            "sum": pa.array([6] * ROWS, pa.int64()),
+            "value": pa.array([6] * ROWS, pa.int64()),
             "day": [f"2026-11-{1 + i % 31}" for i in range(ROWS)],
             "json": ['{"a": 1}' if i % 9 else "{" for i in range(ROWS)],
         }
@@ -36,7 +36,7 @@ def parts(tmp_path):
     store, table = open_objects(f"file://{tmp_path}"), rows()
     for number in range(3):
         pq.write_table(table.slice(80 * number, 80), tmp_path / f"{number}.parquet")
-    return Parts(store, [f"{number}.parquet" for number in range(3)], tmp_path)
+    return Parts(store, [f"{number}.parquet" for number in range(3)], tmp_path, rows_at_once=20)
 
 
 ASKED = {
@@ -69,7 +69,6 @@ def suite(kwargs_by_type):
 
 def test_rows_judged_part_by_part_get_the_verdict_of_all_of_them_at_once(parts, monkeypatch):
     assert set(ASKED) == ROW_BY_ROW
-    monkeypatch.setattr("nightshift.suite.ROWS_AT_ONCE", 60)
     in_turn = run_suite(suite(ASKED), parts, "id")
     monkeypatch.setattr("nightshift.suite.ROW_BY_ROW", frozenset())
     at_once = run_suite(suite(ASKED), parts, "id")
@@ -82,7 +81,7 @@ UNIQUE = [
     ("expect_column_values_to_be_unique", {"column": "id"}),
     ("expect_column_values_to_be_unique", {"column": "day"}),
     ("expect_column_values_to_be_unique", {"column": "word", "mostly": 0.9}),
-    ("expect_column_values_to_be_unique", {"column": "sum"}),  # one value in more rows than a part has
+    ("expect_column_values_to_be_unique", {"column": "value"}),  # one value in more rows than a part has
     ("expect_column_values_to_be_unique", {"column": "nowhere"}),
     ("expect_compound_columns_to_be_unique", {"column_list": ["number", "other"]}),
     ("expect_compound_columns_to_be_unique", {"column_list": ["word", "id"]}),
@@ -92,7 +91,6 @@ UNIQUE = [
 def test_rows_held_against_others_of_their_value_get_the_verdict_of_all_of_them_at_once(parts, monkeypatch):
     asked = [Expectation(type=name, kwargs=kwargs) for name, kwargs in UNIQUE]
     assert {each.type for each in asked} == BY_VALUE
-    monkeypatch.setattr("nightshift.suite.ROWS_AT_ONCE", 20)
     in_parts = run_suite(asked, parts, "id")
     monkeypatch.setattr("nightshift.suite.BY_VALUE", frozenset())
     at_once = run_suite(asked, parts, "id")
@@ -103,23 +101,21 @@ def test_rows_held_against_others_of_their_value_get_the_verdict_of_all_of_them_
     assert len({day[each] for each in in_parts[1].examples}) == 1, "rows that are named share what they should not"
 
 
-def test_no_part_is_longer_than_asked_but_for_one_frequent_value(parts, monkeypatch):
-    monkeypatch.setattr("nightshift.suite.ROWS_AT_ONCE", 20)
+def test_no_part_is_longer_than_asked_but_for_one_frequent_value(parts):
     assert max(len(frame) for frame in parts.by_value({"id"}, set())) <= 2 * 20
     assert sum(len(frame) for frame in parts.by_value({"day"}, {"id"})) == ROWS
-    assert [len(frame) for frame in parts.by_value({"sum"}, {"id"})] == [ROWS]
+    assert [len(frame) for frame in parts.by_value({"value"}, {"id"})] == [ROWS]
 
 
-def test_what_needs_all_rows_sees_all_of_them_and_what_judges_columns_sees_every_column(parts, monkeypatch):
-    monkeypatch.setattr("nightshift.suite.ROWS_AT_ONCE", 60)
-    names = ["id", "word", "number", "other", "sum", "day", "json"]
+def test_what_needs_all_rows_sees_all_of_them_and_what_judges_columns_sees_every_column(parts):
+    names = ["id", "word", "number", "other", "value", "day", "json"]
     checks = run_suite(
         suite(
             {
                 "expect_column_values_to_be_unique": {"column": "day"},
                 "expect_column_mean_to_be_between": {"column": "number", "min_value": 2.9, "max_value": 3.1},
                 "expect_table_row_count_to_equal": {"value": ROWS},
-                "expect_column_to_exist": {"column": "sum"},
+                "expect_column_to_exist": {"column": "value"},
                 "expect_table_column_count_to_be_between": {"min_value": 7, "max_value": 7},
                 "expect_table_column_count_to_equal": {"value": 7},
                 "expect_table_columns_to_match_ordered_list": {"column_list": names},

@@ -90,8 +90,8 @@ IN_ONE_FIGURE = frozenset(
 class Parts:
     """A dataset in Parquet files of the store, of which columns and rows are taken as they are needed. `folder`: local disk to sort on."""
 
-    def __init__(self, store: Objects, keys: Sequence[str], folder: Path) -> None:
-        self._store, self._keys, self._folder = store, keys, folder
+    def __init__(self, store: Objects, keys: Sequence[str], folder: Path, rows_at_once: int = ROWS_AT_ONCE) -> None:
+        self._store, self._keys, self._folder, self._rows_at_once = store, keys, folder, rows_at_once
         with store.open(keys[0]) as file:
             self.schema: pa.Schema = pq.read_schema(file)
 
@@ -105,7 +105,7 @@ class Parts:
         return frame
 
     def in_turn(self, names: set[str]) -> Iterator[pd.DataFrame]:
-        """The same, at most ROWS_AT_ONCE at a time; an empty dataset is one empty frame."""
+        """The same, at most `rows_at_once` at a time; an empty dataset is one empty frame."""
         seen = 0
         for batch in self._batches(names):
             seen += batch.num_rows
@@ -116,7 +116,7 @@ class Parts:
     def by_value(self, names: set[str], others: set[str]) -> Iterator[pd.DataFrame]:
         """The rows of some columns and of others beside them; rows that have the same in those columns come in the same part.
 
-        A part has ROWS_AT_ONCE, or as many as the most frequent value.
+        A part has at most `rows_at_once` and those of one value more; nulls are a value.
         """
         if not names <= set(self.schema.names):
             yield self.whole(names | others)
@@ -126,9 +126,9 @@ class Parts:
             rows = pa.RecordBatchReader.from_batches(pa.schema([self.schema.field(name) for name in shown]), self._batches(set(shown)))
             database.register("rows", rows)
             columns, values = (", ".join(map(quoted, each)) for each in (shown, sorted(names)))
-            found = database.sql(f"SELECT hash({values}) AS value, {columns} FROM rows ORDER BY value").to_arrow_reader(ROWS_AT_ONCE)
+            found = database.sql(f"SELECT hash({values}), {columns} FROM rows ORDER BY 1").to_arrow_reader(self._rows_at_once)
             for table in _uncut(found, found.schema):
-                yield table.select(shown).to_pandas()
+                yield table.remove_column(0).to_pandas()
 
     def length(self) -> pd.DataFrame:
         """All rows of the column that is least to read."""
@@ -143,19 +143,19 @@ class Parts:
     def _batches(self, names: set[str]) -> Iterator[pa.RecordBatch]:
         for key in self._keys:
             with self._store.open(key) as file:
-                yield from pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=self._known(names))
+                yield from pq.ParquetFile(file).iter_batches(self._rows_at_once, columns=self._known(names))
 
     def _known(self, names: set[str]) -> list[str]:
         return [name for name in self.schema.names if name in names]
 
 
 def _uncut(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Table]:
-    """Batches in the order of their column `value`, cut anew so that no value stands in two of them. One at least."""
+    """Batches in the order of their first column, cut anew so that none of its values stands in two of them. One at least."""
     held = list[pa.RecordBatch]()
     for batch in batches:
-        values = batch.column("value").to_numpy()
+        values = batch.column(0).to_numpy()
         first_of_last = int(np.searchsorted(values, values[-1]))
-        if first_of_last or (held and held[-1].column("value")[-1].as_py() != values[0]):
+        if first_of_last or (held and held[-1].column(0)[-1].as_py() != values[0]):
             yield pa.Table.from_batches([*held, batch.slice(0, first_of_last)], schema)
             held = [batch.slice(first_of_last)]
         else:
