@@ -23,7 +23,7 @@ from uuid import uuid4
 
 import orjson
 
-from nightshift.aws import default_session
+from nightshift import aws
 from nightshift.errors import (
     AccessDenied,
     BatchRejected,
@@ -112,7 +112,7 @@ class BedrockAccess:
     @cached_property
     def opened(self) -> boto3.Session:
         """The session that was given, or the process's own."""
-        return self.session or default_session()
+        return self.session or aws.default_session()
 
     @cached_property
     def looks(self) -> SharedLooks[Mapping[str, Any]]:
@@ -128,8 +128,7 @@ class BedrockAccess:
         if url := dict(self.endpoints).get(service):
             arguments["endpoint_url"] = url
         try:
-            session: Any = self.opened
-            return session.client(service, config=Config(**config), **arguments)
+            return aws.client(self.opened, service, config=Config(**config), **arguments)
         except (BotoCoreError, ValueError) as error:
             raise AccessDenied("AWS", f"{error} Set AWS_* variables or a profile; inside Airflow, the connection.") from error
 
