@@ -82,7 +82,8 @@ def reconcile(database: duckdb.DuckDBPyConnection, plan: Plan) -> None:
         )
     doubled = database.execute(
         """SELECT any_value(rows.id) FROM rows JOIN (
-             SELECT DISTINCT request_key FROM everything GROUP BY request_key, stand_in, place >> 32 HAVING count(*) > 1)
+             SELECT DISTINCT request_key FROM everything SEMI JOIN rows USING (request_key)
+             GROUP BY request_key, stand_in, place >> 32 HAVING count(*) > 1)
            USING (request_key) GROUP BY request_key LIMIT 10"""
     ).fetchall()
     if doubled:

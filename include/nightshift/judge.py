@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,12 @@ from nightshift.stores.shards import keys_in
 WRITE_ROWS = 2048  # of answers in words
 UNFIT = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError)
 AS_IT_WAS = Variant()
-OWN = (  # columns of a line that are not of its origin, in the order in which a sheet takes them
-    "request_key", "outcome", "reason", "text", "output", "paid", "again", "token_limit", "model", *TOKENS,
-)  # fmt: skip
+TAKEN = {  # the columns of a line that stand in its answer as they are, and where
+    **{name: f"reply.{name}" for name in ("outcome", "reason", "paid", "model", *TOKENS)},
+    "token_limit": "asked_as.max_output_tokens",
+}
+OWN = ("request_key", "output", "text", "again", *TAKEN)
+_taken = attrgetter(*TAKEN.values())
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -97,23 +101,9 @@ class Sheet:
 
     def add(self, key: bytes, answer: Answer) -> None:
         """Add the line of a request. What is not written is let go of at once: tens of thousands of replies are not kept in memory."""
-        reply, output, again = answer.reply, answer.output, answer.again
-        self._lines.append(
-            (
-                key,
-                reply.outcome,
-                reply.reason,
-                reply.text if output is None else None,
-                output,
-                reply.paid,
-                again.model_dump_json(exclude_defaults=True) if again else None,
-                answer.asked_as.max_output_tokens,
-                reply.model,
-                reply.input_tokens,
-                reply.cached_tokens,
-                reply.output_tokens,
-            )
-        )
+        output, again = answer.output, answer.again
+        text = answer.reply.text if output is None else None
+        self._lines.append((key, output, text, again.model_dump_json(exclude_defaults=True) if again else None, *_taken(answer)))
         self.asked_again += again is not None
         if len(self._lines) == self._at_once:
             self._flush()

@@ -84,7 +84,7 @@ class Spool:
                 raise InputUnreadable(pinned.uri, "its kept columns have other types than in the objects before it")
             self._schema = schema
             file.seek(0)
-            batch_rows = PICTURE_ROWS if self._pictures else BATCH_ROWS
+            batch_rows = PICTURE_ROWS if self._pictures else BATCH_ROWS  # a column may hold the pictures themselves
             self.take(read_rows(file, pinned.uri, pinned.format, pinned.compression, self._job.columns, batch_rows), name, schema)
 
     def take(self, batches: Iterable[Rows], name: str, schema: pa.Schema) -> None:
@@ -110,7 +110,7 @@ class Spool:
 
     def _pieces(self, rows: Rows) -> Iterator[Rows]:
         """A batch as it is; where rows show pictures, a few at once, because those are in memory."""
-        if self._pictures is None:
+        if self._pictures is None or rows.count <= PICTURE_ROWS:
             yield rows
             return
         for start in range(0, rows.count, PICTURE_ROWS):

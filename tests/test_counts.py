@@ -1,0 +1,57 @@
+"""Answers files that were damaged: a run whose rows would have no outcome, or two, ends loudly and publishes nothing."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from nightshift.drive import begin, drive
+from nightshift.errors import CountsDisagree
+from nightshift.runs import Run, approved_plan
+from nightshift.steps.assemble import assemble
+from tests.conftest import World, reviews
+
+
+def finished(world: World, count: int) -> Run:
+    """A run that has ended, as if it had not been assembled yet."""
+    run = begin(world.site, world.job(), pattern=world.write("in.jsonl", reviews(count)), dates={}, scheduled=False)
+    assert drive(world.site, run, ask=lambda run, plan: True).published
+    world.site.store.delete([run.key("assembled.json")])
+    return run
+
+
+def rewrite(world: World, change) -> None:
+    """Change the one answers file there is."""
+    [path] = (world.folder / "store" / "answers").glob("*/*.parquet")
+    pq.write_table(change(pq.read_table(path)), path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        pytest.param(lambda table: pa.concat_tables([table, table.slice(3, 1)]), "have two answers in one file", id="a line stands twice"),
+        pytest.param(lambda table: table.slice(1), "No answer, not even a failure, was harvested", id="a line is gone"),
+    ],
+)
+def test_a_damaged_answers_file_is_found_before_anything_is_staged(world, change, said):
+    run = finished(world, 20)
+    rewrite(world, change)
+    with pytest.raises(CountsDisagree, match=said):
+        assemble(world.site, run, approved_plan(run))
+    assert world.site.store.head(run.key("assembled.json")) is None
+
+
+def test_what_is_doubled_among_answers_to_other_rows_stops_nobody(world):
+    run = finished(world, 20)
+    begun = begin(world.site, world.job(), pattern=world.write("other.jsonl", reviews(5)), dates={}, scheduled=False)
+    summary = drive(world.site, begun, ask=lambda run, plan: True)
+    assert summary.requests.reused == 5
+    world.site.store.delete([begun.key("assembled.json")])
+    [rows] = approved_plan(begun).slices
+    own = pq.read_table(world.site.store.open(rows))["request_key"]
+    rewrite(world, lambda table: pa.concat_tables([table, table.filter(pc.invert(pc.is_in(table["request_key"], own.combine_chunks())))]))
+    assert assemble(world.site, begun, approved_plan(begun)).outcomes["succeeded"] == 5
+    with pytest.raises(CountsDisagree):
+        assemble(world.site, run, approved_plan(run))
