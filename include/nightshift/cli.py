@@ -23,7 +23,7 @@ from nightshift.money.prices import farewells
 from nightshift.pages import render_job_reference, usd
 from nightshift.settings import Settings, read_settings
 from nightshift.shapes import Approval, Plan, Summary
-from nightshift.terminal import as_json, people, plan_table, show_comparison, show_summary, shown
+from nightshift.terminal import people, plan_table, show_comparison, show_summary, shown
 
 if TYPE_CHECKING:
     from nightshift.runs import Run, Site
@@ -47,6 +47,11 @@ PromptOption = Annotated[
 ]
 SampleOption = Annotated[int | None, typer.Option(min=1, help="ask about so many rows only, and publish them beside the results")]
 YesOption = Annotated[bool, typer.Option("--yes", help="approve an estimate above policy.approve_above_usd")]
+
+TOLD: Any = {  # of a summary, by `run --json`
+    **dict.fromkeys(("job", "run", "state", "rows", "outcomes", "requests", "batches", "paid", "published", "results", "report"), True),
+    "cost_usd": {"estimated", "actual", "saved"},
+}
 
 
 def main() -> None:
@@ -222,7 +227,7 @@ def _drive(site: Site, begin: Callable[[], Run], *, json: bool, yes: bool) -> No
     """Take a run the whole way, with progress bars or in silence, and show what became of it."""
     summary = _take(site, begin, yes=yes, quiet=json)[1]
     if json:
-        typer.echo(orjson.dumps(as_json(summary)).decode())
+        typer.echo(summary.model_dump_json(include=TOLD))
     else:
         show_summary(summary)
     if not summary.published:

@@ -47,24 +47,6 @@ def show_summary(summary: Summary, console: Console = people) -> None:
     console.print(f"report    {summary.report}", soft_wrap=True)
 
 
-def as_json(summary: Summary) -> dict[str, Any]:
-    """What `run --json` ends with."""
-    return {
-        "job": summary.job,
-        "run": summary.run,
-        "state": summary.state,
-        "rows": summary.rows,
-        "outcomes": summary.outcomes,
-        "requests": summary.requests.model_dump(),
-        "batches": summary.batches,
-        "paid": summary.paid,
-        "cost_usd": {"estimated": summary.cost_usd.estimated, "actual": summary.cost_usd.actual, "saved": summary.cost_usd.saved},
-        "published": summary.published,
-        "results": summary.results,
-        "report": summary.report,
-    }
-
-
 def show_comparison(found: Comparison) -> None:
     """How much the new differs from the old, and where the page is."""
     table = Table(box=None, header_style="dim")
