@@ -25,10 +25,10 @@ lint: $(VENV)/installed    ## ruff, and mypy --strict on the core
 chaos: $(VENV)/installed $(VENV)/local-installed   ## kill everything everywhere and let the provider's bill judge (most of an hour; CHAOS="--sample 4" a quarter of it)
 	$(BIN)/python -m bench.chaos $(CHAOS)
 
-bench: $(VENV)/installed    ## what every step costs, against the machine's limits and the usual ways (a quarter of an hour; BENCH="--rows 100000" some minutes)
+bench: $(VENV)/installed    ## what every step costs, against the machine's limits and the usual ways (most of an hour; BENCH="--rows 100000 --rounds 1" some minutes)
 	$(BIN)/python -m bench $(BENCH)
 
-peers: $(VENV)/peers-installed    ## what `make bench` can measure beside us, in an environment of its own (600 MB)
+peers: $(VENV)/peers-installed    ## curator, which `make bench` then measures beside us, in an environment of its own (600 MB)
 
 up: $(VENV)/installed $(VENV)/local-installed      ## the local stack with the Airflow UI, left running
 	$(BIN)/python -m local.stack up

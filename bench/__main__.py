@@ -25,7 +25,6 @@ from bench.peers import peers
 from bench.steps import forget
 
 FOLDER = Path(".nightshift/bench")
-NAIVE_ROWS = 100_000  # the slowest yardsticks are not asked for more
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ class Contender:
         self.before()
         start = time.perf_counter()
         with ThreadPoolExecutor(len(self.commands)) as pool:
-            each = list(pool.map(lambda command: measured(command), self.commands))
+            each = list(pool.map(measured, self.commands))
         self.costs.append(Cost(sum(cost.cpu for cost in each), time.perf_counter() - start, max(cost.rss for cost in each)))
 
     @property
@@ -108,8 +107,8 @@ class Sitting:
         return self.rows / self.by_name[name].cpu
 
 
-def sit(rows: int, rounds: int, *, where: Path = FOLDER, core: bool = False) -> Sitting:
-    """Measure everything over so many rows; with `core` no more than what the regressions of CI are told by."""
+def sit(rows: int, rounds: int, *, where: Path = FOLDER, core: bool = False, slow: bool = False) -> Sitting:
+    """Measure the steps over so many rows; `core`: no more than what CI tells regressions by; `slow`: others' ways, too."""
     folder, out = (where / f"{rows}").resolve(), (where / "out").resolve()
     if not (folder / "reviews.parquet").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +129,7 @@ def sit(rows: int, rounds: int, *, where: Path = FOLDER, core: bool = False) -> 
         encoding = [yardstick("read"), yardstick("jinja_orjson"), step("plan", ["reviews-logic"], label="plan (logic)"), *encoding]
         collecting = [yardstick("copy"), step("collect", ["0", "2"], ["1", "2"], label="collect, two processes"), *collecting]
         rest = [step("known"), step("assemble"), step("audit")]
-    if not core and rows <= NAIVE_ROWS:
+    if slow:
         collecting = [yardstick("json_jsonschema"), *collecting]
     take_turns(encoding, rounds)
     measured([sys.executable, "-m", "bench.steps", "submit", str(folder)])
@@ -138,8 +137,8 @@ def sit(rows: int, rounds: int, *, where: Path = FOLDER, core: bool = False) -> 
     for each in rest:
         take_turns([each], rounds)
     beside = list[Contender]()
-    if not core and rows <= NAIVE_ROWS:
-        for peer in (each for each in peers() if each.is_there):
+    for peer in peers() if slow else ():
+        if peer.is_there:
             peer.prepare(folder, out)
             beside += [Contender(name, [peer.command(name, folder, out)], clear) for name in peer.names]
     take_turns(beside, rounds)
@@ -226,7 +225,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--small", type=int, default=10_000, help="rows of the sitting that growth is measured from")
-    parser.add_argument("--middle", type=int, default=NAIVE_ROWS, help="rows of the sitting that the slow ones take part in")
+    parser.add_argument("--middle", type=int, default=100_000, help="rows of the sitting that the slow ones take part in")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the medians there, too")
     given = parser.parse_args()
@@ -235,15 +234,15 @@ def main() -> int:
     for peer in peers():
         if not peer.is_there:
             print(f"  {peer.module} is not here, so nothing is measured against it: {peer.how}", file=sys.stderr)
-    sittings = [sit(rows, given.rounds) for rows in (given.small, given.middle, given.rows)]
-    small, middle, large = sittings
-    held = bars(large, middle, small)
+    wanted = sorted({given.small, given.middle, given.rows})
+    by_rows = {rows: sit(rows, given.rounds, slow=rows == given.middle) for rows in wanted}
+    sittings, held = list(by_rows.values()), bars(by_rows[given.rows], by_rows[given.middle], by_rows[given.small])
     for sitting in sittings:
         print(table(sitting), "\n")
     print(growth(sittings), "\n\n| bar | is | has to be |\n|---|---:|---:|", sep="")
     for bar in held:
-        wanted = f"≥ {bar.least:g}" if bar.least is not None else f"≤ {bar.most:g}"
-        print(f"| {bar.what} | {bar.value:.2f}{'' if bar.holds else ' (missed)'} | {wanted} |")
+        limit = f"≥ {bar.least:g}" if bar.least is not None else f"≤ {bar.most:g}"
+        print(f"| {bar.what} | {bar.value:.2f}{'' if bar.holds else ' (missed)'} | {limit} |")
     if given.json:
         medians = {sitting.rows: {name: (each.cpu, each.wall, each.rss) for name, each in sitting.by_name.items()} for sitting in sittings}
         given.json.write_text(json.dumps(medians, indent=1))

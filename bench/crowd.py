@@ -78,10 +78,11 @@ def _shards(run_uri: str) -> list[str]:
 
 
 class TriggerInCrowd(ShardTrigger):
-    """The product's trigger; its shard is named by its place among the shards of the run."""
+    """The product's trigger; its shard is given by its place among the shards of the run."""
 
     def _looks(self) -> Iterator[float]:
-        self.shard = _shards(self.run_uri)[int(self.shard)]
+        if self.shard.isdecimal():
+            self.shard = _shards(self.run_uri)[int(self.shard)]
         return super()._looks()
 
 
@@ -234,7 +235,7 @@ class Watch:
 def states(api: AirflowApi) -> Counter[str]:
     """How many waits are in which state."""
     seen = Counter[str]()
-    for state in ("deferred", "success"):
+    for state in ("deferred", "success", "failed"):
         found = api.get("/dags/crowd/dagRuns/crowd/taskInstances", task_id="wait", state=state, limit="1")
         seen[state] = found["total_entries"]
     return seen
@@ -279,6 +280,8 @@ def look(stack: Stack, waits: int, url: str) -> None:
     def until(name: str, done: Any) -> None:
         begun, before = time.monotonic(), watch.cpu()
         while not done():
+            if failed := states(api)["failed"]:
+                sys.exit(f"{failed} waits have failed: see the logs of the stack")
             time.sleep(2)
         took = time.monotonic() - begun
         spent = watch.cpu() - before

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench import classifier, curator
 
-CURATORS_PYTHON = Path(".venv/peers/bin/python")
+CURATORS_PYTHON, INSTALLED = Path(".venv/peers/bin/python"), Path(".venv/peers-installed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Peer:
         """Give the peer rows and results in its own forms, once a folder."""
         mark = folder / f"{self.module}-prepared"
         if not mark.exists():
-            subprocess.run([self.python, "-m", self.module, "prepare", str(folder), str(out)], check=True, capture_output=True)
+            subprocess.run([self.python, "-m", self.module, "prepare", str(folder), str(out)], check=True, stdout=subprocess.DEVNULL)
             mark.touch()
 
     def command(self, name: str, folder: Path, out: Path) -> list[str]:
@@ -39,5 +39,5 @@ def peers() -> list[Peer]:
     """All of them."""
     return [
         Peer("bench.classifier", tuple(classifier.PEERS), sys.executable, classifier.is_there(), "python -m bench.classifier fetch"),
-        Peer("bench.curator", tuple(curator.PEERS), str(CURATORS_PYTHON.absolute()), CURATORS_PYTHON.exists(), "make peers"),
+        Peer("bench.curator", tuple(curator.PEERS), str(CURATORS_PYTHON.absolute()), INSTALLED.exists(), "make peers"),
     ]

@@ -85,11 +85,11 @@ class Files:
         """See Provider."""
 
 
-def site_in(folder: Path) -> Site:
-    """A site whose store, rows and answers are in one folder."""
+def site_in(folder: Path, store: str | None = None) -> Site:
+    """A site whose rows and answers are in one folder, and the store as well unless it is named."""
     provider: Any = Files(folder / "results")
     return Site(
-        store=open_objects(f"file://{folder}/store"),
+        store=open_objects(store or f"file://{folder}/store"),
         open_input=open_input,
         open_provider=lambda request: provider,
         owner="bench",
@@ -105,15 +105,15 @@ def job_in(folder: Path, prompt: str) -> Job:
     return job.model_copy(update={"prompt_source": source})
 
 
-def run_in(folder: Path, prompt: str = "reviews") -> Run:
+def run_in(folder: Path, prompt: str = "reviews", store: str | None = None) -> Run:
     """The run over the rows of a folder, begun or gone on with."""
     pattern = f"file://{folder}/reviews.parquet"
-    return begin(site_in(folder), job_in(folder, prompt), pattern=pattern, dates={}, scheduled=False)
+    return begin(site_in(folder, store), job_in(folder, prompt), pattern=pattern, dates={}, scheduled=False)
 
 
-def do_plan(folder: Path, prompt: str = "reviews") -> dict[str, Any]:
+def do_plan(folder: Path, prompt: str = "reviews", store: str | None = None) -> dict[str, Any]:
     """Rows to frozen shards."""
-    made = plan(site_in(folder), run_in(folder, prompt))
+    made = plan(site_in(folder, store), run_in(folder, prompt, store))
     return {"rows": made.rows, "unique": made.unique, "submitted": made.submitted, "reused": made.reused, "shards": len(made.shards)}
 
 
@@ -200,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("rest", nargs="*", help="plan: the prompt; collect: PART PARTS")
+    parser.add_argument("rest", nargs="*", help="plan: the prompt and the store; collect: PART PARTS")
     given = parser.parse_args()
     rest = [int(each) if each.isdigit() else each for each in given.rest]
     print(json.dumps(STEPS[given.step](given.folder.resolve(), *rest)))
