@@ -1,4 +1,4 @@
-"""What it costs a plan to put its shards into S3 while it makes them: `python -m bench.upload --rows 100000`.
+"""What it costs a plan to put its shards into S3 while it makes them: `python -m bench.upload`.
 
 The same plan takes turns, into a folder and into an S3 that swallows what it is given and remembers nothing: neither a disk nor
 a network is measured, only signing, hashing and sending. Wall seconds, medians.
@@ -71,7 +71,7 @@ async def serve(port: int) -> None:
 def main() -> int:
     """Take turns, print, and say by the exit code whether the bar holds."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
