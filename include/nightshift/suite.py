@@ -1,6 +1,6 @@
 """Great Expectations over a dataset of any size: an expectation is shown as much of the rows at once as its verdict needs.
 
-Great Expectations judges pandas frames that it holds whole, and costs seconds and 240 MB to import: it is imported here, inside a call, and
+Great Expectations judges pandas frames that it holds whole, and costs seconds and 290 MB to import: it is imported here, inside a call, and
 nowhere else.
 """
 
