@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -101,10 +103,15 @@ def test_rows_held_against_others_of_their_value_get_the_verdict_of_all_of_them_
     assert len({day[each] for each in in_parts[1].examples}) == 1, "rows that are named share what they should not"
 
 
-def test_no_part_is_longer_than_asked_but_for_one_frequent_value(parts):
-    assert max(len(frame) for frame in parts.by_value({"id"}, set())) <= 2 * 20
-    assert sum(len(frame) for frame in parts.by_value({"day"}, {"id"})) == ROWS
-    assert [len(frame) for frame in parts.by_value({"value"}, {"id"})] == [ROWS]
+@pytest.mark.parametrize("column", ["id", "day", "word", "value"])
+def test_parts_by_value_are_short_and_show_what_is_not_alone(parts, column):
+    frames = list(parts.by_value({column}, {"id"}))
+    assert sum(len(frame) for frame in frames) == ROWS
+    assert max(len(frame) for frame in frames) <= 2 * 20
+    alone = {value for value, count in Counter(rows()[column].to_pylist()).items() if count == 1}
+    for frame in frames:
+        counted = Counter(None if value != value else value for value in frame[column])
+        assert {value for value, count in counted.items() if count == 1} <= alone
 
 
 def test_what_needs_all_rows_sees_all_of_them_and_what_judges_columns_sees_every_column(parts):

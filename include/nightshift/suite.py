@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,7 @@ ROW_BY_ROW = frozenset(
         "expect_select_column_values_to_be_unique_within_record",
     }
 )
-# These hold a row against others of the same values, so each part has to have all rows of the values in it.
+# These ask whether a row is alone with its values, so a part has to show that of each of its rows.
 BY_VALUE = frozenset({"expect_column_values_to_be_unique", "expect_compound_columns_to_be_unique"})
 # These judge what columns there are: all of them and no row.
 COLUMNS_ONLY = frozenset(
@@ -114,9 +114,9 @@ class Parts:
             yield self.whole(names)
 
     def by_value(self, names: set[str], others: set[str]) -> Iterator[pd.DataFrame]:
-        """The rows of some columns and of others beside them; rows that have the same in those columns come in the same part.
+        """The rows of some columns and of others beside them, in parts that tell which rows have the same in those columns as another.
 
-        A part has at most `rows_at_once` and those of one value more; nulls are a value.
+        Such rows come in the same part, or two and more of them in each of several. A part has at most twice `rows_at_once`.
         """
         if not names <= set(self.schema.names):
             yield self.whole(names | others)
@@ -127,7 +127,7 @@ class Parts:
             database.register("rows", rows)
             columns, values = (", ".join(map(quoted, each)) for each in (shown, sorted(names)))
             found = database.sql(f"SELECT hash({values}), {columns} FROM rows ORDER BY 1").to_arrow_reader(self._rows_at_once)
-            for table in _uncut(found, found.schema):
+            for table in _by_value(found, self._rows_at_once):
                 yield table.remove_column(0).to_pandas()
 
     def length(self) -> pd.DataFrame:
@@ -149,18 +149,25 @@ class Parts:
         return [name for name in self.schema.names if name in names]
 
 
-def _uncut(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Table]:
-    """Batches in the order of their first column, cut anew so that none of its values stands in two of them. One at least."""
-    held = list[pa.RecordBatch]()
+def _by_value(batches: pa.RecordBatchReader, most: int) -> Iterator[pa.Table]:
+    """Batches of at most so many rows in the order of their first column, cut anew between its values. One at least.
+
+    What is not alone stays so: of a value with more rows than a part holds, two at least come in each.
+    """
+    held = batches.schema.empty_table()  # rows of one value, the last one
     for batch in batches:
+        table = pa.Table.from_batches([batch])
         values = batch.column(0).to_numpy()
         first_of_last = int(np.searchsorted(values, values[-1]))
-        if first_of_last or (held and held[-1].column(0)[-1].as_py() != values[0]):
-            yield pa.Table.from_batches([*held, batch.slice(0, first_of_last)], schema)
-            held = [batch.slice(first_of_last)]
+        if first_of_last or (held.num_rows and held.column(0)[-1].as_py() != values[0]):
+            yield pa.concat_tables([held, table.slice(0, first_of_last)])
+            held = table.slice(first_of_last)
         else:
-            held.append(batch)
-    yield pa.Table.from_batches(held, schema)
+            held = pa.concat_tables([held, table])
+        if held.num_rows > most:
+            yield held.slice(0, held.num_rows - 2)
+            held = held.slice(held.num_rows - 2)
+    yield held
 
 
 @dataclass(slots=True)
