@@ -17,7 +17,7 @@ RUN python -m compileall -q -j 0 /home/airflow/.local/lib
 
 COPY --chown=50000:0 docker/make_secrets.py docker/make_buckets.py docker/upload_sample.py local/sample.py /opt/nightshift/
 COPY --chown=50000:0 include /opt/airflow/include
-RUN python -m compileall -q /opt/airflow/include
 COPY --chown=50000:0 dags /opt/airflow/dags
 COPY --chown=50000:0 plugins /opt/airflow/plugins
+RUN python -m compileall -q /opt/airflow/include /opt/airflow/dags /opt/airflow/plugins
 ENV PYTHONPATH=/opt/airflow/include

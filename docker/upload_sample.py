@@ -16,4 +16,6 @@ def upload(seed: int) -> str:
 
 
 if __name__ == "__main__":
-    print(f"{upload(int(sys.argv[1]) if len(sys.argv) > 1 else 1)}: the DAG `uploads` sees it, and starts a run of review_sentiment")
+    uri = upload(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
+    print(f"{uri}: the DAG `uploads` sees it, and starts a run of review_sentiment.")
+    print("The same upload again starts none; another number behind the command makes another sample.")

@@ -186,7 +186,7 @@ def test_plan_sends_nothing_and_keeps_nothing(world):
         OPENAI_API_KEY="x",
     )
     assert done.returncode == 0, done.stderr
-    assert "in 1 shards" in done.stderr
+    assert "in 1 shards" in done.stdout
     assert [path for path in (world.folder / "store").rglob("*") if path.is_file()] == []
 
 
@@ -194,8 +194,11 @@ def test_status_and_report_show_a_run_afterwards(world):
     job, store = file_of(world), f"file://{world.folder}/store"
     done = nightshift("run", job, "--input", world.write("in.jsonl", reviews(3)), "--store", store, "--json", rehearsal=world.rehearsal)
     run = json.loads(done.stdout)["run"]
-    assert "published" in nightshift("status", job, "--store", store, COLUMNS="200").stderr
-    assert "3 submitted" in nightshift("report", job, run, "--store", store).stderr
+    listed = nightshift("status", job, "--store", store).stdout
+    assert run in listed
+    assert "published" in listed
+    assert "3 submitted" in nightshift("report", job, run, "--store", store).stdout
+    assert "No runs yet" in nightshift("status", job, "--store", f"file://{world.folder}/empty").stderr
     assert nightshift("report", job, "0" * 16, "--store", store).returncode == 2
 
 

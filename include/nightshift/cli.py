@@ -23,7 +23,7 @@ from nightshift.money.prices import farewells
 from nightshift.pages import render_job_reference, usd
 from nightshift.settings import Settings, read_settings
 from nightshift.shapes import Approval, Plan, Summary
-from nightshift.terminal import people, plan_table, show_comparison, show_summary, shown
+from nightshift.terminal import output, people, plan_table, show_comparison, show_summary, shown
 
 if TYPE_CHECKING:
     from nightshift.runs import Run, Site
@@ -129,7 +129,7 @@ def plan(
         dry_run=True,
     )
     drafted = draft(site, Run(site.store, asked), keep=False)
-    people.print(plan_table(drafted))
+    output.print(plan_table(drafted))
 
 
 @app.command()
@@ -269,7 +269,10 @@ def status(job: JobArgument, store: StoreOption = None, last: Annotated[int, typ
                 usd(summary.cost_usd.actual),
                 f"{summary.finished_at:%Y-%m-%d %H:%M}",
             )
-    people.print(table)
+    if table.row_count:
+        output.print(table)
+    else:
+        people.print("No runs yet.")
 
 
 @app.command()
@@ -290,7 +293,7 @@ def report(
     if summary is None:
         raise InputMissing(objects.uri_of(folder), "there is no such run, or it has not ended")
     objects.put(f"{folder}/report.html", render_report(summary).encode())
-    show_summary(summary)
+    show_summary(summary, output)
 
 
 @app.command()

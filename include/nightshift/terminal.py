@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,8 @@ from nightshift.shapes import OUTCOMES, Plan, Settled, Summary
 if TYPE_CHECKING:
     from nightshift.compare import Comparison
 
-people = Console(stderr=True, highlight=False)
+people = Console(stderr=True, highlight=False)  # what happens on the way
+output = Console(highlight=False, width=None if sys.stdout.isatty() else 200)  # what a command was asked for; nobody folds a pipe
 
 
 def show_summary(summary: Summary, console: Console = people) -> None:
