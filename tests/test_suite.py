@@ -138,11 +138,13 @@ def test_what_needs_all_rows_sees_all_of_them_and_what_judges_columns_sees_every
 
 
 def test_an_expectation_that_cannot_be_applied_is_red_and_says_why(parts):
-    [unknown, nothing, wrong] = run_suite(
+    [unknown, nothing, wrong, unnamed, number] = run_suite(
         [
             Expectation(type="expect_column_values_to_be_in_set", kwargs={"column": "nowhere", "value_set": [1]}),
             Expectation(type="expect_column_mean_to_be_between", kwargs={"column": "nowhere", "min_value": 1}),
             Expectation(type="expect_column_values_to_be_between", kwargs={"column": "number", "mostly": "most"}),
+            Expectation(type="expect_column_values_to_be_unique", kwargs={}),
+            Expectation(type="expect_column_values_to_be_unique", kwargs={"column": 5}),
         ],
         parts,
         "id",
@@ -151,8 +153,9 @@ def test_an_expectation_that_cannot_be_applied_is_red_and_says_why(parts):
     assert "nowhere" in (unknown.detail or "")
     assert not nothing.success
     assert "nowhere" in (nothing.detail or "")
-    assert not wrong.success
-    assert wrong.detail
+    for each in (wrong, unnamed, number):
+        assert not each.success
+        assert each.detail
 
 
 def test_an_empty_dataset_is_judged_too(tmp_path):
