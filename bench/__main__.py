@@ -124,25 +124,24 @@ def sit(rows: int, rounds: int, *, where: Path = FOLDER, core: bool = False, slo
         command = [sys.executable, "-m", "bench.steps", name, str(folder)]
         return Contender(label or name, [[*command, *each] for each in rest or ((),)], lambda: forget(folder, name))
 
-    encoding, collecting, rest = [yardstick("preescaped"), step("plan")], [yardstick("outer_typed"), step("collect")], list[Contender]()
+    encoding, collecting = [yardstick("preescaped"), step("plan")], [yardstick("outer_typed"), step("collect")]
+    after, beside = list[Contender](), list[Contender]()
     if not core:
         encoding = [yardstick("read"), yardstick("jinja_orjson"), step("plan", ["reviews-logic"], label="plan (logic)"), *encoding]
         collecting = [yardstick("copy"), step("collect", ["0", "2"], ["1", "2"], label="collect, two processes"), *collecting]
-        rest = [step("known"), step("assemble"), step("audit")]
+        after = [step("known"), step("assemble"), step("audit")]
     if slow:
         collecting = [yardstick("json_jsonschema"), *collecting]
     take_turns(encoding, rounds)
     measured([sys.executable, "-m", "bench.steps", "submit", str(folder)])
     take_turns(collecting, rounds)
-    for each in rest:
-        take_turns([each], rounds)
-    beside = list[Contender]()
+    take_turns(after, rounds)
     for peer in peers() if slow else ():
         if peer.is_there:
             peer.prepare(folder, out)
             beside += [Contender(name, [peer.command(name, folder, out)], clear) for name in peer.names]
     take_turns(beside, rounds)
-    return Sitting(rows, {each.name: each for each in (*encoding, *collecting, *rest, *beside)})
+    return Sitting(rows, {each.name: each for each in (*encoding, *collecting, *after, *beside)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 import orjson
 
-from bench.yardsticks import FILE_REQUESTS, job_parts
+from bench.question import FILE_REQUESTS, job_parts
 
 FOLDER = Path(".nightshift/bench/peers/classifier")
 COMMIT = "63032654cf1c1ae0781cd42cb4ba98282fcbc222"

@@ -112,10 +112,6 @@ def provider() -> FastAPI:
     def answer(body: Any) -> Response:
         return Response(orjson.dumps(body), media_type="application/json")
 
-    @app.get("/rehearsal/health")
-    def health() -> Response:
-        return answer({})
-
     @app.get("/asked")
     def told() -> Response:
         return answer(asked)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import logging
 import os
 import types
 from collections.abc import Callable, Iterator
@@ -18,9 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-FILE_REQUESTS = 50_000
-JOB = Path(__file__).with_name("job")
-MODEL = "gpt-5.4-nano"
+from bench.question import COLUMNS, FILE_REQUESTS, MODEL, PARAMETERS, job_parts
+
 OFFLINE = {"OPENAI_API_KEY": "sk-nobody", "TELEMETRY_ENABLED": "false", "HF_HUB_OFFLINE": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
 
 
@@ -32,8 +30,9 @@ def _processor(work: Path) -> Any:
     from bespokelabs.curator.request_processor.config import BatchRequestProcessorConfig
     from pydantic import BaseModel, ConfigDict, Field
 
-    schema = json.loads((JOB / "reviews.json").read_text(encoding="utf-8"))["properties"]
-    sentiments, topics = tuple(schema["sentiment"]["enum"]), tuple(schema["topics"]["items"]["enum"])
+    system, user, schema = job_parts()
+    known = schema["properties"]
+    sentiments, topics = tuple(known["sentiment"]["enum"]), tuple(known["topics"]["items"]["enum"])
 
     class Review(BaseModel):
         model_config = ConfigDict(extra="forbid")
@@ -45,9 +44,8 @@ def _processor(work: Path) -> Any:
         language: Annotated[str, Field(pattern="^[a-z]{2}$")]
         would_return: bool | None
 
-    logging.getLogger("bespokelabs.curator").setLevel(logging.ERROR)
-    system, user = (JOB / "reviews.md").read_text(encoding="utf-8").removeprefix("system:\n").split("\nuser:\n")
-    user = user.rstrip("\n").replace("{{ country }}", "{country}").replace("{{ stars }}", "{stars}").replace("{{ text }}", "{text}")
+    for name in COLUMNS:
+        user = user.replace(f"{{{{ {name} }}}}", f"{{{name}}}")
     processor = OpenAIBatchRequestProcessor(
         BatchRequestProcessorConfig(model=MODEL, batch_size=FILE_REQUESTS, max_retries=0, require_all_responses=False)
     )
@@ -56,7 +54,7 @@ def _processor(work: Path) -> Any:
         prompt_func=lambda row: user.format_map(row),
         parse_func=lambda row, answer: {"review_id": row["review_id"], **answer.model_dump()},
         response_format=Review,
-        generation_params={"temperature": 0, "max_completion_tokens": 300},
+        generation_params=PARAMETERS,
         system_prompt=system,
     )
     processor.working_dir = str(work)
@@ -74,9 +72,7 @@ def encode(folder: Path, out: Path) -> None:
     from datasets import Dataset
 
     processor = _processor(out)
-    rows = Dataset.from_parquet(
-        str(folder / "reviews.parquet"), cache_dir=str(out / "cache"), columns=["review_id", "country", "stars", "text"]
-    )
+    rows = Dataset.from_parquet(str(folder / "reviews.parquet"), cache_dir=str(out / "cache"), columns=COLUMNS)
     for number, path in enumerate(processor.create_request_files(rows)):
         requests = processor.requests_from_generic_request_file(path, set())
         (out / f"batch-{number:05d}.jsonl").write_bytes(processor.create_batch_file(requests))

@@ -14,25 +14,17 @@ from typing import Any
 import msgspec
 import orjson
 
-JOB = Path(__file__).with_name("job")
-COLUMNS = ["review_id", "country", "stars", "text"]
+from bench.question import COLUMNS, FILE_REQUESTS, MODEL, PARAMETERS, job_parts
+
 BATCH_ROWS = 2048
-FILE_REQUESTS = 50_000
 MARK = "\x00{}\x00"
-
-
-def job_parts() -> tuple[str, str, dict[str, Any]]:
-    """The system prompt, the user's template and the schema of the benchmark's job."""
-    system, user = (JOB / "reviews.md").read_text(encoding="utf-8").removeprefix("system:\n").split("\nuser:\n")
-    return system, user.rstrip("\n"), json.loads((JOB / "reviews.json").read_text(encoding="utf-8"))
 
 
 def _request(custom_id: str, user: str) -> dict[str, Any]:
     system, _, schema = _job_parts
     body = {
-        "model": "gpt-5.4-nano",
-        "temperature": 0,
-        "max_completion_tokens": 300,
+        "model": MODEL,
+        **PARAMETERS,
         "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}},
         "messages": [{"role": "system", "content": system}, {"role": "user", "content": user}],
     }

@@ -444,7 +444,7 @@ def _ok(url: str) -> bool:
 
 
 def main() -> None:
-    """`python -m local.stack up|down|status`"""
+    """`python -m local.stack up|down|env`"""
     folder = ROOT / ".nightshift"
     match sys.argv[1:]:
         case ["up"]:

@@ -26,7 +26,7 @@ def default_session() -> boto3.Session:
         return _session(tuple(sorted(environment.items())), tuple(map(_changed_at, files)))
 
 
-def client(session: boto3.Session, service: str, **arguments: Any) -> Any:
+def make_client(session: boto3.Session, service: str, **arguments: Any) -> Any:
     """A client of a session, one at a time: clients may be shared between threads, the making of them may not."""
     maker: Any = session
     with _making:

@@ -156,13 +156,17 @@ def _tokens_of(reply: Reply, above: int | None) -> Usage:
 
 def _as_batch(lines: Sequence[tuple[Any, ...]], schema: pa.Schema, origin: Mapping[str, Any]) -> pa.RecordBatch:
     """Lines as columns. An answer that is valid but fits no column (an integer of twenty digits) becomes invalid, alone."""
-    own = dict(zip(OWN, zip(*lines, strict=True), strict=True))
+    own = _columns(lines)
     kind = schema.field("output").type
     try:
         own["output"] = pa.array(own["output"], kind)
     except UNFIT:
-        own = dict(zip(OWN, zip(*(_fitting(line, kind) for line in lines), strict=True), strict=True))
+        own = _columns([_fitting(line, kind) for line in lines])
     return pa.RecordBatch.from_arrays([_column(own, origin, field, len(lines)) for field in schema], schema=schema)
+
+
+def _columns(lines: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
+    return dict(zip(OWN, zip(*lines, strict=True), strict=True))
 
 
 def _column(own: Mapping[str, Any], origin: Mapping[str, Any], field: pa.Field, count: int) -> pa.Array:

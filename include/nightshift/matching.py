@@ -19,7 +19,7 @@ class Matching:
     """
 
     def __init__(self, keys: Collection[bytes]) -> None:
-        self._keys, self._open = keys, set(keys)
+        self._keys, self._unseen = keys, set(keys)
         self.failed: dict[bytes, Reply] = {}
         self.twice: dict[bytes, list[Reply]] = {}  # further lines for requests whose first success is handed on already
         self.alarms: Counter[str] = Counter()
@@ -27,18 +27,18 @@ class Matching:
     @property
     def absent(self) -> frozenset[bytes]:
         """The requests without any line."""
-        return frozenset(self._open)
+        return frozenset(self._unseen)
 
     def successes(self, replies: Iterable[Reply | Garbage]) -> Iterator[tuple[bytes, Reply]]:
         """The request keys that succeeded, each with the reply that it keeps."""
-        not_seen, failed = self._open, self.failed
+        unseen, failed = self._unseen, self.failed
         for reply in replies:
             if isinstance(reply, Garbage):
                 self.alarms[reply.alarm] += 1
                 continue
             key = key_of(reply.custom_id)
-            if key in not_seen:
-                not_seen.remove(key)
+            if key in unseen:
+                unseen.remove(key)
                 if reply.outcome == "succeeded":
                     yield key, reply
                 else:

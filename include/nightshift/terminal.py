@@ -59,13 +59,13 @@ def show_comparison(found: Comparison) -> None:
     table.add_row("prompt", old.prompt_version, new.prompt_version)
     table.add_row("valid answers", f"{old.answered:,} of {old.rows:,}", f"{new.answered:,} of {new.rows:,}")
     table.add_row("cost", usd(old.cost_usd), usd(new.cost_usd))
-    people.print(table)
+    output.print(table)
     for field in found.fields:
         share = f"{field.changed / found.common:.1%}" if found.common else "–"
-        people.print(f"\n{field.name}: {field.changed:,} of {found.common:,} rows changed ({share})")
+        output.print(f"\n{field.name}: {field.changed:,} of {found.common:,} rows changed ({share})")
         for change in field.changes[:5]:
-            people.print(f"  {change.rows:>6,}  {change.old} → {change.new}", markup=False, highlight=False)
-    people.print(f"\npage      {found.page}", soft_wrap=True)
+            output.print(f"  {change.rows:>6,}  {change.old} → {change.new}", markup=False, highlight=False)
+    output.print(f"\npage      {found.page}", soft_wrap=True)
 
 
 def plan_table(drafted: Plan) -> Table:

@@ -11,7 +11,7 @@ from typing import Any
 from airflow.sdk import BaseHook
 from airflow.sdk.exceptions import AirflowNotFoundException
 
-from nightshift.aws import client, default_session
+from nightshift.aws import default_session, make_client
 from nightshift.doorbell import Doorbell, listen_to
 from nightshift.errors import AccessDenied, JobInvalid
 from nightshift.job import JobFile
@@ -146,7 +146,7 @@ def doorbell() -> Doorbell | None:
 def queue_client(connection_id: str) -> Any:
     """A client of SQS, from an AWS connection; boto3's own defaults where there is none."""
     aws = _aws(connection_id)
-    return client(aws.session if aws else default_session(), "sqs", **(_client_config(aws, "sqs") if aws else {}))
+    return make_client(aws.session if aws else default_session(), "sqs", **(_client_config(aws, "sqs") if aws else {}))
 
 
 def _aws(connection_id: str) -> _Aws | None:

@@ -23,7 +23,7 @@ from uuid import uuid4
 
 import orjson
 
-from nightshift import aws
+from nightshift.aws import default_session, make_client
 from nightshift.errors import (
     AccessDenied,
     BatchRejected,
@@ -109,10 +109,10 @@ class BedrockAccess:
     role_arn: str | None = None
     files: Objects | None = None  # None: the store
 
-    @cached_property
+    @property
     def opened(self) -> boto3.Session:
-        """The session that was given, or the process's own."""
-        return self.session or aws.default_session()
+        """The session that was given, or the process's own as it is now."""
+        return self.session or default_session()
 
     @cached_property
     def looks(self) -> SharedLooks[Mapping[str, Any]]:
@@ -128,7 +128,7 @@ class BedrockAccess:
         if url := dict(self.endpoints).get(service):
             arguments["endpoint_url"] = url
         try:
-            return aws.client(self.opened, service, config=Config(**config), **arguments)
+            return make_client(self.opened, service, config=Config(**config), **arguments)
         except (BotoCoreError, ValueError) as error:
             raise AccessDenied("AWS", f"{error} Set AWS_* variables or a profile; inside Airflow, the connection.") from error
 

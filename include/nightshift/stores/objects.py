@@ -30,7 +30,7 @@ from obstore.exceptions import (
 from obstore.store import LocalStore, MemoryStore, from_url
 from pydantic import ValidationError
 
-from nightshift import aws
+from nightshift.aws import default_session, make_client
 from nightshift.errors import AccessDenied, BucketMissing, InputChanged, InputMissing, LedgerCorrupt, StoreUnavailable
 from nightshift.shapes import Wire
 
@@ -313,10 +313,10 @@ def _s3_config(session: boto3.Session | None, overrides: Mapping[str, Any] | Non
     from botocore.exceptions import BotoCoreError
     from obstore.auth.boto3 import Boto3CredentialProvider
 
-    session = session or aws.default_session()
+    session = session or default_session()
     overrides = dict(overrides or {})
     try:
-        client = aws.client(session, "s3", config=Config(s3={"addressing_style": "path"}), **overrides)
+        client = make_client(session, "s3", config=Config(s3={"addressing_style": "path"}), **overrides)
         provider = Boto3CredentialProvider(session)
     except (BotoCoreError, ValueError) as error:
         raise AccessDenied("AWS", f"{error} Set AWS_* variables or a profile; inside Airflow, the connection.") from error
