@@ -5,6 +5,7 @@ report come out. Fails loudly, with the log of the task that failed.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import urllib.request
@@ -17,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from local.airflow_api import AirflowApi
 from local.sample import write_sample
-from local.stack import ROOT, Stack, StackFailed, airflow_api, client_env, down, is_up, s3_client, up
+from local.stack import ROOT, USER, Stack, StackFailed, airflow_api, client_env, down, is_up, s3_client, up
 from nightshift.shapes import Summary
 from nightshift.terminal import show_summary
 
@@ -61,7 +62,7 @@ def run(stack: Stack) -> Summary:
     summary, page = _fetch(stack, api, run_id)
     console.print()
     show_summary(summary, console)
-    console.print(f"          a copy for your browser: {page}", soft_wrap=True)
+    console.print(f"          a copy for your browser: {os.path.relpath(page)}", soft_wrap=True)
     _check(summary, bill_before, _bill(stack))
     return summary
 
@@ -71,7 +72,10 @@ def _start(folder: Path) -> Stack:
         console.print("Using the stack that is up.")
     with console.status("Starting the local stack") as status:
         stack = up(folder, say=lambda part: status.update(f"Starting {part}"))
-    console.print(f"Local stack: S3 {stack.aws}, rehearsal provider {stack.provider}, Airflow {stack.airflow} (admin / {stack.password})")
+    console.print(
+        f"Local stack: S3 {stack.aws}, rehearsal provider {stack.provider}, Airflow {stack.airflow} ({USER} / {stack.password})",
+        soft_wrap=True,
+    )
     return stack
 
 
@@ -148,7 +152,8 @@ def _check(summary: Summary, before: dict[str, Any], after: dict[str, Any]) -> N
     """The demo only succeeds when the provider's bill says the same as the report."""
     billed, dollars = after["requests"] - before["requests"], after["usd"] - before["usd"]
     twice = after["requests"] - after["unique_requests"]
-    console.print(f"bill      {billed:,} requests, ${dollars:.4f}: what the rehearsal provider charged; {twice} paid twice, ever")
+    charged = f"{billed:,} requests, ${dollars:.4f}: what the rehearsal provider charged"
+    console.print(f"bill      {charged}; {twice} paid twice, ever", soft_wrap=True)
     if not summary.published or sum(summary.outcomes.values()) != summary.rows:
         raise DemoFailed(f"The run is {summary.state} and its outcomes add up to {sum(summary.outcomes.values())} of {summary.rows} rows.")
     if billed != summary.requests.submitted or after["requests"] != after["unique_requests"]:

@@ -36,7 +36,8 @@ def show_summary(summary: Summary, console: Console = people) -> None:
     batches = f" in {summary.batches} {'batch' if summary.batches == 1 else 'batches'}" if summary.batches else ""
     console.print(
         f"\nrequests  {counts.submitted:,} submitted{batches}, {counts.reused:,} reused, {counts.adopted:,} adopted, "
-        f"{counts.duplicates:,} duplicates; {summary.paid:,} answers paid for"
+        f"{counts.duplicates:,} duplicates; {summary.paid:,} answers paid for",
+        soft_wrap=True,
     )
     if counts.submitted == 0:
         console.print("          nothing had to be paid for: every request is answered, or in flight, elsewhere")
