@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from nightshift.arrow import collector_paused, keep_pandas_out
 from nightshift.budgets import settle_attempts
 from nightshift.errors import BatchLost, BatchRejected, BatchUnknown, NightshiftError, ProviderUnavailable, ResultsGone
-from nightshift.judge import AS_IT_WAS, Answer, Sheet, judge_for, usage_of_replies
+from nightshift.judge import AS_IT_WAS, Answer, judge_for, usage_of_replies
 from nightshift.matching import Matching, unfold, with_tokens
 from nightshift.money.prices import long_above, tier_of
 from nightshift.providers.forms import form_of
@@ -26,6 +26,7 @@ from nightshift.purse import Purse, purse_of
 from nightshift.runs import Run, Site
 from nightshift.settle import settle
 from nightshift.shapes import Settled
+from nightshift.sheet import Sheet
 from nightshift.steps.submit import open_where, payer_of
 from nightshift.steps.wait import FILES_GRACE, is_waiting_for_files
 from nightshift.stores.ledger import Attach, Attempt, Done, Ended, is_stuck, next_move
