@@ -11,6 +11,7 @@ from nightshift.job import Job
 
 GROUP_ROWS = 1 << 20  # in a row group of answers in words: all of a shard
 VECTOR_BATCH_BYTES = 4 << 20
+UNFIT = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError)  # what Arrow says of values that fit no column
 SCALARS: dict[str, pa.DataType] = {
     "string": pa.string(),
     "integer": pa.int64(),

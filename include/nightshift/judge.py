@@ -15,6 +15,7 @@ from nightshift.columns import fit, needs_fitting
 from nightshift.job import Job
 from nightshift.providers.protocol import Reply
 from nightshift.shapes import Usage, Variant
+from nightshift.typed import Read, read_texts, reader_of
 
 AS_IT_WAS = Variant()
 
@@ -57,6 +58,13 @@ def judge_for(job: Job) -> Callable[[Reply], Answer]:
         return Answer(reply=reply, output=output)
 
     return judge
+
+
+def reader_for(job: Job) -> Read | None:
+    """The function that reads many answers at once; None where each has to be judged by itself."""
+    if job.dimensions is not None:
+        return None
+    return read_texts if job.answer_schema is None else reader_of(job.answer_schema)
 
 
 def _judge_vector(dimensions: int, reply: Reply) -> Answer:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
 
 from msgspec.structs import replace
 
 from nightshift.providers.protocol import Garbage, Reply
 from nightshift.settle import RANK
 from nightshift.stores.shards import KEY_BYTES
+
+AT_ONCE = 512  # replies: few enough that what they hold stays near the processor
 
 
 class Matching:
@@ -29,10 +32,30 @@ class Matching:
         """The requests without any line."""
         return frozenset(self._unseen)
 
-    def successes(self, replies: Iterable[Reply | Garbage]) -> Iterator[tuple[bytes, Reply]]:
-        """The request keys that succeeded, each with the reply that it keeps."""
+    def successes(self, replies: Iterable[Reply | Garbage], at_once: int = AT_ONCE) -> Iterator[Sequence[tuple[bytes, Reply]]]:
+        """The request keys that succeeded, each with the reply that it keeps, as so many replies at once bring them."""
+        todo = iter(replies)
+        while batch := list(islice(todo, at_once)):
+            found = self._expected(batch)
+            yield list(self._one_by_one(batch)) if found is None else found
+
+    def _expected(self, batch: Sequence[Reply | Garbage]) -> list[tuple[bytes, Reply]] | None:
+        """The same, where each of them is the only reply to a request that was asked, which is nearly always so; else None."""
+        try:
+            by_key = {bytes.fromhex(reply.custom_id): reply for reply in batch if isinstance(reply, Reply)}
+        except ValueError:
+            return None
+        if len(by_key) < len(batch) or not by_key.keys() <= self._unseen:
+            return None
+        self._unseen.difference_update(by_key)
+        found = [each for each in by_key.items() if each[1].outcome == "succeeded"]
+        if len(found) < len(batch):
+            self.failed.update((key, reply) for key, reply in by_key.items() if reply.outcome != "succeeded")
+        return found
+
+    def _one_by_one(self, batch: Iterable[Reply | Garbage]) -> Iterator[tuple[bytes, Reply]]:
         unseen, failed = self._unseen, self.failed
-        for reply in replies:
+        for reply in batch:
             if isinstance(reply, Garbage):
                 self.alarms[reply.alarm] += 1
                 continue
@@ -88,10 +111,6 @@ def unfold(replies: Iterable[Reply | Garbage], groups: Iterable[Sequence[bytes]]
     them may be to blame, the others are not.
     """
     shared = {group[0]: group for group in groups if len(group) > 1}
-    return _unfolded(replies, shared) if shared else iter(replies)
-
-
-def _unfolded(replies: Iterable[Reply | Garbage], shared: Mapping[bytes, Sequence[bytes]]) -> Iterator[Reply | Garbage]:
     for reply in replies:
         keys = shared.get(key_of(reply.custom_id)) if isinstance(reply, Reply) else None
         if keys is None or isinstance(reply, Garbage):

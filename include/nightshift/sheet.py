@@ -11,7 +11,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nightshift.columns import GROUP_ROWS, answers_schema, rows_at_once
+from nightshift.columns import GROUP_ROWS, UNFIT, answers_schema, rows_at_once
 from nightshift.job import Job
 from nightshift.judge import Answer
 from nightshift.matching import sum_known
@@ -21,9 +21,9 @@ from nightshift.shapes import Usage
 from nightshift.stores.shards import keys_in
 
 WRITE_ROWS = 2048  # of answers in words
-UNFIT = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError)
+OF_REPLY = ("outcome", "reason", "paid", "model", *TOKENS)
 TAKEN = {  # the columns of a line that stand in its answer as they are, and where
-    **{name: f"reply.{name}" for name in ("outcome", "reason", "paid", "model", *TOKENS)},
+    **{name: f"reply.{name}" for name in OF_REPLY},
     "token_limit": "asked_as.max_output_tokens",
 }
 OWN = ("request_key", "output", "text", "again", *TAKEN)
@@ -51,6 +51,12 @@ class Sheet:
         self.asked_again += again is not None
         if len(self._lines) == self._at_once:
             self._flush()
+
+    def add_all(self, found: Sequence[tuple[bytes, Reply]], outputs: pa.Array) -> None:
+        """Add the lines of requests that were answered as they were asked, and whose answers are columns already."""
+        keys, replies = zip(*found, strict=True) if found else ((), ())
+        own = {"request_key": keys, "output": outputs, **{name: list(map(attrgetter(name), replies)) for name in OF_REPLY}}
+        self._batches.append(_put_together(own, self._schema, self._origin, len(found)))
 
     def _flush(self) -> None:
         if self._lines:
@@ -95,7 +101,11 @@ def _as_batch(lines: Sequence[tuple[Any, ...]], schema: pa.Schema, origin: Mappi
         own["output"] = pa.array(own["output"], kind)
     except UNFIT:
         own = _columns([_fitting(line, kind) for line in lines])
-    return pa.RecordBatch.from_arrays([_column(own, origin, field, len(lines)) for field in schema], schema=schema)
+    return _put_together(own, schema, origin, len(lines))
+
+
+def _put_together(own: Mapping[str, Any], schema: pa.Schema, origin: Mapping[str, Any], count: int) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([_column(own, origin, field, count) for field in schema], schema=schema)
 
 
 def _columns(lines: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
@@ -105,7 +115,9 @@ def _columns(lines: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
 def _column(own: Mapping[str, Any], origin: Mapping[str, Any], field: pa.Field, count: int) -> pa.Array:
     if field.name in origin:
         return pa.repeat(pa.scalar(origin[field.name], field.type), count)
-    values = own[field.name]
+    values = own.get(field.name)
+    if values is None:
+        return pa.nulls(count, field.type)
     return values if isinstance(values, pa.Array) else pa.array(values, field.type)
 
 

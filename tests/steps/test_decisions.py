@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from datetime import timedelta
 from decimal import Decimal
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nightshift.budgets import Budget
 from nightshift.errors import AccessDenied, ApprovalNeeded, BatchUnknown, BudgetExceeded, ProviderUnavailable
@@ -167,7 +170,7 @@ def reply(key: bytes, outcome: str, tokens: int = 1) -> Reply:
 def matched(*replies: Reply | Garbage) -> tuple[Matching, dict[bytes, Reply]]:
     """Replies matched to the one request A, and what of it has succeeded."""
     matching = Matching([A])
-    return matching, dict(matching.successes(replies))
+    return matching, dict(chain.from_iterable(matching.successes(replies)))
 
 
 @pytest.mark.parametrize("outcomes", [("errored", "succeeded"), ("refused", "errored", "succeeded")])
@@ -175,6 +178,17 @@ def test_F67_of_two_lines_the_success_stays_and_both_are_paid(outcomes):
     matching, found = matched(*(reply(A, outcome) for outcome in outcomes))
     assert (found[A].outcome, found[A].input_tokens) == ("succeeded", len(outcomes))
     assert (matching.failed, matching.twice, matching.alarms) == ({}, {}, {"duplicate lines": len(outcomes) - 1})
+
+
+@given(st.lists(st.tuples(st.sampled_from([A, B, bytes(32)]), st.sampled_from(["succeeded", "errored", "refused"])), max_size=9))
+def test_F67_it_does_not_matter_how_many_lines_are_matched_at_once(lines):
+    replies = [Garbage(reason="cut") if not any(key) else reply(key, outcome, place) for place, (key, outcome) in enumerate(lines)]
+    found = []
+    for at_once in (1, 2, 9):
+        matching = Matching([A, B])
+        kept = dict(chain.from_iterable(matching.successes(replies, at_once)))
+        found.append((kept, matching.failed, matching.twice, matching.alarms, matching.absent))
+    assert found[0] == found[1] == found[2]
 
 
 def test_F67_what_comes_after_a_success_is_paid_with_it():

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from itertools import compress
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -17,7 +18,8 @@ from msgspec.structs import replace
 from nightshift.arrow import collector_paused, keep_pandas_out
 from nightshift.budgets import settle_attempts
 from nightshift.errors import BatchLost, BatchRejected, BatchUnknown, NightshiftError, ProviderUnavailable, ResultsGone
-from nightshift.judge import AS_IT_WAS, Answer, judge_for, usage_of_replies
+from nightshift.job import Job
+from nightshift.judge import AS_IT_WAS, Answer, judge_for, reader_for, usage_of_replies
 from nightshift.matching import Matching, unfold, with_tokens
 from nightshift.money.prices import long_above, tier_of
 from nightshift.providers.forms import form_of
@@ -31,6 +33,7 @@ from nightshift.steps.submit import open_where, payer_of
 from nightshift.steps.wait import FILES_GRACE, is_waiting_for_files
 from nightshift.stores.ledger import Attach, Attempt, Done, Ended, is_stuck, next_move
 from nightshift.stores.shards import Left, answers_key, asked_of, pending, read_answers, shared_lines
+from nightshift.typed import Read
 
 LOST_AFTER = timedelta(minutes=2)  # from the first "not known" here; the wait before has looked for longer
 
@@ -93,16 +96,17 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
         "stand_in": attempt.claim.model if attempt.claim.model != facts.model else None,
     }
     matching, sheet = Matching(left), Sheet(run.job, origin)
-    groups = list(shared_lines(left, form_of(facts.endpoint).inputs_per_line))
+    per_line = form_of(facts.endpoint).inputs_per_line
     with site.scratch() as folder, collector_paused():
         try:
-            failed = _put_down(sheet, judge_for(run.job), matching, unfold(provider.replies(snapshot, Path(folder)), groups), left)
+            replies = provider.replies(snapshot, Path(folder))
+            failed = _put_down(sheet, run.job, matching, unfold(replies, shared_lines(left, per_line)) if per_line > 1 else replies, left)
         except ResultsGone as error:
             if snapshot.ended_at is None or site.now() - snapshot.ended_at < FILES_GRACE:
                 raise  # they can lag behind the status; 30 days later they are gone (F61)
             _give_up(site, run, shard, attempt, attempts, provider, error)
             return
-        failed.update(_absent(matching.absent, snapshot, groups))
+        failed.update(_absent(matching.absent, snapshot, shared_lines(left, per_line)))
         payer, above = payer_of(site, run, attempt), long_above(attempt.claim.provider, attempt.claim.model)
         purse = purse_of(site, payer, facts, attempts, sheet.usage(above) + usage_of_replies(failed.values(), above), attempt.claim)
         again = _again_for(site, payer, shard, attempt, left, purse)
@@ -128,24 +132,36 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
 
 def _put_down(
     sheet: Sheet,
-    judge: Callable[[Reply], Answer],
+    job: Job,
     matching: Matching,
     replies: Iterable[Reply | Garbage],
     left: Mapping[bytes, Left | None],
 ) -> dict[bytes, Answer]:
     """Put down the good answers as they come; give the others, by request."""
-    others = dict[bytes, Answer]()
-    for key, reply in matching.successes(replies):
-        answer, before = judge(reply), left[key]
-        if answer.output is not None:
-            sheet.add(key, replace(answer, asked_as=before.variant) if before else answer)
-        else:
-            others[key] = answer
+    others, judge = dict[bytes, Answer](), judge_for(job)
+    read = None if any(left.values()) else reader_for(job)  # a request that is asked again says how, which is no matter of columns
+    for succeeded in matching.successes(replies):
+        for key, reply in _add_all(sheet, read, succeeded) if read else succeeded:
+            answer, before = judge(reply), left[key]
+            if answer.output is not None:
+                sheet.add(key, replace(answer, asked_as=before.variant) if before else answer)
+            else:
+                others[key] = answer
     sheet.count_twice(matching.twice)
     for key in matching.twice.keys() & others.keys():
         others[key] = replace(others[key], reply=with_tokens(others[key].reply, matching.twice[key]))
     others.update((key, judge(reply)) for key, reply in matching.failed.items())
     return others
+
+
+def _add_all(sheet: Sheet, read: Read, succeeded: Sequence[tuple[bytes, Reply]]) -> Sequence[tuple[bytes, Reply]]:
+    """Put down all answers that can be read at once; give the others, which have to be looked at one by one."""
+    outputs, are_read = read([reply.text for _, reply in succeeded])
+    if all(are_read):
+        sheet.add_all(succeeded, outputs)
+        return ()
+    sheet.add_all(list(compress(succeeded, are_read)), outputs)
+    return [each for each, is_read in zip(succeeded, are_read, strict=True) if not is_read]
 
 
 def _look(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[Attempt], provider: Provider) -> Snapshot | None:
@@ -195,7 +211,7 @@ def _end_without_answers(site: Site, shard: str, attempt: Attempt, attempts: lis
         raise BatchRejected(_batch_of(attempt), snapshot.reasons)
 
 
-def _absent(keys: Collection[bytes], snapshot: Snapshot, groups: Sequence[Sequence[bytes]]) -> Iterator[tuple[bytes, Answer]]:
+def _absent(keys: Collection[bytes], snapshot: Snapshot, groups: Iterable[Sequence[bytes]]) -> Iterator[tuple[bytes, Answer]]:
     """What became of the requests that nothing came back for. `groups`: the requests of each line."""
     if keys:
         for line, group in enumerate(groups, start=1):
