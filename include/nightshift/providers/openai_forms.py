@@ -17,6 +17,12 @@ from nightshift.providers.protocol import PICTURES, Garbage, Question, Reply
 from nightshift.shapes import Endpoint, Outcome, Variant
 
 NEVER_RUN: dict[str, Outcome] = {"batch_expired": "expired", "batch_cancelled": "cancelled", "batch_canceled": "cancelled"}
+CUT_SHORT: dict[str | None, tuple[Outcome, str]] = {  # by `finish_reason`
+    "length": ("truncated", "token limit reached"),
+    "content_filter": ("filtered", "content filter"),
+    "tool_calls": ("invalid", "a tool call in place of an answer"),
+    "function_call": ("invalid", "a tool call in place of an answer"),
+}
 FILTERED_CODES = frozenset({"content_filter", "content_policy_violation", "responsible_ai_policy_violation"})
 RETRYABLE_STATUS = frozenset({0, 408, 409, 425, 429})  # and every 5xx; 0 was seen in batches that reported no failure (F70)
 
@@ -335,13 +341,8 @@ def _chat_outcome(choice: Choice) -> tuple[Outcome, str | None]:
     message = choice.message
     if message.refusal:
         return "refused", None
-    match choice.finish_reason:
-        case "length":
-            return "truncated", "token limit reached"
-        case "content_filter":
-            return "filtered", "content filter"
-        case "tool_calls" | "function_call":
-            return "invalid", "a tool call in place of an answer"
+    if (cut := CUT_SHORT.get(choice.finish_reason)) is not None:
+        return cut
     if message.content:
         return "succeeded", None
     return "invalid", "empty answer: no choices" if choice is NO_CHOICE else "empty answer"

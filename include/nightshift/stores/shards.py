@@ -153,7 +153,8 @@ def asked(objects: Objects, shard: Shard, claim: Claim) -> dict[bytes, Left | No
 
 def asked_of(left: Mapping[bytes, Left | None], shard: Shard, claim: Claim) -> dict[bytes, Left | None]:
     """The same, where it is known what was left before."""
-    return dict(islice(next_asked(left, shard).items(), claim.most))
+    chosen = next_asked(left, shard)
+    return chosen if claim.most is None else dict(islice(chosen.items(), claim.most))
 
 
 def next_asked(left: Mapping[bytes, Left | None], shard: Shard) -> dict[bytes, Left | None]:
