@@ -60,7 +60,8 @@ def check_shard(facts: Shard, attempts: list[Attempt], tables: Mapping[int, pa.T
                 f"but {tables[attempt.number].num_rows} answers were harvested."
             )
     found = set(keys_in(merged))
-    if odd := found.symmetric_difference(keys):
+    if len(found) != len(keys) or not found.issuperset(keys):
+        odd = found.symmetric_difference(keys)
         named = ", ".join(key.hex()[:16] for key in sorted(odd)[:5])
         raise CountsDisagree(
             f"Shard {facts.key[:12]} holds {facts.request_count} requests, but {len(found)} were answered; in only one of them: {named}."

@@ -38,6 +38,7 @@ class Sheet:
 
     def __init__(self, job: Job, origin: Mapping[str, Any]) -> None:
         self._schema, self._origin = answers_schema(job), origin
+        self._own = pa.schema([field for field in self._schema if field.name not in origin])  # of each line
         self._at_once = rows_at_once(self._schema, WRITE_ROWS)
         self._lines: list[tuple[Any, ...]] = []
         self._batches: list[pa.RecordBatch] = []
@@ -56,11 +57,11 @@ class Sheet:
         """Add the lines of requests that were answered as they were asked, and whose answers are columns already."""
         keys, replies = zip(*found, strict=True) if found else ((), ())
         own = {"request_key": keys, "output": outputs, **{name: list(map(attrgetter(name), replies)) for name in OF_REPLY}}
-        self._batches.append(_put_together(own, self._schema, self._origin, len(found)))
+        self._batches.append(_put_together(own, self._own, len(found)))
 
     def _flush(self) -> None:
         if self._lines:
-            self._batches.append(_as_batch(self._lines, self._schema, self._origin))
+            self._batches.append(_as_batch(self._lines, self._own))
             self._lines = []
 
     def count_twice(self, replies: Mapping[bytes, Sequence[Reply]]) -> None:
@@ -72,14 +73,25 @@ class Sheet:
     def usage(self, above: int | None) -> Usage:
         """The tokens of all lines so far that were paid for. `above`: input tokens that make a request a long one."""
         self._flush()
-        return usage_of(pa.Table.from_batches(self._batches, self._schema).select(["paid", *TOKENS]), above)
+        return usage_of(pa.Table.from_batches(self._batches, self._own).select(["paid", *TOKENS]), above)
 
     def write(self, path: Path) -> None:
         """Write the file: in one row group, or in several where vectors would make it a large one."""
         self._flush()
         plain = {"use_dictionary": [name for name in self._schema.names if name not in ("request_key", "text")]}
-        rows = rows_at_once(self._schema, GROUP_ROWS)
-        pq.write_table(pa.Table.from_batches(self._batches, self._schema), path, compression="zstd", row_group_size=rows, **plain)
+        rows, own = rows_at_once(self._schema, GROUP_ROWS), pa.Table.from_batches(self._batches, self._own)
+        pq.write_table(_with_origin(own, self._schema, self._origin), path, compression="zstd", row_group_size=rows, **plain)
+
+
+def _with_origin(own: pa.Table, schema: pa.Schema, origin: Mapping[str, Any]) -> pa.Table:
+    """The lines with the columns that are the same in each of them."""
+    return pa.table(
+        [
+            pa.repeat(pa.scalar(origin[field.name], field.type), own.num_rows) if field.name in origin else own.column(field.name)
+            for field in schema
+        ],
+        schema=schema,
+    )
 
 
 def _with_tokens(batch: pa.RecordBatch, replies: Mapping[bytes, Sequence[Reply]]) -> pa.RecordBatch:
@@ -93,7 +105,7 @@ def _with_tokens(batch: pa.RecordBatch, replies: Mapping[bytes, Sequence[Reply]]
     return batch
 
 
-def _as_batch(lines: Sequence[tuple[Any, ...]], schema: pa.Schema, origin: Mapping[str, Any]) -> pa.RecordBatch:
+def _as_batch(lines: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.RecordBatch:
     """Lines as columns. An answer that is valid but fits no column (an integer of twenty digits) becomes invalid, alone."""
     own = _columns(lines)
     kind = schema.field("output").type
@@ -101,24 +113,21 @@ def _as_batch(lines: Sequence[tuple[Any, ...]], schema: pa.Schema, origin: Mappi
         own["output"] = pa.array(own["output"], kind)
     except UNFIT:
         own = _columns([_fitting(line, kind) for line in lines])
-    return _put_together(own, schema, origin, len(lines))
+    return _put_together(own, schema, len(lines))
 
 
-def _put_together(own: Mapping[str, Any], schema: pa.Schema, origin: Mapping[str, Any], count: int) -> pa.RecordBatch:
-    return pa.RecordBatch.from_arrays([_column(own, origin, field, count) for field in schema], schema=schema)
+def _put_together(own: Mapping[str, Any], schema: pa.Schema, count: int) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([_column(own.get(field.name), field.type, count) for field in schema], schema=schema)
 
 
 def _columns(lines: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
     return dict(zip(OWN, zip(*lines, strict=True), strict=True))
 
 
-def _column(own: Mapping[str, Any], origin: Mapping[str, Any], field: pa.Field, count: int) -> pa.Array:
-    if field.name in origin:
-        return pa.repeat(pa.scalar(origin[field.name], field.type), count)
-    values = own.get(field.name)
+def _column(values: Any, kind: pa.DataType, count: int) -> pa.Array:
     if values is None:
-        return pa.nulls(count, field.type)
-    return values if isinstance(values, pa.Array) else pa.array(values, field.type)
+        return pa.nulls(count, kind)
+    return values if isinstance(values, pa.Array) else pa.array(values, kind)
 
 
 def _fitting(line: tuple[Any, ...], kind: pa.DataType) -> tuple[Any, ...]:

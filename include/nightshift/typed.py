@@ -164,17 +164,16 @@ def _within_exact(bounds: Mapping[str, float]) -> dict[str, float]:
 
 def _column(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     """Values of a type as a column: objects, and lists of them, by their parts."""
+    is_list = pa.types.is_list(kind) and pa.types.is_nested(kind.value_type)
+    if not is_list and not pa.types.is_struct(kind):
+        return pa.array(values, kind)
     mask = pa.array([value is None for value in values], pa.bool_()) if None in values else None
-    if pa.types.is_struct(kind):
-        parts = [
-            _column(
-                [None if value is None else look(value) for value in values] if mask is not None else list(map(look, values)), field.type
-            )
-            for look, field in zip(map(attrgetter, map(_attribute, range(kind.num_fields))), kind, strict=True)
-        ]
-        return pa.StructArray.from_arrays(parts, fields=list(kind), mask=mask)
-    if pa.types.is_list(kind) and pa.types.is_nested(kind.value_type):
+    if is_list:
         ends = pa.array([0, *accumulate(len(value or ()) for value in values)], pa.int32())
         items = _column([item for value in values for item in value or ()], kind.value_type)
         return pa.ListArray.from_arrays(ends, items, type=kind, mask=mask)
-    return pa.array(values, kind)
+    looks = [attrgetter(_attribute(place)) for place in range(kind.num_fields)]
+    parts = [
+        [None if value is None else look(value) for value in values] if mask is not None else list(map(look, values)) for look in looks
+    ]
+    return pa.StructArray.from_arrays(list(map(_column, parts, (field.type for field in kind))), fields=list(kind), mask=mask)
