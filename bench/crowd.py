@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import psutil
 import uvicorn
 import yaml
 from airflow.triggers.base import StartTriggerArgs
@@ -31,6 +30,7 @@ from fastapi.responses import Response
 
 from bench.__main__ import FOLDER
 from bench.scale import until_up
+from bench.watch import Watch
 from local.airflow_api import AirflowApi
 from local.stack import KEY, Stack, airflow_api, client_env, down, reserve, up
 from nightshift.drive import begin
@@ -191,41 +191,6 @@ def start(folder: Path, waits: int, port: int) -> Stack:
         "PYTHONPATH": str(ROOT),
     }
     return up(folder, jobs=jobs, extra=airflow)
-
-
-class Watch:
-    """CPU seconds and memory of Airflow's processes, by what they are."""
-
-    parts = ("scheduler", "triggerer", "api_server")
-
-    def __init__(self, root: int) -> None:
-        self._root = psutil.Process(root)
-
-    def cpu(self) -> Counter[str]:
-        """CPU seconds so far."""
-        seen = Counter[str]()
-        for part, process in self._each():
-            times = process.cpu_times()
-            seen[part] += times.user + times.system
-        return seen
-
-    def memory(self) -> Counter[str]:
-        """MB resident, of the largest process of each part."""
-        seen = Counter[str]()
-        for part, process in self._each():
-            seen[part] = max(seen[part], process.memory_info().rss // 1_000_000)
-        return seen
-
-    def _each(self) -> Iterator[tuple[str, psutil.Process]]:
-        for process in self._root.children(recursive=True):
-            try:
-                line = " ".join(process.cmdline())
-            except psutil.Error:
-                continue
-            for part in self.parts:
-                if part in line:
-                    yield part, process
-                    break
 
 
 def states(api: AirflowApi) -> Counter[str]:

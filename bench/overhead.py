@@ -21,6 +21,7 @@ import yaml
 
 from bench.__main__ import FOLDER
 from bench.scale import until_up
+from bench.watch import Watch
 from local.airflow_api import AirflowApi
 from local.sample import reviews
 from local.stack import ROOT, Stack, airflow_api, down, reserve, s3_client, up
@@ -120,13 +121,16 @@ def main() -> None:
         api = airflow_api(stack)
         while {each["dag_id"] for each in api.get("/dags")["dags"]} != {"minimal", "wide"}:
             time.sleep(1)
+        watch = Watch(stack.pids["airflow"])
         seconds: dict[str, list[float]] = {"minimal": [], "wide": []}
         tasks: dict[str, int] = {}
         for number in range(given.rounds):
             for dag, conf in (("minimal", {}), ("wide", {"fresh": True})):
+                before = watch.cpu()
                 found, tasks[dag] = took(api, dag, f"round-{number}", dict(conf))
                 seconds[dag].append(found)
-                print(f"  {dag}: {found:.1f} s, {tasks[dag]} tasks", flush=True)
+                spent = ", ".join(f"{part} {each:.1f}" for part, each in (watch.cpu() - before).items())
+                print(f"  {dag}: {found:.1f} s, {tasks[dag]} tasks; CPU-s: {spent}", flush=True)
         minimal, ours = (statistics.median(seconds[dag]) for dag in ("minimal", "wide"))
         print(f"| {given.rows:,} rows in {given.shards} shards | tasks | seconds, median |\n|---|---:|---:|")
         print(f"| a minimal DAG | {tasks['minimal']} | {minimal:.1f} |")
