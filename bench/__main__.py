@@ -48,6 +48,7 @@ class Contender:
     def run(self) -> None:
         """Take a turn."""
         self.before()
+        os.sync()  # what others have left to be written is written before, and not beside
         start = time.perf_counter()
         with ThreadPoolExecutor(len(self.commands)) as pool:
             each = list(pool.map(measured, self.commands))
