@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jsonschema_rs
 import orjson
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nightshift.columns import UNFIT, answer_type
+from nightshift.job import Job, JobFile
+from nightshift.judge import Answer
+from nightshift.matching import Matching
+from nightshift.providers.protocol import Garbage, Reply
+from nightshift.shapes import Variant
+from nightshift.sheet import Sheet
+from nightshift.steps.collect import put_down
+from nightshift.stores.shards import Left
 from nightshift.typed import reader_of
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
@@ -160,5 +172,67 @@ def test_a_schema_that_no_type_says_is_read_one_by_one(properties):
     assert reader_of({"type": "object", "properties": properties}) is None
 
 
-def test_a_schema_of_a_list_is_read_one_by_one():
-    assert reader_of({"type": "array", "items": {"type": "string"}}) is None
+def test_what_stands_in_fields_that_the_schema_does_not_name_is_not_read_over():
+    read = reader_of({"type": "object", "properties": {"n": {"type": "integer"}}})
+    assert read is not None
+    assert list(read(['{"n": 1}', '{"n": 1, "other": 2}', '{"n": 1, "other": 1e400}'])[1]) == [True, False, False]
+
+
+@pytest.mark.parametrize("least", [7, 7.0], ids=["an integer", "an integer written as a number"])
+def test_a_bound_of_integers_may_be_written_as_a_number(least):
+    read = reader_of({"type": "object", "properties": {"n": {"type": "integer", "minimum": least}}})
+    assert read is not None
+    assert list(read(['{"n": 7}', '{"n": 6}'])[1]) == [True, False]
+
+
+def test_a_pattern_is_read_in_the_dialect_of_the_whole_schema():
+    read = reader_of({"type": "object", "properties": {"s": {"type": "string", "pattern": "^x", "$schema": "http://nowhere/x"}}})
+    assert read is not None
+    assert list(read(['{"s": "x"}', '{"s": "y"}'])[1]) == [True, False]
+
+
+KEYS = [bytes([place]) * 32 for place in range(8)]
+
+
+def answered(place: int, text: str | None, outcome: str = "succeeded") -> Reply:
+    """The reply to one of the requests."""
+    return Reply(custom_id=KEYS[place].hex(), outcome=outcome, text=text, paid=True, model="m", input_tokens=place, output_tokens=1)
+
+
+def taken(job: Job, replies: list[Reply | Garbage], left: dict[bytes, Left | None]) -> tuple[list[Any], dict[bytes, Answer], Matching]:
+    """The lines of the good answers, by request; the others; and what was odd."""
+    origin = {
+        "shard": "s",
+        "attempt": 1,
+        "batch_id": "b",
+        "answered_at": datetime(2026, 11, 22, tzinfo=UTC),
+        "tier": "batch",
+        "stand_in": None,
+    }
+    sheet, matching = Sheet(job, origin), Matching(left)
+    others = put_down(sheet, job, matching, replies, left)
+    with TemporaryDirectory() as folder:
+        sheet.write(Path(folder) / "answers.parquet")
+        lines = pq.read_table(Path(folder) / "answers.parquet").to_pylist()
+    return sorted(lines, key=lambda line: line["request_key"]), others, matching
+
+
+@pytest.mark.parametrize("schema", [SCHEMA, None], ids=["a schema", "plain text"])
+def test_an_answer_stands_in_its_file_as_it_would_if_it_were_taken_by_itself(schema):
+    spec = {
+        "name": "j",
+        "input": {"uri": "s3://b/k.jsonl", "id": "id"},
+        "request": {"provider": "openai", "model": "gpt-5.4-nano", "prompt": "-"},
+    }
+    job = Job(spec=JobFile.model_validate(spec), prompt_source="user:\n-\n", answer_schema=schema, expectations=())
+    good = '{"n": 1, "s": "en"}'
+    texts = [good, '{"n": 2.5, "s": "de"}', '{"n": 3, "s": "EN"}', "{", '{"n": 9007199254740992, "s": "fr"}']
+    replies = [*(answered(place, text) for place, text in enumerate(texts)), answered(5, None, "refused"), Garbage(reason="cut")]
+    replies += [answered(0, good), answered(5, good)]  # each for the second time
+    again = dict.fromkeys(KEYS, Left(variant=Variant(), text=None, reason=None))  # which sends every answer the other way
+    at_once, alone = taken(job, replies, dict.fromkeys(KEYS)), taken(job, replies, again)
+    assert at_once[:2] == alone[:2]
+    assert vars(at_once[2])["alarms"] == vars(alone[2])["alarms"] == {"unreadable lines": 1, "duplicate lines": 2}
+    assert at_once[2].absent == alone[2].absent == set(KEYS[6:])
+    assert [line["request_key"] for line in at_once[0]] == [KEYS[place] for place in ([0, 1, 4, 5] if schema else [0, 1, 2, 3, 4, 5])]
+    assert at_once[0][-1]["input_tokens"] == 5 + 5, "both lines were paid for"

@@ -127,8 +127,9 @@ def _single_type(schema: Mapping[str, Any]) -> str | None:
     variants = schema.get("anyOf") or schema.get("oneOf")
     if isinstance(variants, list):
         kinds = [each for each in variants if isinstance(each, Mapping) and each.get("type") != "null"]
-        if len(kinds) == 1 and kinds[0].get("type") in SCALARS:
-            return str(kinds[0]["type"])
+        only = kinds[0].get("type") if len(kinds) == 1 else None
+        if isinstance(only, str) and only in SCALARS:
+            return only
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
         return "string"

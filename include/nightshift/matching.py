@@ -32,15 +32,15 @@ class Matching:
         """The requests without any line."""
         return frozenset(self._unseen)
 
-    def successes(self, replies: Iterable[Reply | Garbage], at_once: int = AT_ONCE) -> Iterator[Sequence[tuple[bytes, Reply]]]:
+    def successes(self, replies: Iterable[Reply | Garbage], at_once: int) -> Iterator[Sequence[tuple[bytes, Reply]]]:
         """The request keys that succeeded, each with the reply that it keeps, as so many replies at once bring them."""
         todo = iter(replies)
         while batch := list(islice(todo, at_once)):
-            found = self._expected(batch)
+            found = self._match_all(batch)
             yield list(self._one_by_one(batch)) if found is None else found
 
-    def _expected(self, batch: Sequence[Reply | Garbage]) -> list[tuple[bytes, Reply]] | None:
-        """The same, where each of them is the only reply to a request that was asked, which is nearly always so; else None."""
+    def _match_all(self, batch: Sequence[Reply | Garbage]) -> list[tuple[bytes, Reply]] | None:
+        """What has succeeded of a batch. None, and nothing changes, where one is not the first reply to a request that was asked."""
         try:
             by_key = {bytes.fromhex(reply.custom_id): reply for reply in batch if isinstance(reply, Reply)}
         except ValueError:

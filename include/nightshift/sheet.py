@@ -56,7 +56,8 @@ class Sheet:
     def add_all(self, found: Sequence[tuple[bytes, Reply]], outputs: pa.Array) -> None:
         """Add the lines of requests that were answered as they were asked, and whose answers are columns already."""
         keys, replies = zip(*found, strict=True) if found else ((), ())
-        own = {"request_key": keys, "output": outputs, **{name: list(map(attrgetter(name), replies)) for name in OF_REPLY}}
+        told = {name: list(map(attrgetter(name), replies)) for name in OF_REPLY}
+        own = {"request_key": keys, "output": outputs, "text": None, "again": None, "token_limit": None, **told}
         self._batches.append(_put_together(own, self._own, len(found)))
 
     def _flush(self) -> None:
@@ -117,7 +118,7 @@ def _as_batch(lines: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.RecordB
 
 
 def _put_together(own: Mapping[str, Any], schema: pa.Schema, count: int) -> pa.RecordBatch:
-    return pa.RecordBatch.from_arrays([_column(own.get(field.name), field.type, count) for field in schema], schema=schema)
+    return pa.RecordBatch.from_arrays([_column(own[field.name], field.type, count) for field in schema], schema=schema)
 
 
 def _columns(lines: Sequence[tuple[Any, ...]]) -> dict[str, Any]:

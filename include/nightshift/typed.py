@@ -24,7 +24,8 @@ LENGTHS = {"minLength": "min_length", "maxLength": "max_length"}
 COUNTS = {"minItems": "min_length", "maxItems": "max_length"}
 BOUNDS = {"minimum": "ge", "maximum": "le", "exclusiveMinimum": "gt", "exclusiveMaximum": "lt"}
 EXACT = float(2**53 - 1)  # up to here no integer is rounded to one that a double holds
-REFUSED = (msgspec.DecodeError, RecursionError, TypeError, ValueError)
+LATEST = "https://json-schema.org/draft/2020-12/schema"  # what a schema is read as that does not say
+REFUSED = (ValueError, RecursionError, TypeError)  # the last: no text
 
 
 class _Untyped(Exception):
@@ -36,10 +37,10 @@ def reader_of(schema: Mapping[str, Any]) -> Read | None:
     if needs_fitting(schema) or "properties" not in schema:
         return None
     try:
-        decode = msgspec.json.Decoder(_type_of(_without_checks(schema))).decode
+        decode, checks = msgspec.json.Decoder(_type_of(_without_checks(schema))).decode, list(_checks(schema))
     except (_Untyped, TypeError, ValueError):  # the latter two: names and bounds that msgspec does not take
         return None
-    kind, checks = answer_type(schema), list(_checks(schema))
+    kind = answer_type(schema)
 
     def read(texts: Sequence[str | None]) -> tuple[pa.Array, Sequence[bool]]:
         values = [_decoded(decode, text) for text in texts]
@@ -91,10 +92,9 @@ def _checks(schema: Mapping[str, Any]) -> Iterator[tuple[Callable[[Any], Any], C
     """How to look at each field that is checked by itself, and whether its text is valid."""
     import jsonschema_rs
 
-    dialect = {word: schema[word] for word in ("$schema",) if word in schema}
     for place, inner in enumerate(schema["properties"].values()):
         if _is_text(inner) and inner.keys() & OF_TEXTS:
-            yield attrgetter(_attribute(place)), jsonschema_rs.validator_for({**dialect, **inner}).is_valid
+            yield attrgetter(_attribute(place)), jsonschema_rs.validator_for({**inner, "$schema": schema.get("$schema", LATEST)}).is_valid
 
 
 def _type_of(schema: Mapping[str, Any]) -> Any:
@@ -116,7 +116,7 @@ def _type_of(schema: Mapping[str, Any]) -> Any:
         case ["boolean"]:
             found = bool
         case ["integer"]:
-            found = _limited(int, _renamed(said, BOUNDS))
+            found = _limited(int, {name: int(bound) if bound % 1 == 0 else bound for name, bound in _renamed(said, BOUNDS).items()})
         case ["number"]:
             found = _limited(float, _within_exact(_renamed(said, BOUNDS)))
         case ["array"]:
@@ -131,14 +131,18 @@ def _type_of(schema: Mapping[str, Any]) -> Any:
 
 
 def _struct_of(said: dict[str, Any]) -> type[msgspec.Struct]:
-    """The type of an object; takes what it has understood out of `said`."""
-    properties, required, others = said.pop("properties"), said.pop("required", ()), said.pop("additionalProperties", True)
-    if not isinstance(others, bool) or not properties.keys() >= set(required):
+    """The type of an object without other fields; takes what it has understood out of `said`.
+
+    Others may be allowed. But they would be read over, and what is wrong with them (a number that is none) would go unseen.
+    """
+    properties, required = said.pop("properties"), said.pop("required", ())
+    said.pop("additionalProperties", None)
+    if not properties.keys() >= set(required):
         raise _Untyped
     names = {_attribute(place): name for place, name in enumerate(properties)}
     types = {attribute: _type_of(properties[name]) for attribute, name in names.items()}
     fields = [(each, kind) if names[each] in required else (each, kind, None) for each, kind in types.items()]
-    return msgspec.defstruct("Object", fields, rename=names, kw_only=True, forbid_unknown_fields=not others, eq=False, gc=False)
+    return msgspec.defstruct("Object", fields, rename=names, kw_only=True, forbid_unknown_fields=True, eq=False, gc=False)
 
 
 def _limited(kind: Any, limits: Mapping[str, Any]) -> Any:

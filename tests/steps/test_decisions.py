@@ -170,7 +170,7 @@ def reply(key: bytes, outcome: str, tokens: int = 1) -> Reply:
 def matched(*replies: Reply | Garbage) -> tuple[Matching, dict[bytes, Reply]]:
     """Replies matched to the one request A, and what of it has succeeded."""
     matching = Matching([A])
-    return matching, dict(chain.from_iterable(matching.successes(replies)))
+    return matching, dict(chain.from_iterable(matching.successes(replies, 9)))
 
 
 @pytest.mark.parametrize("outcomes", [("errored", "succeeded"), ("refused", "errored", "succeeded")])

@@ -17,10 +17,11 @@ from msgspec.structs import replace
 
 from nightshift.arrow import collector_paused, keep_pandas_out
 from nightshift.budgets import settle_attempts
+from nightshift.columns import answers_schema, rows_at_once
 from nightshift.errors import BatchLost, BatchRejected, BatchUnknown, NightshiftError, ProviderUnavailable, ResultsGone
 from nightshift.job import Job
 from nightshift.judge import AS_IT_WAS, Answer, judge_for, reader_for, usage_of_replies
-from nightshift.matching import Matching, unfold, with_tokens
+from nightshift.matching import AT_ONCE, Matching, unfold, with_tokens
 from nightshift.money.prices import long_above, tier_of
 from nightshift.providers.forms import form_of
 from nightshift.providers.protocol import Garbage, Provider, Reply, Snapshot
@@ -100,7 +101,7 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
     with site.scratch() as folder, collector_paused():
         try:
             replies = provider.replies(snapshot, Path(folder))
-            failed = _put_down(sheet, run.job, matching, unfold(replies, shared_lines(left, per_line)) if per_line > 1 else replies, left)
+            failed = put_down(sheet, run.job, matching, unfold(replies, shared_lines(left, per_line)) if per_line > 1 else replies, left)
         except ResultsGone as error:
             if snapshot.ended_at is None or site.now() - snapshot.ended_at < FILES_GRACE:
                 raise  # they can lag behind the status; 30 days later they are gone (F61)
@@ -130,7 +131,7 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
     site.ledger.record_end(shard, attempt.number, ended)
 
 
-def _put_down(
+def put_down(
     sheet: Sheet,
     job: Job,
     matching: Matching,
@@ -139,8 +140,8 @@ def _put_down(
 ) -> dict[bytes, Answer]:
     """Put down the good answers as they come; give the others, by request."""
     others, judge = dict[bytes, Answer](), judge_for(job)
-    read = None if any(left.values()) else reader_for(job)  # a request that is asked again says how, which is no matter of columns
-    for succeeded in matching.successes(replies):
+    read = None if any(left.values()) else reader_for(job)  # each that is asked again says how: they are few, and taken one by one
+    for succeeded in matching.successes(replies, rows_at_once(answers_schema(job), AT_ONCE)):
         for key, reply in _add_all(sheet, read, succeeded) if read else succeeded:
             answer, before = judge(reply), left[key]
             if answer.output is not None:
