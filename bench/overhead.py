@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--alone", action="store_true", help="without the DAG by hand: what so many shards take")
     given = parser.parse_args()
     os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
     stack = start(given.rows, given.shards)
@@ -125,12 +126,14 @@ def main() -> None:
         seconds: dict[str, list[float]] = {"minimal": [], "wide": []}
         tasks: dict[str, int] = {}
         for number in range(given.rounds):
-            for dag, conf in (("minimal", {}), ("wide", {"fresh": True})):
+            for dag, conf in [("wide", {"fresh": True})] if given.alone else [("minimal", {}), ("wide", {"fresh": True})]:
                 before = watch.cpu()
                 found, tasks[dag] = took(api, dag, f"round-{number}", dict(conf))
                 seconds[dag].append(found)
                 spent = ", ".join(f"{part} {each:.1f}" for part, each in (watch.cpu() - before).items())
                 print(f"  {dag}: {found:.1f} s, {tasks[dag]} tasks; CPU-s: {spent}", flush=True)
+        if given.alone:
+            return
         minimal, ours = (statistics.median(seconds[dag]) for dag in ("minimal", "wide"))
         print(f"| {given.rows:,} rows in {given.shards} shards | tasks | seconds, median |\n|---|---:|---:|")
         print(f"| a minimal DAG | {tasks['minimal']} | {minimal:.1f} |")
