@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nightshift.errors import InputMissing
+from nightshift.overviews import Comparison, Example, Field, FieldChange, Side
 from nightshift.pages import render_comparison
 from nightshift.partitions import MANIFEST, Manifest, results_folder
 from nightshift.runs import Run, Site, run_id
-from nightshift.shapes import Outcome, Summary, Wire
+from nightshift.shapes import Summary
 from nightshift.stores.database import open_database, quoted
 from nightshift.stores.objects import dump_json
 
@@ -18,62 +19,6 @@ if TYPE_CHECKING:
 
 CHANGES_SHOWN = 12  # per field
 EXAMPLES_SHOWN = 20
-
-
-class Side(Wire):
-    """One of the two runs."""
-
-    run: str
-    label: str
-    model: str
-    prompt_version: str
-    rows: int
-    outcomes: dict[Outcome, int]
-    answered: int  # rows with a valid answer
-    tokens_in: int
-    tokens_out: int
-    cost_usd: float | None  # that this run has paid; reused answers cost nothing
-    report: str
-
-
-class FieldChange(Wire):
-    """How often an answer's field has moved from one value to another. Long values are cut."""
-
-    old: str
-    new: str
-    rows: int
-
-
-class Field(Wire):
-    """One field of the answers, over the rows that both have answered."""
-
-    name: str
-    same: int
-    changed: int
-    changes: tuple[FieldChange, ...]  # the most frequent
-
-
-class Example(Wire):
-    """A row that is answered otherwise."""
-
-    id: str
-    field: str
-    old: str
-    new: str
-
-
-class Comparison(Wire):
-    """Two runs side by side. Stored as `samples/<job>/compare-<hash>.json`, with a page beside it."""
-
-    job: str
-    old: Side
-    new: Side
-    common: int  # rows that both have answered
-    only_old: int
-    only_new: int
-    fields: tuple[Field, ...]
-    examples: tuple[Example, ...]
-    page: str
 
 
 def compare(site: Site, old: Run, new: Run) -> Comparison:

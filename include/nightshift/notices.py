@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nightshift.job import NotifySpec
+from nightshift.overviews import PeriodicReport
 from nightshift.pages import usd
-from nightshift.periodic import PeriodicReport
 from nightshift.shapes import Summary
 
 Event = Literal["failure", "held", "budget", "approval", "deadline", "success"]

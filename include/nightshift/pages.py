@@ -15,8 +15,7 @@ from markupsafe import Markup
 from nightshift.shapes import OUTCOMES, Estimate, Summary
 
 if TYPE_CHECKING:
-    from nightshift.compare import Comparison
-    from nightshift.periodic import PeriodicReport
+    from nightshift.overviews import Comparison, PeriodicReport
     from nightshift.progress import Progress
 
 MEANING = {

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nightshift.job import Figure, Job
+from nightshift.overviews import FigureTable, Line, PeriodicReport, total_usd
 from nightshift.pages import render_periodic
 from nightshift.partitions import MANIFEST, Manifest
 from nightshift.runs import Site
-from nightshift.shapes import OUTCOMES, Outcome, Summary, Wire
+from nightshift.shapes import OUTCOMES, Outcome, Summary
 from nightshift.stores.database import open_database, quoted
 from nightshift.stores.objects import Objects, dump_json
 
@@ -25,65 +26,6 @@ if TYPE_CHECKING:
 ROWS_SHOWN = 500  # of a figure, on the page; its CSV file holds all
 CLOCK_SLACK = timedelta(hours=1)  # between the store's clock and ours
 DATED = re.compile(r"dt=(\d{4}-\d{2}-\d{2})")
-
-
-class Line(Wire):
-    """What one job did in the period, by what it asked."""
-
-    job: str
-    model: str
-    prompt_version: str
-    runs: int
-    published: int
-    held: int
-    failed: int
-    rows: int
-    outcomes: dict[Outcome, int]
-    submitted: int
-    reused: int
-    adopted: int
-    duplicates: int
-    paid: int
-    input_tokens: int
-    output_tokens: int
-    cost_usd: float | None  # None: of some run it is not known
-    saved_usd: float | None
-
-
-class FigureTable(Wire):
-    """One figure of one job, or why there is none."""
-
-    job: str
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str | float | int | None, ...], ...]
-    total: int  # rows of the whole figure
-    problem: str | None = None
-
-
-class PeriodicReport(Wire):
-    """A period in numbers. Stored as `reports/<name>/<period>/report.json`, with a page and CSV files beside it."""
-
-    name: str
-    since: datetime
-    until: datetime
-    lines: tuple[Line, ...]
-    figures: tuple[FigureTable, ...]
-    page: str
-
-    @property
-    def cost_usd(self) -> float | None:
-        """What the period has cost; None where some of it is not known."""
-        return _sum(line.cost_usd for line in self.lines)
-
-    @property
-    def saved_usd(self) -> float | None:
-        """What duplicates and reuse have spared."""
-        return _sum(line.saved_usd for line in self.lines)
-
-    def total(self, name: str) -> int:
-        """The sum of a count over all lines."""
-        return sum(getattr(line, name) for line in self.lines)
 
 
 def write_periodic(site: Site, jobs: Sequence[Job], *, name: str, since: datetime, until: datetime) -> PeriodicReport:
@@ -151,8 +93,8 @@ def _line(job: str, model: str, prompt_version: str, group: list[Summary]) -> Li
         paid=sum(each.paid for each in group),
         input_tokens=sum(each.usage.input_tokens for each in group),
         output_tokens=sum(each.usage.output_tokens for each in group),
-        cost_usd=_sum(each.cost_usd.actual if each.paid or each.cost_usd.actual is not None else 0.0 for each in group),
-        saved_usd=_sum(each.cost_usd.saved or 0.0 for each in group),
+        cost_usd=total_usd(each.cost_usd.actual if each.paid or each.cost_usd.actual is not None else 0.0 for each in group),
+        saved_usd=total_usd(each.cost_usd.saved or 0.0 for each in group),
     )
 
 
@@ -245,8 +187,3 @@ def _csv(rows: Iterable[dict[str, Any]]) -> bytes:
         writer.writeheader()
         writer.writerows(listed)
     return text.getvalue().encode()
-
-
-def _sum(values: Iterable[float | None]) -> float | None:
-    listed = list(values)
-    return None if None in listed else round(sum(value for value in listed if value is not None), 6)

@@ -16,7 +16,7 @@ from nightshift.pages import MEANING, measured_on, stated, usd
 from nightshift.shapes import OUTCOMES, Plan, Settled, Summary
 
 if TYPE_CHECKING:
-    from nightshift.compare import Comparison
+    from nightshift.overviews import Comparison
 
 people = Console(stderr=True, highlight=False)  # what happens on the way
 output = Console(highlight=False, width=None if sys.stdout.isatty() else 200)  # what a command was asked for; nobody folds a pipe
