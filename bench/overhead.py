@@ -125,10 +125,11 @@ def main() -> None:
         watch = Watch(stack.pids["airflow"])
         seconds: dict[str, list[float]] = {"minimal": [], "wide": []}
         tasks: dict[str, int] = {}
+        turn: list[tuple[str, dict[str, object]]] = [("minimal", {}), ("wide", {"fresh": True})]
         for number in range(given.rounds):
-            for dag, conf in [("wide", {"fresh": True})] if given.alone else [("minimal", {}), ("wide", {"fresh": True})]:
+            for dag, conf in turn[1:] if given.alone else turn:
                 before = watch.cpu()
-                found, tasks[dag] = took(api, dag, f"round-{number}", dict(conf))
+                found, tasks[dag] = took(api, dag, f"round-{number}", conf)
                 seconds[dag].append(found)
                 spent = ", ".join(f"{part} {each:.1f}" for part, each in (watch.cpu() - before).items())
                 print(f"  {dag}: {found:.1f} s, {tasks[dag]} tasks; CPU-s: {spent}", flush=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import psutil
 
@@ -19,25 +20,25 @@ class Watch:
     def cpu(self) -> Counter[str]:
         """CPU seconds so far."""
         seen = Counter[str]()
-        for part, process in self._each():
-            times = process.cpu_times()
+        for part, times in self._each(psutil.Process.cpu_times):
             seen[part] += times.user + times.system
         return seen
 
     def memory(self) -> Counter[str]:
         """MB resident, of the largest process of each part."""
         seen = Counter[str]()
-        for part, process in self._each():
-            seen[part] = max(seen[part], process.memory_info().rss // 1_000_000)
+        for part, found in self._each(psutil.Process.memory_info):
+            seen[part] = max(seen[part], found.rss // 1_000_000)
         return seen
 
-    def _each(self) -> Iterator[tuple[str, psutil.Process]]:
+    def _each(self, read: Callable[[psutil.Process], Any]) -> Iterator[tuple[str, Any]]:
+        """What is read of each process, but of those that end meanwhile."""
         for process in self._root.children(recursive=True):
             try:
-                line = " ".join(process.cmdline())
+                line, found = " ".join(process.cmdline()), read(process)
             except psutil.Error:
                 continue
             for part in self.parts:
                 if part in line:
-                    yield part, process
+                    yield part, found
                     break
