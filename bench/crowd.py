@@ -1,12 +1,14 @@
-"""What many waits at once cost Airflow: `python -m bench.crowd --waits 5000`.
+"""What many waits at once cost Airflow: `python -m bench.crowd --waits 5000 --chains 64`.
 
 A run of so many shards is planned and submitted by the product's own steps; then one DAG run waits for all of them in one
-triggerer, as mapped tasks. The provider keeps nothing but batches, counts what it is asked, and ends them all on demand.
+triggerer, as mapped tasks, each for a chain of shards. The provider keeps nothing but batches, counts what it is asked, and ends them all
+on demand.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import shutil
@@ -15,7 +17,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -24,7 +26,7 @@ from typing import Any
 import orjson
 import uvicorn
 import yaml
-from airflow.triggers.base import StartTriggerArgs
+from airflow.triggers.base import StartTriggerArgs, TriggerEvent
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
@@ -42,8 +44,9 @@ from nightshift.settings import read_settings
 from nightshift.steps.approve import approve
 from nightshift.steps.plan import plan
 from nightshift.steps.submit import submit
+from nightshift_airflow.chains import chains
 from nightshift_airflow.site import run_at
-from nightshift_airflow.waits import ShardTrigger, WaitForShard
+from nightshift_airflow.waits import ChainTrigger, WaitForShards
 from tests.airflow.jobs import ROOT, job
 
 DAG = """
@@ -60,10 +63,10 @@ def crowd():
     def discover(): return Path({run!r}).read_text()
 
     @task
-    def places(run_uri): return list(range({waits}))
+    def places(run_uri): return list(range({width}))
 
     run_uri = discover()
-    WaitInCrowd.partial(task_id="wait", run_uri=run_uri).expand(shard=places(run_uri))
+    WaitInCrowd.partial(task_id="wait", run_uri=run_uri).expand(chain=places(run_uri))
 
 
 crowd()
@@ -72,28 +75,29 @@ STEADY_SECONDS = 120
 
 
 @cache
-def _shards(run_uri: str) -> list[str]:
+def _chains(run_uri: str) -> list[str]:
     _, run = run_at(run_uri, "triggerer")
-    return sorted(approved_plan(run).shards)
+    return chains(approved_plan(run).shards, read_settings().width)
 
 
-class TriggerInCrowd(ShardTrigger):
-    """The product's trigger; its shard is given by its place among the shards of the run."""
+class TriggerInCrowd(ChainTrigger):
+    """The product's trigger; its chain is given by its place among the chains of the run."""
 
-    def _looks(self) -> Iterator[float]:
-        if self.shard.isdecimal():
-            self.shard = _shards(self.run_uri)[int(self.shard)]
-        return super()._looks()
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        """See ChainTrigger."""
+        self.chain = (await asyncio.to_thread(_chains, self.run_uri))[int(self.chain)]
+        async for event in super().run():
+            yield event
 
 
-class WaitInCrowd(WaitForShard):
+class WaitInCrowd(WaitForShards):
     """The product's wait, for a run whose shards no task has submitted."""
 
     start_trigger_args = StartTriggerArgs(
         trigger_cls="bench.crowd.TriggerInCrowd",
         trigger_kwargs={
             "run_uri": "{{ ti.xcom_pull(task_ids='discover', map_indexes=-1) }}",
-            "shard": "{{ ti.map_index }}",
+            "chain": "{{ ti.map_index }}",
             "ends_task": True,
         },
         next_method="execute_complete",
@@ -165,20 +169,20 @@ def hand_in(folder: Path, waits: int) -> None:
     (folder / "run").write_text(run.uri)
 
 
-def start(folder: Path, waits: int, port: int) -> Stack:
+def start(folder: Path, waits: int, width: int, port: int) -> Stack:
     """The provider, a stack that knows it, and the run's shards submitted to it."""
     dags, jobs = folder / "dags", folder / "house" / "jobs"
     for made in (dags, jobs, folder / "store"):
         made.mkdir(parents=True)
     for name in ("prompts", "schemas"):
         shutil.copytree(ROOT / "include" / name, folder / "house" / name)
-    (dags / "crowd.py").write_text(DAG.format(run=str(folder / "run"), waits=waits))
+    (dags / "crowd.py").write_text(DAG.format(run=str(folder / "run"), width=width))
     spec = job("crowd", {"input": {"uri": f"file://{folder}/rows.jsonl"}, "policy": {"max_requests_per_shard": 1}})
     (jobs / "crowd.yaml").write_text(yaml.safe_dump(spec))
     rows = ({"review_id": f"r{i}", "hotel_id": "h", "text": f"Room {i} was lovely."} for i in range(waits))
     (folder / "rows.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     stack = reserve(folder)
-    own = {"NIGHTSHIFT_STORE": f"file://{folder}/store", "NIGHTSHIFT_POLL_SECONDS": "30"}
+    own = {"NIGHTSHIFT_STORE": f"file://{folder}/store", "NIGHTSHIFT_POLL_SECONDS": "30", "NIGHTSHIFT_WIDTH": str(width)}
     url = f"http://127.0.0.1:{port}/v1"
     until_up(f"http://127.0.0.1:{port}")
     env = {**client_env(stack), **own, "OPENAI_BASE_URL": url}
@@ -186,7 +190,7 @@ def start(folder: Path, waits: int, port: int) -> Stack:
     airflow = {
         **own,
         "AIRFLOW__CORE__DAGS_FOLDER": str(dags),
-        "AIRFLOW__TRIGGERER__CAPACITY": str(waits),
+        "AIRFLOW__TRIGGERER__CAPACITY": str(width),
         "AIRFLOW_CONN_OPENAI_DEFAULT": json.dumps({"conn_type": "openai", "host": url, "password": KEY}),
         "PYTHONPATH": str(ROOT),
     }
@@ -194,7 +198,7 @@ def start(folder: Path, waits: int, port: int) -> Stack:
 
 
 def states(api: AirflowApi) -> Counter[str]:
-    """How many waits are in which state."""
+    """How many chains are in which state."""
     seen = Counter[str]()
     for state in ("deferred", "success", "failed"):
         found = api.get("/dags/crowd/dagRuns/crowd/taskInstances", task_id="wait", state=state, limit="1")
@@ -206,6 +210,7 @@ def main() -> None:
     """Hand in, wait, look, end; print what it took."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--waits", type=int, default=1000)
+    parser.add_argument("--chains", type=int, help="that share them; one each, where nothing is said")
     parser.add_argument("--hand-in", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -222,13 +227,14 @@ def main() -> None:
     port = free_port()
     serving = subprocess.Popen([sys.executable, "-m", "bench.crowd", "--serve", str(port)])
     try:
-        look(start(folder, given.waits, port), given.waits, f"http://127.0.0.1:{port}")
+        width = given.chains or given.waits
+        look(start(folder, given.waits, width, port), given.waits, width, f"http://127.0.0.1:{port}")
     finally:
         down(folder)
         serving.terminate()
 
 
-def look(stack: Stack, waits: int, url: str) -> None:
+def look(stack: Stack, waits: int, width: int, url: str) -> None:
     """Let all wait at once, watch them for a while, end them, and print a table."""
     api, watch = airflow_api(stack), Watch(stack.pids["airflow"])
     while "crowd" not in {each["dag_id"] for each in api.get("/dags")["dags"]}:
@@ -242,16 +248,16 @@ def look(stack: Stack, waits: int, url: str) -> None:
         begun, before = time.monotonic(), watch.cpu()
         while not done():
             if failed := states(api)["failed"]:
-                sys.exit(f"{failed} waits have failed: see the logs of the stack")
+                sys.exit(f"{failed} chains have failed: see the logs of the stack")
             time.sleep(2)
         took = time.monotonic() - begun
         spent = watch.cpu() - before
         print(f"| {name} | {took:.0f} | " + " | ".join(f"{spent[part]:.1f}" for part in Watch.parts) + " |", flush=True)
 
-    print(f"| {waits:,} waits | wall s | scheduler CPU-s | triggerer CPU-s | API server CPU-s |\n|---|---:|---:|---:|---:|")
+    print(f"| {waits:,} waits in {width:,} chains | wall s | CPU-s scheduler | triggerer | API server |\n|---|---:|---:|---:|---:|")
     before = asked()
     api.call("POST", "/dags/crowd/dagRuns", {"logical_date": None, "dag_run_id": "crowd", "conf": {}})
-    until("all are deferred", lambda: states(api)["deferred"] == waits)
+    until("all are deferred", lambda: states(api)["deferred"] == width)
     until("each has looked once", lambda: (asked() - before)["looks at one batch"] >= waits)
     time.sleep(60)
     before, start = asked(), time.monotonic()
@@ -259,7 +265,7 @@ def look(stack: Stack, waits: int, url: str) -> None:
     calls = asked() - before
     memory = watch.memory()
     urllib.request.urlopen(f"{url}/end", b"", timeout=60).close()
-    until("all have ended", lambda: states(api)["success"] == waits)
+    until("all have ended", lambda: states(api)["success"] == width)
     print(f"MB of the largest process: {dict(memory)}; calls in {STEADY_SECONDS} s of waiting: {dict(calls)}")
 
 

@@ -25,6 +25,7 @@ NightshiftError
     ├── ProviderUnavailable       unreachable, overloaded, or talking nonsense
     │   ├── BatchUnknown          it has forgotten a batch of ours, or not heard of it yet
     │   └── ResultsGone           it knows the batch, and not the result files that the batch names
+    ├── BatchUnfinished           the batch goes on, or its result files are not there yet
     ├── QueueFull                 the provider takes no more batches for now
     ├── StoreUnavailable          the object store did not answer
     ├── DownloadIncomplete        fewer bytes came than the provider announced
@@ -265,6 +266,13 @@ class ResultsGone(ProviderUnavailable):
     def __init__(self, where: str, file_id: str) -> None:
         self.file_id = file_id
         super().__init__(where, f"result file {file_id} is not there.")
+
+
+class BatchUnfinished(Transient):
+    """There is nothing to harvest yet."""
+
+    def __init__(self, where: str, batch_id: str, why: str) -> None:
+        super().__init__(f"{where} has not finished batch {batch_id}: {why}.")
 
 
 class QueueFull(Transient):

@@ -21,6 +21,7 @@ class Settings:
     jobs: Path  # NIGHTSHIFT_JOBS, the folder of job files
     poll_seconds: float  # NIGHTSHIFT_POLL_SECONDS, between two looks at a batch
     upload_poll_seconds: float  # NIGHTSHIFT_UPLOAD_POLL_SECONDS, between two looks at an inbox
+    width: int  # NIGHTSHIFT_WIDTH, tasks of a run in Airflow that go on side by side
     store_connection: str  # NIGHTSHIFT_STORE_CONNECTION, the Airflow connection of the store
     bedrock_role_arn: str | None  # NIGHTSHIFT_BEDROCK_ROLE_ARN, the role that Bedrock reads and writes S3 as
     bedrock_files: str | None  # NIGHTSHIFT_BEDROCK_FILES, the S3 folder of its requests and results; None = the store
@@ -42,6 +43,7 @@ def read_settings(env: Mapping[str, str] = os.environ) -> Settings:
         jobs=Path(env.get("NIGHTSHIFT_JOBS") or Path(__file__).parent.parent / "jobs"),
         poll_seconds=_seconds(env, "NIGHTSHIFT_POLL_SECONDS"),
         upload_poll_seconds=_seconds(env, "NIGHTSHIFT_UPLOAD_POLL_SECONDS"),
+        width=_width(env.get("NIGHTSHIFT_WIDTH", "64")),
         store_connection=env.get("NIGHTSHIFT_STORE_CONNECTION", "aws_default"),
         bedrock_role_arn=env.get("NIGHTSHIFT_BEDROCK_ROLE_ARN"),
         bedrock_files=env.get("NIGHTSHIFT_BEDROCK_FILES"),
@@ -67,6 +69,12 @@ def _seconds(env: Mapping[str, str], name: str) -> float:
         return float(env.get(name, "30"))
     except ValueError as error:
         raise JobInvalid([f"{name}={env[name]!r}: expected a number of seconds"]) from error
+
+
+def _width(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise JobInvalid([f"NIGHTSHIFT_WIDTH={text!r}: expected a number of tasks, 1 or more"])
+    return int(text)
 
 
 def _dollars(env: Mapping[str, str], name: str) -> Decimal | None:

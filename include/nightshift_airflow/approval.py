@@ -22,10 +22,11 @@ from nightshift.errors import ApprovalNeeded, NightshiftError
 from nightshift.notices import Notice, listeners
 from nightshift.pages import usd
 from nightshift.runs import Run, Site
-from nightshift.settings import dollars
+from nightshift.settings import dollars, read_settings
 from nightshift.shapes import Approval, Plan
 from nightshift.steps.approve import approve, must_ask, question
 from nightshift.steps.plan import plan
+from nightshift_airflow.chains import chains
 from nightshift_airflow.notices import tell
 from nightshift_airflow.site import owner_of, run_at
 from nightshift_airflow.tasks import DRY_RUN
@@ -46,13 +47,13 @@ class ApproveRun(ApprovalOperator):
         self.run_uri = run_uri
 
     def execute(self, context: Any) -> list[str]:
-        """The shards to drive. A question waits in the state `awaiting_input`, with no worker and no trigger."""
+        """The chains of shards to drive. A question waits in the state `awaiting_input`, with no worker and no trigger."""
         site, run = run_at(self.run_uri, owner_of(context))
         planned = plan(site, run)
         if run.input.dry_run:
             raise AirflowSkipException(DRY_RUN)
         if not must_ask(site, run, planned):
-            return _shards(site, run, planned, is_approved=False)
+            return _chains(site, run, planned, is_approved=False)
         if context["dag_run"].run_type == "backfill":
             return self._with_others(context, site, run, planned, waited_for=None)
         return self._ask(context, run, planned, {})
@@ -83,7 +84,7 @@ class ApproveRun(ApprovalOperator):
                 self.log.info("%s is less than this run alone is estimated at; asking again", usd(granted))
                 return self._with_others(context, site, run, planned, waited_for=number)
         _record(run, planned, "approved", person, site.now(), note, number)
-        return _shards(site, run, planned, is_approved=True)
+        return _chains(site, run, planned, is_approved=True)
 
     def _with_others(self, context: Any, site: Site, run: Run, planned: Plan, *, waited_for: int | None) -> list[str]:
         """Draw on what was granted to this backfill, wait for the answer to its question, or be the one who asks."""
@@ -93,7 +94,7 @@ class ApproveRun(ApprovalOperator):
             drawn, step = step, grants.draw(step, run.uri, planned.estimate.usd or Decimal(0), site.now()) or step
             if step is drawn:
                 _record(run, planned, "approved", drawn.answer.by, site.now(), drawn.answer.note, drawn.number)
-                return _shards(site, run, planned, is_approved=True)
+                return _chains(site, run, planned, is_approved=True)
         if isinstance(step, Refused):
             _record(run, planned, "refused", step.answer.by, site.now(), step.answer.note, step.number)
             raise _needed(run, planned)
@@ -161,8 +162,8 @@ class AnswerTrigger(BaseTrigger):
         return Grants(site.store, run.job.name).answer(self.question) is not None
 
 
-def _shards(site: Site, run: Run, planned: Plan, *, is_approved: bool) -> list[str]:
-    return list(approve(site, run, planned, ask=lambda: is_approved).shards)
+def _chains(site: Site, run: Run, planned: Plan, *, is_approved: bool) -> list[str]:
+    return chains(approve(site, run, planned, ask=lambda: is_approved).shards, read_settings().width)
 
 
 def _needed(run: Run, planned: Plan) -> ApprovalNeeded:

@@ -21,7 +21,7 @@ from nightshift_airflow.retries import RETRIES, RETRY_DELAY, ByErrorClass
 from nightshift_airflow.tasks import assemble, audit, discover, note_problem, plan, publish_to, report, submit
 from nightshift_airflow.timetables import CronsTimetable
 from nightshift_airflow.uploads import S3UploadTrigger, jobs_with_uploads
-from nightshift_airflow.waits import CollectShard, WaitForShard
+from nightshift_airflow.waits import CollectShards, WaitForShards
 
 STEP_TIMEOUT = timedelta(hours=6)
 DEFAULTS = {
@@ -44,7 +44,7 @@ def job_dag(spec: JobFile, path: Path) -> DAG:
         start_date=pendulum.datetime(*spec.start_date.timetuple()[:3], tz=spec.timezone),
         catchup=spec.catchup,
         max_active_runs=16,
-        max_active_tasks=64,
+        max_active_tasks=read_settings().width,
         tags=["nightshift", *spec.tags],
         params=form_of(spec, path),
         deadline=deadline_of(spec, path),
@@ -55,15 +55,15 @@ def job_dag(spec: JobFile, path: Path) -> DAG:
         approved = ApproveRun(task_id="approve", run_uri=planned, retries=2)
 
         @task_group(group_id="shard")
-        def shard_group(run_uri: str, shard: str) -> Any:
-            submitted = submit(run_uri, shard)
+        def shard_group(run_uri: str, keys: str) -> Any:
+            submitted = submit(run_uri, keys)
             patience = timedelta(hours=spec.policy.deadline_hours) + STEP_TIMEOUT  # by then a batch is cancelled and harvested
-            waited = WaitForShard(task_id="wait", run_uri=run_uri, shard=submitted, execution_timeout=patience)
-            collected = CollectShard(task_id="collect", run_uri=run_uri, shard=submitted)
+            waited = WaitForShards(task_id="wait", run_uri=run_uri, chain=submitted, execution_timeout=patience)
+            collected = CollectShards(task_id="collect", run_uri=run_uri, chain=submitted)
             chain(submitted, waited, collected)
             return collected.output
 
-        settled = shard_group.partial(run_uri=run_uri).expand(shard=approved.output)  # nothing is submitted before it is approved
+        settled = shard_group.partial(run_uri=run_uri).expand(keys=approved.output)  # nothing is submitted before it is approved
         assembled = assemble(planned, settled)
         audited = audit(assembled)
         published = publish_to(results_asset(spec), partitions_asset(spec))(audited)
@@ -157,7 +157,8 @@ def _doc(spec: JobFile) -> str:
         "| discover | pins the input objects |\n| plan | renders, hashes, collapses duplicates, reuses paid answers, packs shards |\n"
         "| approve | compares the estimate with the budget "
         f"({policy.budget_usd or 'none'} USD; asks above {policy.approve_above_usd or 'nothing'}) |\n"
-        "| shard.submit → wait → collect | one provider batch per shard, paid once |\n| assemble | one outcome per row |\n"
+        "| shard.submit → wait → collect | one provider batch per shard, paid once; in wide runs several shards share a chain of tasks |\n"
+        "| assemble | one outcome per row |\n"
         "| audit | Great Expectations on the staged results |\n"
         "| publish | swaps the partition in one step |\n| report | counts, cost, quality |\n\n"
         "Clearing any task is safe: what was paid for is found again."

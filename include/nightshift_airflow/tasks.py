@@ -1,4 +1,4 @@
-"""The steps as tasks. XCom carries the run's URI and shard keys; everything else is in the store."""
+"""The steps as tasks. XCom carries the run's URI and the keys of shards; everything else is in the store."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from nightshift.steps.plan import plan as plan_run
 from nightshift.steps.publish import publish as publish_run
 from nightshift.steps.report import report as report_run
 from nightshift.steps.submit import submit as submit_shard
+from nightshift_airflow.chains import shards_of
 from nightshift_airflow.lineage import reads, writes
 from nightshift_airflow.notices import tell
 from nightshift_airflow.site import owner_of, run_at, site_for
@@ -117,15 +118,16 @@ def plan(run_uri: str, **context: Any) -> str:
 
 
 @task
-def submit(run_uri: str, shard: str, **context: Any) -> str:
-    """Bring one shard to the provider, once; its key."""
+def submit(run_uri: str, chain: str, **context: Any) -> str:
+    """Bring the shards of a chain to the provider, each once; the chain."""
     site, run = run_at(run_uri, owner_of(context))
-    try:
-        receipt = submit_shard(site, run, shard)
-        log.info("Shard %s: %s", shard[:12], f"batch {receipt.batch_id}" if receipt else "settled earlier")
-    except ShardHeld as held:
-        log.info("%s The wait waits for that, too.", held)
-    return shard
+    for shard in shards_of(chain):
+        try:
+            receipt = submit_shard(site, run, shard)
+            log.info("Shard %s: %s", shard[:12], f"batch {receipt.batch_id}" if receipt else "settled earlier")
+        except ShardHeld as held:
+            log.info("%s The wait waits for that, too.", held)
+    return chain
 
 
 @task(trigger_rule="none_failed_min_one_success")

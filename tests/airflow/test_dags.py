@@ -204,6 +204,18 @@ def test_what_fails_at_the_provider_is_driven_again_under_airflow(airflow_home, 
     assert summary_of(airflow_home)["batches"] > 3
 
 
+def test_a_run_of_more_shards_than_it_is_wide_shares_its_chains_and_loses_none_of_them(airflow_home, rehearsal, job):
+    world, jobs = job
+    rehearsal.faults(errored=0.3)
+    ended = run_dag(airflow_home, "reviews", {"input": world.write("in.jsonl", reviews(45))}, rehearsal, jobs, NIGHTSHIFT_WIDTH="2")
+    assert ended["state"] == "success", ended
+    assert [name for name in ended["tasks"] if name.startswith("shard.collect")] == ["shard.collect[0]", "shard.collect[1]"]
+    summary = summary_of(airflow_home)
+    assert (summary["state"], summary["rows"], sum(summary["outcomes"].values())) == ("published", 45, 45)
+    assert summary["batches"] > 5
+    assert set(rehearsal.bill()["by_request"].values()) == {1}
+
+
 def test_failures_are_driven_again_under_airflow_by_a_parameter(airflow_home, rehearsal, job):
     world, jobs = job
     rehearsal.faults(refused=0.4)

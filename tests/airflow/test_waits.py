@@ -13,11 +13,11 @@ from tests.conftest import reviews
 
 WAIT = """
 import asyncio, json, time
-from nightshift_airflow.waits import ShardTrigger
+from nightshift_airflow.waits import ChainTrigger
 
 async def wait():
     started = time.monotonic()
-    events = [event async for event in ShardTrigger(%r, %r).run()]
+    events = [event async for event in ChainTrigger(%r, %r).run()]
     print("RESULT" + json.dumps([len(events), time.monotonic() - started]))
 
 asyncio.run(asyncio.wait_for(wait(), 100))

@@ -14,6 +14,7 @@ from nightshift.drive import begin, drive
 from nightshift.errors import (
     AccessDenied,
     BatchRejected,
+    BatchUnfinished,
     BatchUnknown,
     BudgetExceeded,
     JobInvalid,
@@ -410,5 +411,5 @@ def test_collect_of_a_job_that_has_not_ended_comes_back_later(cloud):
     cloud.rehearsal.pace(validating=0.0, running=30.0, finalizing=0.0, cancelling=0.05)
     run, shard = begun(cloud, cloud.job(request=BEDROCK))
     submit(cloud.site, run, shard)
-    with pytest.raises(ProviderUnavailable, match=r"is still (InProgress|Validating)"):
+    with pytest.raises(BatchUnfinished, match=r"is still (InProgress|Validating)"):
         collect(cloud.site, run, shard)
