@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
@@ -22,6 +24,7 @@ from nightshift.runs import Run, Site, load_run
 from nightshift.settings import dollars, read_settings
 from nightshift.stores.objects import Objects, open_objects, split_input
 
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each request, of which a shard may have 50,000
 BEDROCK_SERVICES = ("bedrock", "bedrock-runtime", "service-quotas")
 
 
@@ -34,6 +37,10 @@ class _Aws:
     session: Any
 
 
+# For so long a connection is as it was. A triggerer (3.3.2) takes every question and every line of a log in a round of its loop, and
+# looks into the database in each: thousands of waits that all ask would be late by minutes.
+CONNECTION_SECONDS = 60.0
+_connections: dict[str, tuple[float, Any]] = {}  # by id: until when it counts, and the connection or None
 # Kept for the life of a process, by what the connection says: a trigger asks every few seconds.
 _sessions: dict[str, _Aws] = {}
 _opened: dict[tuple[str, str], Objects] = {}
@@ -80,12 +87,11 @@ def owner_of(context: Any) -> str:
 
 def openai_access(connection_id: str) -> OpenAIAccess:
     """The way to a server of OpenAI's API, from its Airflow connection: host = base URL, password = key."""
-    try:
-        connection = BaseHook.get_connection(connection_id)
-    except AirflowNotFoundException as error:
+    connection = _connection(connection_id)
+    if connection is None:
         why = f"there is no Airflow connection {connection_id!r}; "
         why += "add it under Admin → Connections (host = base URL, password = API key)."
-        raise AccessDenied("Airflow", why) from error
+        raise AccessDenied("Airflow", why)
     kwargs = connection.extra_dejson.get("openai_client_kwargs", {})
     return OpenAIAccess(
         base_url=connection.host or kwargs.get("base_url"),
@@ -96,10 +102,8 @@ def openai_access(connection_id: str) -> OpenAIAccess:
 
 def monthly_budget(connection_id: str) -> Decimal | None:
     """What all jobs of a connection may spend in a month: `monthly_budget_usd` in its extra; None where it does not say."""
-    try:
-        found = BaseHook.get_connection(connection_id).extra_dejson.get("monthly_budget_usd")
-    except AirflowNotFoundException:
-        return None
+    connection = _connection(connection_id)
+    found = connection.extra_dejson.get("monthly_budget_usd") if connection else None
     return None if found is None else dollars(found, f"connection {connection_id}: monthly_budget_usd")
 
 
@@ -149,11 +153,22 @@ def queue_client(connection_id: str) -> Any:
     return make_client(aws.session if aws else default_session(), "sqs", **(_client_config(aws, "sqs") if aws else {}))
 
 
+def _connection(connection_id: str) -> Any:
+    """An Airflow connection as it is, or was a minute ago; None where there is none."""
+    until, found = _connections.get(connection_id, (0.0, None))
+    if time.monotonic() >= until:
+        try:
+            found = BaseHook.get_connection(connection_id)
+        except AirflowNotFoundException:
+            found = None
+        _connections[connection_id] = time.monotonic() + CONNECTION_SECONDS, found
+    return found
+
+
 def _aws(connection_id: str) -> _Aws | None:
     """An AWS connection as it is now; None where there is none, and boto3's own defaults count."""
-    try:
-        connection = BaseHook.get_connection(connection_id)
-    except AirflowNotFoundException:
+    connection = _connection(connection_id)
+    if connection is None:
         return None
     uri = connection.get_uri()
     if uri not in _sessions:

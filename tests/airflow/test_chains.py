@@ -72,6 +72,20 @@ with structlog.testing.capture_logs() as lines:
     tell(look("in_progress", 1000))
 print("RESULT" + " ".join(f"{line.get('status', 'failed')}:{line.get('done', '-')}" for line in lines))
 """
+KEEP = """
+import os, time
+from nightshift_airflow import site
+
+def host():
+    return site.openai_access("openai_default").base_url
+
+site.CONNECTION_SECONDS = 3.0
+first = host()
+os.environ["AIRFLOW_CONN_OPENAI_DEFAULT"] = '{"conn_type": "openai", "host": "http://mended"}'
+second = host()
+time.sleep(3.1)
+print("RESULT" + " ".join([first, second, host()]))
+"""
 names = st.lists(st.from_regex("[0-9a-f]{64}", fullmatch=True), unique=True, max_size=40)
 
 
@@ -174,3 +188,9 @@ def test_a_wait_says_what_is_news_and_not_every_look(airflow_home):
     said = in_airflow(airflow_home, NEWS).rpartition("RESULT")[2].split()
     tenths = [f"in_progress:{done}" for done in range(0, 1001, 100)]
     assert said == ["validating:0", *tenths, "failed:-"]
+
+
+def test_a_connection_is_asked_for_once_in_a_while_and_a_mended_one_is_seen(airflow_home):
+    before = json.dumps({"conn_type": "openai", "host": "http://before"})
+    said = in_airflow(airflow_home, KEEP, AIRFLOW_CONN_OPENAI_DEFAULT=before).rpartition("RESULT")[2].split()
+    assert said == ["http://before", "http://before", "http://mended"]
