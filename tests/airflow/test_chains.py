@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nightshift.errors import JobInvalid
+from nightshift.errors import JobInvalid, StoreUnavailable
+from nightshift.providers.protocol import Snapshot
 from nightshift.settings import read_settings
 from nightshift.shapes import Receipt
 from nightshift.steps.approve import approve
@@ -18,7 +21,9 @@ from nightshift.steps.plan import plan
 from nightshift.steps.submit import submit
 from nightshift.steps.wait import pauses
 from nightshift.stores.ledger import Claim
+from nightshift_airflow import site, waits
 from nightshift_airflow.chains import chain_of, chains, shards_of
+from nightshift_airflow.waits import News
 from tests.airflow.conftest import in_airflow
 from tests.conftest import reviews
 
@@ -53,38 +58,6 @@ from nightshift_airflow.waits import ChainTrigger
 trigger = ChainTrigger(%r, %r)
 trigger._is_stopped = lambda: True  # there is no Airflow that could say so
 trigger._cancel_if_stopped()
-"""
-NEWS = """
-import structlog
-from nightshift.errors import StoreUnavailable
-from nightshift.providers.protocol import Snapshot
-from nightshift_airflow import waits
-
-def look(status, done):
-    return Snapshot(state="running", status=status, done=done, total=1000, result_files=(), reasons=(), bad_lines={})
-
-with structlog.testing.capture_logs() as lines:
-    waits.log = structlog.get_logger()
-    tell = waits.News("a" * 64)
-    for each in [look("validating", 0), look("validating", 0), look("in_progress", 0), *(look("in_progress", done) for done in range(1001))]:
-        tell(each)
-    tell(StoreUnavailable("s3", "no"))
-    tell(look("in_progress", 1000))
-print("RESULT" + " ".join(f"{line.get('status', 'failed')}:{line.get('done', '-')}" for line in lines))
-"""
-KEEP = """
-import os, time
-from nightshift_airflow import site
-
-def host():
-    return site.openai_access("openai_default").base_url
-
-site.CONNECTION_SECONDS = 3.0
-first = host()
-os.environ["AIRFLOW_CONN_OPENAI_DEFAULT"] = '{"conn_type": "openai", "host": "http://mended"}'
-second = host()
-time.sleep(3.1)
-print("RESULT" + " ".join([first, second, host()]))
 """
 names = st.lists(st.from_regex("[0-9a-f]{64}", fullmatch=True), unique=True, max_size=40)
 
@@ -184,13 +157,32 @@ def test_F104_stopping_a_chain_cancels_each_of_its_batches_that_it_can(airflow_h
     assert world.rehearsal.provider().poll(receipt.batch_id).status in ("cancelling", "cancelled")
 
 
-def test_a_wait_says_what_is_news_and_not_every_look(airflow_home):
-    said = in_airflow(airflow_home, NEWS).rpartition("RESULT")[2].split()
-    tenths = [f"in_progress:{done}" for done in range(0, 1001, 100)]
-    assert said == ["validating:0", *tenths, "failed:-"]
+def test_a_wait_says_what_is_news_and_not_every_look(monkeypatch):
+    def look(status: str, done: int) -> Snapshot:
+        return Snapshot(state="running", status=status, done=done, total=1000, result_files=(), reasons=(), bad_lines={})
+
+    with structlog.testing.capture_logs() as lines:
+        monkeypatch.setattr(waits, "log", structlog.get_logger())
+        news = News("a" * 64)
+        for each in [look("validating", 0), look("validating", 0), *(look("in_progress", done) for done in range(1001))]:
+            news(each)
+        news(StoreUnavailable("s3", "no"))
+        news(look("in_progress", 1000))
+    tenths = [("in_progress", done) for done in range(0, 1001, 100)]
+    assert [(line.get("status"), line.get("done")) for line in lines] == [("validating", 0), *tenths, (None, None)]
 
 
-def test_a_connection_is_asked_for_once_in_a_while_and_a_mended_one_is_seen(airflow_home):
-    before = json.dumps({"conn_type": "openai", "host": "http://before"})
-    said = in_airflow(airflow_home, KEEP, AIRFLOW_CONN_OPENAI_DEFAULT=before).rpartition("RESULT")[2].split()
-    assert said == ["http://before", "http://before", "http://mended"]
+def test_a_connection_is_asked_for_once_a_minute_and_a_mended_one_is_seen(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(site, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(site, "_connections", {})
+
+    def host(says: str) -> str | None:
+        monkeypatch.setenv("AIRFLOW_CONN_MENDED", json.dumps({"conn_type": "openai", "host": says}))
+        return site.openai_access("mended").base_url
+
+    assert host("http://before") == "http://before"
+    clock[0] = 59.0
+    assert host("http://after") == "http://before"
+    clock[0] = 60.0
+    assert host("http://after") == "http://after"
