@@ -104,7 +104,7 @@ def test_next_move_follows_from_the_ledger_alone(attempts, now, move):
 
 
 def test_every_full_queue_in_a_row_doubles_the_pause_up_to_a_bound():
-    full = [attempt(n, taken=True, end=ended("queue_full", 1)) for n in range(1, 12)]
+    full = [attempt(n, taken=True, end=ended("queue_full", 1)) for n in range(1, 101)]
     assert [queue_pause(full[:n]) / QUEUE_PAUSE for n in (1, 2, 3)] == [1, 2, 4]
     assert queue_pause(full) == QUEUE_PAUSE_MAX
 

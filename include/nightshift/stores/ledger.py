@@ -171,7 +171,8 @@ def next_move(attempts: Sequence[Attempt], *, now: datetime) -> Move:
 
 def queue_pause(attempts: Sequence[Attempt]) -> timedelta:
     """How long to let the provider's queue drain: doubling with every full queue in a row."""
-    doubled: timedelta = QUEUE_PAUSE * 2 ** max(0, len(full_queues(attempts)) - 1)
+    doublings = min(max(0, len(full_queues(attempts)) - 1), 10)  # far beyond the most; some forty are more than a timedelta holds
+    doubled: timedelta = QUEUE_PAUSE * 2**doublings
     return min(doubled, QUEUE_PAUSE_MAX)
 
 
