@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, TypeVar
 
 from airflow.sdk import BaseHook
 from airflow.sdk.exceptions import AirflowNotFoundException
@@ -37,14 +38,29 @@ class _Aws:
     session: Any
 
 
-# For so long a connection is as it was. A triggerer (3.3.2) takes every question and every line of a log in a round of its loop, and
+Found = TypeVar("Found")
+# For so long what a connection says counts. A triggerer (3.3.2) takes every question and every line of a log in a round of its loop, and
 # looks into the database in each: thousands of waits that all ask would be late by minutes.
 CONNECTION_SECONDS = 60.0
-_connections: dict[str, tuple[float, Any]] = {}  # by id: until when it counts, and the connection or None
+ABSENCE_SECONDS = 5.0  # also where it could not be asked for, Airflow says that there is none
 # Kept for the life of a process, by what the connection says: a trigger asks every few seconds.
 _sessions: dict[str, _Aws] = {}
 _opened: dict[tuple[str, str], Objects] = {}
 _accesses: dict[tuple[str, str], BedrockAccess] = {}
+
+
+def kept(read: Callable[[str], Found]) -> Callable[[str], Found]:
+    """Keep what is read of a connection, by its id. What raises is read again."""
+    known: dict[str, tuple[float, Found]] = {}
+
+    @wraps(read)
+    def known_or_read(connection_id: str) -> Found:
+        if connection_id not in known or time.monotonic() >= known[connection_id][0]:
+            found = read(connection_id)
+            known[connection_id] = time.monotonic() + (ABSENCE_SECONDS if found is None else CONNECTION_SECONDS), found
+        return known[connection_id][1]
+
+    return known_or_read
 
 
 def site_for(spec: JobFile | None, owner: str) -> Site:
@@ -85,13 +101,15 @@ def owner_of(context: Any) -> str:
     return f"{ti.dag_id}/{ti.run_id}/{ti.task_id}{index} try {ti.try_number} pid {os.getpid()}"
 
 
+@kept
 def openai_access(connection_id: str) -> OpenAIAccess:
     """The way to a server of OpenAI's API, from its Airflow connection: host = base URL, password = key."""
-    connection = _connection(connection_id)
-    if connection is None:
+    try:
+        connection = BaseHook.get_connection(connection_id)
+    except AirflowNotFoundException as error:
         why = f"there is no Airflow connection {connection_id!r}; "
         why += "add it under Admin → Connections (host = base URL, password = API key)."
-        raise AccessDenied("Airflow", why)
+        raise AccessDenied("Airflow", why) from error
     kwargs = connection.extra_dejson.get("openai_client_kwargs", {})
     return OpenAIAccess(
         base_url=connection.host or kwargs.get("base_url"),
@@ -100,10 +118,13 @@ def openai_access(connection_id: str) -> OpenAIAccess:
     )
 
 
+@kept
 def monthly_budget(connection_id: str) -> Decimal | None:
     """What all jobs of a connection may spend in a month: `monthly_budget_usd` in its extra; None where it does not say."""
-    connection = _connection(connection_id)
-    found = connection.extra_dejson.get("monthly_budget_usd") if connection else None
+    try:
+        found = BaseHook.get_connection(connection_id).extra_dejson.get("monthly_budget_usd")
+    except AirflowNotFoundException:
+        return None
     return None if found is None else dollars(found, f"connection {connection_id}: monthly_budget_usd")
 
 
@@ -153,22 +174,12 @@ def queue_client(connection_id: str) -> Any:
     return make_client(aws.session if aws else default_session(), "sqs", **(_client_config(aws, "sqs") if aws else {}))
 
 
-def _connection(connection_id: str) -> Any:
-    """An Airflow connection as it is, or was a minute ago; None where there is none."""
-    until, found = _connections.get(connection_id, (0.0, None))
-    if time.monotonic() >= until:
-        try:
-            found = BaseHook.get_connection(connection_id)
-        except AirflowNotFoundException:
-            found = None
-        _connections[connection_id] = time.monotonic() + CONNECTION_SECONDS, found
-    return found
-
-
+@kept
 def _aws(connection_id: str) -> _Aws | None:
-    """An AWS connection as it is now; None where there is none, and boto3's own defaults count."""
-    connection = _connection(connection_id)
-    if connection is None:
+    """An AWS connection; None where there is none, and boto3's own defaults count."""
+    try:
+        connection = BaseHook.get_connection(connection_id)
+    except AirflowNotFoundException:
         return None
     uri = connection.get_uri()
     if uri not in _sessions:
