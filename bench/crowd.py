@@ -45,8 +45,9 @@ from nightshift.steps.approve import approve
 from nightshift.steps.plan import plan
 from nightshift.steps.submit import submit
 from nightshift_airflow.chains import chains
+from nightshift_airflow.shards import WaitForShards
 from nightshift_airflow.site import run_at
-from nightshift_airflow.waits import ChainTrigger, WaitForShards
+from nightshift_airflow.waits import ChainTrigger
 from tests.airflow.jobs import ROOT, job
 
 DAG = """

@@ -12,6 +12,7 @@ NightshiftError
 │   ├── ModelNotFound             the provider does not offer this model
 │   ├── RequestTooLarge           one request alone is over the limit for a whole batch
 │   ├── BatchRejected             the provider refused the batch; nothing ran
+│   ├── ShardsFailed              several shards that share a task cannot be settled
 │   ├── BatchLost                 the provider no longer knows a batch that it took from us
 │   ├── WrongPlace                a shard was sent elsewhere than this connection leads
 │   ├── QuotaExhausted            the provider stopped billing us
@@ -147,6 +148,14 @@ class BatchRejected(Permanent):
         shown = "; ".join(self.reasons[:3]) or "no reason given"
         more = f" (and {len(self.reasons) - 3} more)" if len(self.reasons) > 3 else ""
         super().__init__(f"The provider rejected batch {batch_id}: {shown}{more}. Nothing ran and nothing is billed.")
+
+
+class ShardsFailed(Permanent):
+    """Shards that share a task cannot be settled; the others of it are. Carries what was said of each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
 
 
 class BatchLost(Permanent):

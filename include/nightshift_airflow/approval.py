@@ -13,6 +13,7 @@ import structlog
 from airflow.providers.standard.exceptions import HITLRejectException, HITLTimeoutError
 from airflow.providers.standard.operators.hitl import ApprovalOperator
 from airflow.sdk import Param
+from airflow.sdk.configuration import conf
 from airflow.sdk.definitions.param import ParamsDict
 from airflow.sdk.exceptions import AirflowSkipException
 from airflow.triggers.base import BaseTrigger, TriggerEvent
@@ -163,7 +164,8 @@ class AnswerTrigger(BaseTrigger):
 
 
 def _chains(site: Site, run: Run, planned: Plan, *, is_approved: bool) -> list[str]:
-    return chains(approve(site, run, planned, ask=lambda: is_approved).shards, read_settings().width)
+    most = min(read_settings().width, conf.getint("core", "max_map_length"))  # Airflow refuses a longer list, after the approval
+    return chains(approve(site, run, planned, ask=lambda: is_approved).shards, most)
 
 
 def _needed(run: Run, planned: Plan) -> ApprovalNeeded:

@@ -18,10 +18,10 @@ from nightshift_airflow.approval import ApproveRun
 from nightshift_airflow.form import form_of
 from nightshift_airflow.notices import deadline_of
 from nightshift_airflow.retries import RETRIES, RETRY_DELAY, ByErrorClass
-from nightshift_airflow.tasks import assemble, audit, discover, note_problem, plan, publish_to, report, submit
+from nightshift_airflow.shards import CollectShards, SubmitShards, WaitForShards
+from nightshift_airflow.tasks import assemble, audit, discover, note_problem, plan, publish_to, report
 from nightshift_airflow.timetables import CronsTimetable
 from nightshift_airflow.uploads import S3UploadTrigger, jobs_with_uploads
-from nightshift_airflow.waits import CollectShards, WaitForShards
 
 STEP_TIMEOUT = timedelta(hours=6)
 DEFAULTS = {
@@ -56,10 +56,10 @@ def job_dag(spec: JobFile, path: Path) -> DAG:
 
         @task_group(group_id="shard")
         def shard_group(run_uri: str, keys: str) -> Any:
-            submitted = submit(run_uri, keys)
+            submitted = SubmitShards(task_id="submit", run_uri=run_uri, chain=keys)
             patience = timedelta(hours=spec.policy.deadline_hours) + STEP_TIMEOUT  # by then a batch is cancelled and harvested
-            waited = WaitForShards(task_id="wait", run_uri=run_uri, chain=submitted, execution_timeout=patience)
-            collected = CollectShards(task_id="collect", run_uri=run_uri, chain=submitted)
+            waited = WaitForShards(task_id="wait", run_uri=run_uri, chain=submitted.output, execution_timeout=patience)
+            collected = CollectShards(task_id="collect", run_uri=run_uri, chain=submitted.output)
             chain(submitted, waited, collected)
             return collected.output
 

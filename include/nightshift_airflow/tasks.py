@@ -12,7 +12,7 @@ from airflow.sdk import task
 from airflow.sdk.exceptions import AirflowSkipException
 
 from nightshift.budgets import cost_of
-from nightshift.errors import InputMissing, JobInvalid, RunFailed, RunHeld, ShardHeld, UpToDate
+from nightshift.errors import InputMissing, JobInvalid, RunFailed, RunHeld, ShardsFailed, UpToDate
 from nightshift.job import Job
 from nightshift.job_file import load_job, read_prompt, redriven, vary
 from nightshift.money.prices import farewells
@@ -27,8 +27,6 @@ from nightshift.steps.discover import discover as discover_run
 from nightshift.steps.plan import plan as plan_run
 from nightshift.steps.publish import publish as publish_run
 from nightshift.steps.report import report as report_run
-from nightshift.steps.submit import submit as submit_shard
-from nightshift_airflow.chains import shards_of
 from nightshift_airflow.lineage import reads, writes
 from nightshift_airflow.notices import tell
 from nightshift_airflow.site import owner_of, run_at, site_for
@@ -115,19 +113,6 @@ def plan(run_uri: str, **context: Any) -> str:
         planned.estimate.usd,
     )  # fmt: skip
     return run_uri
-
-
-@task
-def submit(run_uri: str, chain: str, **context: Any) -> str:
-    """Bring the shards of a chain to the provider, each once; the chain."""
-    site, run = run_at(run_uri, owner_of(context))
-    for shard in shards_of(chain):
-        try:
-            receipt = submit_shard(site, run, shard)
-            log.info("Shard %s: %s", shard[:12], f"batch {receipt.batch_id}" if receipt else "settled earlier")
-        except ShardHeld as held:
-            log.info("%s The wait waits for that, too.", held)
-    return chain
 
 
 @task(trigger_rule="none_failed_min_one_success")
@@ -229,10 +214,17 @@ def note_problem(context: Any) -> None:
     """Keep what a task has failed with, for the report; called by Airflow where it failed."""
     ti, error = context["ti"], context.get("exception")
     run_uri = ti.xcom_pull(task_ids="discover", map_indexes=-1)
+    if isinstance(error, ShardsFailed):
+        return  # each of them was kept as it failed
     if isinstance(run_uri, str) and isinstance(error, BaseException) and ti.task_id != "report":
         site, run = run_at(run_uri, owner_of(context))
-        problem = Problem(task=ti.task_id, error=type(error).__name__, message=str(error)[:2000])
-        site.store.put(run.key("problem.json"), problem.model_dump_json().encode())
+        keep_problem(site, run, ti.task_id, error)
+
+
+def keep_problem(site: Site, run: Run, task_id: str, error: BaseException) -> None:
+    """Write what a task has failed with, over what was there."""
+    problem = Problem(task=task_id, error=type(error).__name__, message=str(error)[:2000])
+    site.store.put(run.key("problem.json"), problem.model_dump_json().encode())
 
 
 def run_dates(context: Any, timezone: str) -> dict[str, Any]:

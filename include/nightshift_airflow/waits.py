@@ -1,27 +1,26 @@
-"""Waiting for shards without a worker: a trigger that polls off the event loop, and the operators around it."""
+"""Waiting for shards without a worker: a trigger that polls off the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import structlog
-from airflow.sdk import BaseOperator
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
-from airflow.triggers.base import BaseTrigger, StartTriggerArgs, TaskSuccessEvent, TriggerEvent
+from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
 
 from nightshift.doorbell import Doorbell
-from nightshift.errors import BatchUnfinished, NightshiftError, Permanent, ShardHeld, Transient
+from nightshift.errors import NightshiftError, Transient
 from nightshift.providers.protocol import Snapshot
 from nightshift.runs import Run, Site, approved_plan
-from nightshift.steps.collect import collect
-from nightshift.steps.submit import open_where, submit
-from nightshift.steps.wait import pauses
+from nightshift.steps.submit import open_where
+from nightshift.steps.wait import ERROR_PAUSE_MAX_SECONDS, pauses
 from nightshift.stores.ledger import Attach, next_move
-from nightshift_airflow.chains import chain_of, shards_of
-from nightshift_airflow.site import doorbell, owner_of, run_at
+from nightshift_airflow.chains import shards_of
+from nightshift_airflow.site import doorbell, run_at
 
 log = structlog.get_logger(__name__)
 
@@ -29,7 +28,8 @@ STORE_PAUSE_SECONDS = 30.0
 # A task that is resumed within seconds of deferring can be failed by the scheduler's stale success event (apache/airflow
 # issue 72716), so a wait that ends in a worker lasts at least this long.
 RESUME_AFTER_SECONDS = 20.0
-LINGER_SECONDS = 600.0  # that a shard which is over waits for the others of its chain: every round takes a process
+LINGER_SHARE, LINGER_SECONDS = 0.1, (RESUME_AFTER_SECONDS, 600.0)  # of the wait before; the least and the most
+CANCELLED_AT_ONCE = 8
 CLEARED_OR_STOPPED_SECONDS = 3.0  # until the state of a task that a person acted on can be told
 _last_words: set[asyncio.Task[None]] = set()  # the event loop keeps no strong reference to its tasks
 STOPPED_STATES = ["failed", "skipped", "removed", "upstream_failed"]
@@ -54,12 +54,12 @@ class ChainTrigger(BaseTrigger):
         return f"{type(self).__module__}.{type(self).__qualname__}", kwargs
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
-        """All shards are waited for at the same time; the first that is over waits a while for the others."""
+        """All shards are waited for at the same time; the first that is over waits a while for the others: every round takes a process."""
         started = time.monotonic()
         async with asyncio.TaskGroup() as group:
             waits = [group.create_task(self._wait(shard)) for shard in shards_of(self.chain)]
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait(waits, timeout=LINGER_SECONDS)
+            await asyncio.wait(waits, timeout=linger_seconds(time.monotonic() - started))
             for wait in waits:
                 wait.cancel()
         if self.ends_task:
@@ -71,18 +71,22 @@ class ChainTrigger(BaseTrigger):
     async def _wait(self, shard: str) -> None:
         """Every look runs in a thread: provider clients block, and the triggerer has one event loop for everybody."""
         looks: Iterator[float] | None = None
+        news = News(shard)
         while True:
             try:
-                looks = looks or await asyncio.to_thread(self._looks, shard)
+                looks = looks or await asyncio.to_thread(self._looks, shard, news)
                 pause = await asyncio.to_thread(next, looks, None)
-            except Permanent:
-                return  # collect meets the same on a worker, where it can be reported and mended
-            except NightshiftError as error:  # of the store; the provider's are handled by the wait itself
-                log.warning("A look failed; looking again", shard=shard[:12], error=str(error))
+            except Transient as error:  # of the store; the provider's are handled by the wait itself
+                news(error)
                 looks, self._place, pause = None, None, STORE_PAUSE_SECONDS
+            except Exception as error:  # noqa: BLE001 — collect meets the same on a worker, where it is reported
+                news(error)
+                pause = None
             if pause is None:
-                return
+                break
             await self._pause(shard, pause)
+        if not self.ends_task and isinstance(news.last, Exception):
+            await asyncio.sleep(ERROR_PAUSE_MAX_SECONDS)  # where only the triggerer meets it, each round would be a process for nothing
 
     async def _pause(self, shard: str, seconds: float) -> None:
         """Sleep, or less where an event tells that the batch has come further."""
@@ -105,36 +109,50 @@ class ChainTrigger(BaseTrigger):
         await asyncio.sleep(CLEARED_OR_STOPPED_SECONDS)
         await asyncio.to_thread(self._cancel_if_stopped)
 
-    def _looks(self, shard: str) -> Iterator[float]:
+    def _looks(self, shard: str, news: News) -> Iterator[float]:
         site, run = self._place = self._place or run_at(self.run_uri, "triggerer")
         move = next_move(site.ledger.attempts(shard), now=site.now())
         self._bell = doorbell()
         if isinstance(move, Attach):
             self._batches[shard] = move.receipt.batch_id
-        return pauses(site, run, shard, seen=News(shard))
+        return pauses(site, run, shard, seen=news)
 
     def _cancel_if_stopped(self) -> None:
-        if not self._is_stopped():
+        ti = cast("Any", self.task_instance)
+        if not is_stopped(ti):
             log.info("The task goes on, so its batches do too", run=self.run_uri)
             return
         if "{{" in self.chain:  # killed while its templates were still being rendered
-            self.render_template_fields(cast("Any", self.task_instance).get_template_context())
-        site, run = run_at(self.run_uri, "triggerer")
-        adopted = approved_plan(run).adopted_shards  # other runs wait for these, too
-        for shard in shards_of(self.chain):
-            if shard not in adopted:
-                _cancel(site, run, shard)
+            self.render_template_fields(ti.get_template_context())
+        cancel_batches(self.run_uri, self.chain, "triggerer")
 
-    def _is_stopped(self) -> bool:
-        ti: Any = self.task_instance
-        stopped = RuntimeTaskInstance.get_ti_count(
-            dag_id=ti.dag_id, task_ids=[ti.task_id], map_index=ti.map_index, run_ids=[ti.run_id], states=STOPPED_STATES
-        )
-        return stopped > 0
+
+def linger_seconds(waited: float) -> float:
+    """How long the first shard that is over waits for the others of its chain."""
+    least, most = LINGER_SECONDS
+    return min(max(LINGER_SHARE * waited, least), most)
+
+
+def is_stopped(ti: Any) -> bool:
+    """Whether a person has stopped a task, and not cleared it, nor ended its worker."""
+    stopped = RuntimeTaskInstance.get_ti_count(
+        dag_id=ti.dag_id, task_ids=[ti.task_id], map_index=ti.map_index, run_ids=[ti.run_id], states=STOPPED_STATES
+    )
+    return stopped > 0
+
+
+def cancel_batches(run_uri: str, chain: str, owner: str) -> None:
+    """Cancel what the shards of a chain have at the provider, but for those that another run waits for, too."""
+    site, run = run_at(run_uri, owner)
+    adopted = approved_plan(run).adopted_shards
+    with ThreadPoolExecutor(CANCELLED_AT_ONCE) as pool:  # there are seconds until a task is killed
+        for shard in shards_of(chain):
+            if shard not in adopted:
+                pool.submit(_cancel, site, run, shard)
 
 
 def _cancel(site: Site, run: Run, shard: str) -> None:
-    """Cancel what a shard has at the provider. Where that fails the others of its chain are cancelled all the same."""
+    """Where it fails, the others of the chain are cancelled all the same."""
     try:
         move = next_move(site.ledger.attempts(shard), now=site.now())
         if isinstance(move, Attach):
@@ -150,87 +168,14 @@ class News:
     def __init__(self, shard: str) -> None:
         self._shard = shard[:12]
         self._told: tuple[str, int] | None = None
+        self.last: Snapshot | Exception | None = None
 
-    def __call__(self, look: Snapshot | NightshiftError) -> None:
-        if isinstance(look, NightshiftError):
-            log.warning("A look failed; looking again", shard=self._shard, error=str(look))
+    def __call__(self, look: Snapshot | Exception) -> None:
+        self.last = look
+        if isinstance(look, Exception):
+            log.warning("A look failed", shard=self._shard, error=str(look), kind=type(look).__name__)
             return
         news = look.status, 10 * look.done // max(look.total, 1)
         if news != self._told:
             self._told = news
             log.info("Batch seen", shard=self._shard, status=look.status, done=look.done, total=look.total)
-
-
-class WaitForShards(BaseOperator):
-    """The task `wait`: starts and ends in the triggerer."""
-
-    template_fields = ("run_uri", "chain")
-    start_from_trigger = True
-    # Class level, because mapped tasks ignore what __init__ sets; the kwargs are templates that the triggerer renders.
-    # Without map_indexes xcom_pull asks for a list, which the triggerer (3.3.2) never answers.
-    start_trigger_args = StartTriggerArgs(
-        trigger_cls="nightshift_airflow.waits.ChainTrigger",
-        trigger_kwargs={
-            "run_uri": "{{ ti.xcom_pull(task_ids='discover', map_indexes=-1) }}",
-            "chain": "{{ ti.xcom_pull(task_ids='shard.submit', map_indexes=ti.map_index) }}",
-            "ends_task": True,
-        },
-        next_method="execute_complete",
-    )
-
-    def __init__(self, *, run_uri: str, chain: str, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.run_uri, self.chain = run_uri, chain
-
-    def execute(self, context: Any) -> None:
-        """Where nothing starts from a trigger (`dag.test()`): defer in the ordinary way."""
-        self.defer(trigger=ChainTrigger(self.run_uri, self.chain), method_name="execute_complete")
-
-    def execute_complete(self, context: Any, event: Any = None) -> None:
-        """Nothing to bring back: collect reads the ledger."""
-
-
-class CollectShards(BaseOperator):
-    """The task `collect`: harvest, and drive what failed again until the shards are settled, waiting in the triggerer."""
-
-    template_fields = ("run_uri", "chain")
-
-    def __init__(self, *, run_uri: str, chain: str, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.run_uri, self.chain = run_uri, chain
-
-    def execute(self, context: Any) -> str:
-        """The chain once all of its shards are settled."""
-        return self.go_on(context)
-
-    def go_on(self, context: Any, event: Any = None) -> str:
-        """One round. A shard that cannot be settled ends the task, but not before the others are: their answers are being paid for."""
-        site, run = run_at(self.run_uri, owner_of(context))
-        waiting, failed = list[str](), dict[str, NightshiftError]()
-        for shard in shards_of(self.chain):
-            try:
-                if not self._settle(site, run, shard):
-                    waiting.append(shard)
-            except NightshiftError as error:
-                self.log.warning("Shard %s: %s", shard[:12], error)
-                failed[shard] = error
-        if waiting:
-            again = [shard for shard, error in failed.items() if isinstance(error, Transient)]
-            self.defer(trigger=ChainTrigger(self.run_uri, chain_of([*waiting, *again]), ends_task=False), method_name="go_on")
-        if failed:
-            raise min(failed.values(), key=lambda error: isinstance(error, Permanent))  # what may pass is tried again first
-        return self.chain
-
-    def _settle(self, site: Site, run: Run, shard: str) -> bool:
-        """Whether a shard is settled; if not it is with the provider, or it waits to be."""
-        try:
-            settled = collect(site, run, shard)
-            if settled is None:
-                submit(site, run, shard)
-                return False
-        except (BatchUnfinished, ShardHeld) as waits:
-            self.log.info("%s", waits)
-            return False
-        paid = sum(each.batches for each in settled.paid)
-        self.log.info("Shard %s is settled: %s requests in %s batches", shard[:12], settled.requests, paid)
-        return True

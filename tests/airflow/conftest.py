@@ -20,7 +20,7 @@ from airflow.dag_processing.bundles.manager import DagBundlesManager
 from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
 from nightshift_airflow import waits
 logging.disable(logging.WARNING)
-waits.RESUME_AFTER_SECONDS = 0  # it is for the scheduler, and there is none
+waits.RESUME_AFTER_SECONDS, waits.LINGER_SECONDS = 0, (0, 0)  # they are for the scheduler, and there is none
 bag = DagBag(dag_folder=os.environ["AIRFLOW__CORE__DAGS_FOLDER"])
 DagBundlesManager().sync_bundles_to_db()
 sync_bag_to_db(bag, "dags-folder", None)

@@ -19,13 +19,14 @@ from tests.airflow.conftest import ROOT
 from tests.airflow.jobs import job
 from tests.airflow.test_stack import CALM, provider, put_reviews, requests_billed, summary_of, tasks_of, until
 
-ROWS, SHARD = 120, 40
+ROWS, SHARD = 120, 20
 QUICK = {  # a dead worker is noticed in seconds, where an installation takes minutes
     **CALM,
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
     "AIRFLOW__SCHEDULER__TASK_QUEUED_TIMEOUT": "30",
     "AIRFLOW__SCHEDULER__TASK_QUEUED_TIMEOUT_CHECK_INTERVAL": "10",
+    "NIGHTSHIFT_WIDTH": "4",  # and so the six shards share four chains of tasks
 }
 pytestmark = [
     pytest.mark.timeout(900),

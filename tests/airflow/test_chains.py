@@ -11,7 +11,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nightshift.errors import JobInvalid, StoreUnavailable
+from nightshift.errors import AccessDenied, JobInvalid, StoreUnavailable
 from nightshift.providers.protocol import Snapshot
 from nightshift.settings import read_settings
 from nightshift.shapes import Receipt
@@ -23,29 +23,63 @@ from nightshift.steps.wait import pauses
 from nightshift.stores.ledger import Claim
 from nightshift_airflow import site, waits
 from nightshift_airflow.chains import chain_of, chains, shards_of
-from nightshift_airflow.waits import News
+from nightshift_airflow.waits import News, linger_seconds
 from tests.airflow.conftest import in_airflow
 from tests.conftest import reviews
 
-ROUND = """
+TASK = """
+import json, threading, time
 from types import SimpleNamespace
 from airflow.sdk.exceptions import TaskDeferred
-from nightshift_airflow.waits import CollectShards
+from nightshift_airflow import shards
 
-task = CollectShards(task_id="collect", run_uri=%r, chain=%r)
-try:
-    ended = task.execute({"ti": SimpleNamespace(dag_id="d", run_id="r", task_id="collect", map_index=0, try_number=1)})
-except TaskDeferred as deferred:
-    ended = f"waits for {deferred.trigger.chain}"
-except Exception as error:
-    ended = type(error).__name__
-print("RESULT" + ended)
+context = {"ti": SimpleNamespace(dag_id="d", run_id="r", task_id="t", map_index=0, try_number=1)}
+
+def told(does):
+    try:
+        found = {"gives": does()}
+    except TaskDeferred as deferred:
+        found = {"waits for": deferred.trigger.chain, "failed": deferred.kwargs["failed"]}
+    except Exception as error:
+        found = {"raises": type(error).__name__, "says": str(error)}
+    print("RESULT" + json.dumps(found))
 """
+SUBMIT = (
+    TASK
+    + """
+told(lambda: shards.SubmitShards(task_id="submit", run_uri=%r, chain=%r).execute(context))
+"""
+)
+ROUND = (
+    TASK
+    + """
+told(lambda: shards.CollectShards(task_id="collect", run_uri=%r, chain="not looked at").go_on(context, {"chain": %r}, failed=%r))
+"""
+)
+KILLED = (
+    TASK
+    + """
+shards.is_stopped = lambda ti: %r  # there is no Airflow that could say so
+task = shards.SubmitShards(task_id="submit", run_uri=%r, chain=%r)
+
+def kill():
+    task.on_kill()
+    time.sleep(2)
+
+submit, killer = shards.submit, iter([kill])
+def submit_and_be_killed(site, run, shard):
+    receipt = submit(site, run, shard)
+    next(killer, lambda: None)()
+    return receipt
+shards.submit = submit_and_be_killed
+told(lambda: task.execute(context))
+"""
+)
 WAIT = """
 import asyncio
 from nightshift_airflow import waits
 
-waits.LINGER_SECONDS = 2.0
+waits.LINGER_SECONDS = (%r, %r)
 
 async def wait():
     return [event async for event in waits.ChainTrigger(%r, %r).run()]
@@ -53,11 +87,10 @@ async def wait():
 print(f"RESULT{len(asyncio.run(asyncio.wait_for(wait(), 100)))}")
 """
 STOP = """
-from nightshift_airflow.waits import ChainTrigger
+from nightshift_airflow import waits
 
-trigger = ChainTrigger(%r, %r)
-trigger._is_stopped = lambda: True  # there is no Airflow that could say so
-trigger._cancel_if_stopped()
+waits.is_stopped = lambda ti: True  # there is no Airflow that could say so
+waits.ChainTrigger(%r, %r)._cancel_if_stopped()
 """
 names = st.lists(st.from_regex("[0-9a-f]{64}", fullmatch=True), unique=True, max_size=40)
 
@@ -124,29 +157,74 @@ def submit_elsewhere(world, run, shard: str) -> None:
     world.site.ledger.record_receipt(shard, 1, Receipt(token=token, batch_id="batch_1", created_at=now))
 
 
-def test_what_is_over_is_collected_before_what_goes_on_and_before_what_failed(airflow_home, planned):
-    world, run, (quick, slow, lost) = planned
+def in_task(home, world, code: str) -> dict:
+    return json.loads(in_airflow(home, code, **env_of(world)).rpartition("RESULT")[2])
+
+
+def status_of(world, shard: str) -> str:
+    """What the provider says of the last batch of a shard."""
+    return world.rehearsal.provider().poll(world.site.ledger.attempts(shard)[-1].receipt.batch_id).status
+
+
+def test_a_chain_goes_on_without_the_shard_that_fails_and_says_so_in_the_end(airflow_home, planned):
+    world, run, (quick, slow, broke) = planned
     receipt = submit_one_that_ends_and_one_that_goes_on(world, run, quick, slow)
-    submit_elsewhere(world, run, lost)
-
-    def collect_round() -> str:
-        said = in_airflow(airflow_home, ROUND % (run.uri, chain_of([lost, slow, quick])), **env_of(world))
-        return said.rpartition("RESULT")[2].strip()
-
-    assert collect_round() == f"waits for {slow}"
-    assert world.site.ledger.settled(quick) is not None
-    assert world.site.ledger.settled(slow) is None
+    world.rehearsal.faults(create_quota=1)
+    told = in_task(airflow_home, world, ROUND % (run.uri, chain_of([broke, slow, quick]), []))
+    assert told["waits for"] == slow
+    assert len(told["failed"]) == 1
+    assert broke[:12] in told["failed"][0]
+    assert world.site.ledger.settled(quick) is not None, "what is over is collected all the same"
     world.rehearsal.provider().cancel(receipt.batch_id)
     until_over(world, run, slow)
-    assert collect_round() == "WrongPlace"
+    told = in_task(airflow_home, world, ROUND % (run.uri, slow, told["failed"]))
+    assert told["raises"] == "ShardsFailed"
+    assert broke[:12] in told["says"]
     assert world.site.ledger.settled(slow) is not None
-    assert world.rehearsal.bill()["requests"] <= 10, "nothing was bought twice"
+    assert len(world.site.ledger.attempts(broke)) == 1, "a person has to look before it is sent again"
+    assert world.site.store.get(run.key("problem.json")).find(b"QuotaExhausted") > 0
+
+
+def test_a_chain_of_one_shard_fails_with_its_own_error(airflow_home, planned):
+    world, run, (shard, *_) = planned
+    submit_elsewhere(world, run, shard)
+    assert in_task(airflow_home, world, ROUND % (run.uri, shard, []))["raises"] == "WrongPlace"
+
+
+def test_F37_the_others_of_a_chain_are_submitted_where_one_is_refused(airflow_home, planned):
+    world, run, shards = planned
+    world.rehearsal.faults(create_quota=1)
+    told = in_task(airflow_home, world, SUBMIT % (run.uri, chain_of(shards)))
+    assert told["gives"] == chain_of(shards)
+    assert [bool(world.site.ledger.attempts(shard)[-1].receipt) for shard in shards] == [False, True, True]
+    world.rehearsal.faults(create_quota=9)
+    assert in_task(airflow_home, world, SUBMIT % (run.uri, shards[0]))["raises"] == "QuotaExhausted"
+
+
+@pytest.mark.parametrize(("stopped", "statuses"), [(True, ("cancelling", "cancelled")), (False, ("in_progress", "validating"))])
+def test_F104_a_task_that_is_stopped_while_it_submits_cancels_and_sends_nothing_more(airflow_home, planned, stopped, statuses):
+    world, run, (first, *others) = planned
+    world.rehearsal.pace(validating=0.0, running=600.0, finalizing=0.0, cancelling=0.0)
+    in_task(airflow_home, world, KILLED % (stopped, run.uri, chain_of([first, *others])))
+    assert status_of(world, first) in statuses
+    sent = [shard for shard in others if any(attempt.receipt for attempt in world.site.ledger.attempts(shard))]
+    assert sent == ([] if stopped else others), "a worker that is to end goes on with its task"
 
 
 def test_the_first_that_is_over_waits_for_the_others_only_a_while(airflow_home, planned):
-    world, run, (quick, slow, _) = planned
+    world, run, (quick, slow, later) = planned
     submit_one_that_ends_and_one_that_goes_on(world, run, quick, slow)
-    assert in_airflow(airflow_home, WAIT % (run.uri, chain_of([slow, quick])), **env_of(world)).rpartition("RESULT")[2].strip() == "1"
+    in_airflow(airflow_home, WAIT % (2.0, 2.0, run.uri, chain_of([slow, quick])), **env_of(world))
+    assert status_of(world, slow) == "in_progress"
+    world.rehearsal.pace(validating=0.0, running=4.0, finalizing=0.0, cancelling=0.0)
+    submit(world.site, run, later)
+    in_airflow(airflow_home, WAIT % (60.0, 60.0, run.uri, chain_of([later, quick])), **env_of(world))
+    assert status_of(world, later) == "completed"
+
+
+@pytest.mark.parametrize(("waited", "lingers"), [(0, 20), (199, 20), (900, 90), (86_400, 600)])
+def test_who_has_waited_long_waits_longer_for_the_others(waited, lingers):
+    assert linger_seconds(waited) == lingers
 
 
 def test_F104_stopping_a_chain_cancels_each_of_its_batches_that_it_can(airflow_home, planned):
@@ -175,13 +253,14 @@ def test_a_wait_says_what_is_news_and_not_every_look(monkeypatch):
 def test_a_connection_is_asked_for_once_a_minute_and_a_mended_one_is_seen(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(site, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(site, "_connections", {})
 
     def host(says: str) -> str | None:
         monkeypatch.setenv("AIRFLOW_CONN_MENDED", json.dumps({"conn_type": "openai", "host": says}))
         return site.openai_access("mended").base_url
 
-    assert host("http://before") == "http://before"
+    with pytest.raises(AccessDenied, match="no Airflow connection"):
+        site.openai_access("mended")
+    assert host("http://before") == "http://before", "that there was none is not kept"
     clock[0] = 59.0
     assert host("http://after") == "http://before"
     clock[0] = 60.0

@@ -1,0 +1,151 @@
+"""The tasks of a chain of shards: submit, wait, collect. What happens to one shard holds up none of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from threading import Event, Thread
+from typing import Any
+
+from airflow.sdk import BaseOperator
+from airflow.triggers.base import StartTriggerArgs
+
+from nightshift.errors import BatchUnfinished, NightshiftError, Permanent, QueueFull, ShardHeld, ShardsFailed
+from nightshift.runs import Run, Site
+from nightshift.steps.collect import collect
+from nightshift.steps.submit import submit
+from nightshift_airflow.chains import chain_of, shards_of
+from nightshift_airflow.site import owner_of, run_at
+from nightshift_airflow.tasks import keep_problem
+from nightshift_airflow.waits import ChainTrigger, cancel_batches, is_stopped
+
+
+class ChainTask(BaseOperator):
+    """What the tasks of a chain have in common."""
+
+    template_fields = ("run_uri", "chain")
+    _ti: Any = None  # while it is on a worker
+    _stopped: Event
+
+    def __init__(self, *, run_uri: str, chain: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.run_uri, self.chain = run_uri, chain
+
+    def begin(self, context: Any) -> tuple[Site, Run]:
+        """The site and the run, for work that a person may stop."""
+        site, run = run_at(self.run_uri, owner_of(context))
+        self._ti, self._stopped = context["ti"], Event()
+        return replace(site, stopped=self._stopped.is_set), run
+
+    def on_kill(self) -> None:
+        """Cancel the batches when a person stopped the task, but not when its worker is to end.
+
+        In a thread of its own: Airflow (3.3.2) calls this in the middle of whatever the task does, goes on with that, and kills it after
+        five seconds.
+        """
+        if self._ti is not None:
+            Thread(target=self._end_if_stopped, daemon=True).start()
+
+    def _end_if_stopped(self) -> None:
+        if is_stopped(self._ti):
+            self._stopped.set()  # nothing more is sent
+            cancel_batches(self.run_uri, self.chain, "a task that was stopped")
+
+
+class SubmitShards(ChainTask):
+    """The task `submit`."""
+
+    def execute(self, context: Any) -> str:
+        """Bring the shards to the provider, each once; the chain. A shard that fails is collect's to report, unless all of them do."""
+        site, run = self.begin(context)
+        failed = list[Exception]()
+        for shard in shards_of(self.chain):
+            try:
+                receipt = submit(site, run, shard)
+                self.log.info("Shard %s: %s", shard[:12], f"batch {receipt.batch_id}" if receipt else "settled earlier")
+            except ShardHeld as held:
+                self.log.info("%s The wait waits for that, too.", held)
+            except Exception as error:  # noqa: BLE001 — whatever it is, the batches of the others are being paid for
+                self.log.warning("Shard %s: %s", shard[:12], error)
+                failed.append(error)
+        if len(failed) == len(shards_of(self.chain)):
+            raise failed[0]
+        return self.chain
+
+
+class WaitForShards(ChainTask):
+    """The task `wait`: starts and ends in the triggerer."""
+
+    start_from_trigger = True
+    # Class level, because mapped tasks ignore what __init__ sets; the kwargs are templates that the triggerer renders.
+    # Without map_indexes xcom_pull asks for a list, which the triggerer (3.3.2) never answers.
+    start_trigger_args = StartTriggerArgs(
+        trigger_cls="nightshift_airflow.waits.ChainTrigger",
+        trigger_kwargs={
+            "run_uri": "{{ ti.xcom_pull(task_ids='discover', map_indexes=-1) }}",
+            "chain": "{{ ti.xcom_pull(task_ids='shard.submit', map_indexes=ti.map_index) }}",
+            "ends_task": True,
+        },
+        next_method="execute_complete",
+    )
+
+    def execute(self, context: Any) -> None:
+        """Where nothing starts from a trigger (`dag.test()`): defer in the ordinary way."""
+        self.defer(trigger=ChainTrigger(self.run_uri, self.chain), method_name="execute_complete")
+
+    def execute_complete(self, context: Any, event: Any = None) -> None:
+        """Nothing to bring back: collect reads the ledger."""
+
+
+class CollectShards(ChainTask):
+    """The task `collect`: harvest, and drive what failed again until the shards are settled, waiting in the triggerer."""
+
+    def execute(self, context: Any) -> str:
+        """The chain once all of its shards are settled."""
+        return self.go_on(context, {"chain": self.chain})
+
+    def go_on(self, context: Any, event: Any, failed: Sequence[str] = ()) -> str:
+        """One round over the shards that were waited for. `failed`: what was said of those that are not to be settled.
+
+        They end the task, but not before all others are settled: their answers are being paid for.
+        """
+        site, run = self.begin(context)
+        waiting, may_pass, lost = list[str](), dict[str, Exception](), list[Exception]()
+        for shard in shards_of(event["chain"]):
+            try:
+                if not self._settled(site, run, shard):
+                    waiting.append(shard)
+            except (Permanent, QueueFull) as error:  # the queue was full for a day: a person has to look
+                lost.append(error)
+                failed = [*failed, f"Shard {shard[:12]}: {error}"]
+                self.log.warning(failed[-1])
+                with suppress(NightshiftError):
+                    keep_problem(site, run, self.task_id, error)
+            except Exception as error:  # noqa: BLE001 — whatever it is, the batches of the others are being paid for
+                self.log.warning("Shard %s: %s", shard[:12], error)
+                may_pass[shard] = error
+        if waiting:
+            trigger = ChainTrigger(self.run_uri, chain_of([*waiting, *may_pass]), ends_task=False)
+            self.defer(trigger=trigger, method_name="go_on", kwargs={"failed": list(failed)})
+        if len(failed) == len(lost) == 1:
+            raise lost[0]
+        if failed:
+            raise ShardsFailed(failed)
+        for error in may_pass.values():
+            raise error
+        return self.chain
+
+    def _settled(self, site: Site, run: Run, shard: str) -> bool:
+        """Settle a shard, if it can be now; one that cannot is with the provider, or waits to be."""
+        try:
+            settled = collect(site, run, shard)
+            if settled is None:
+                submit(site, run, shard)
+                return False
+        except (BatchUnfinished, ShardHeld) as waits:
+            self.log.info("%s", waits)
+            return False
+        paid = sum(each.batches for each in settled.paid)
+        self.log.info("Shard %s is settled: %s requests in %s batches", shard[:12], settled.requests, paid)
+        return True
