@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 import uuid
@@ -42,6 +43,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that the others run beside them and nobody waits for one in the end."""
     longest = ("test_stack", "test_dags", "test_celery", "test_chaos", "test_conformance", "test_failures")
     items.sort(key=lambda item: next((place for place, name in enumerate(longest) if name in item.nodeid), len(longest)))
+
+
+def pytest_unconfigure() -> None:
+    """Listeners are daemons: one that speaks while the process ends finds nobody to write it down."""
+    logging.raiseExceptions = False
 
 
 class Rehearsal(Served):

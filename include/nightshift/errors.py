@@ -26,7 +26,7 @@ NightshiftError
     ├── ProviderUnavailable       unreachable, overloaded, or talking nonsense
     │   ├── BatchUnknown          it has forgotten a batch of ours, or not heard of it yet
     │   └── ResultsGone           it knows the batch, and not the result files that the batch names
-    ├── BatchUnfinished           the batch goes on, or its result files are not there yet
+    ├── BatchUnfinished           there is nothing to harvest yet
     ├── QueueFull                 the provider takes no more batches for now
     ├── StoreUnavailable          the object store did not answer
     ├── DownloadIncomplete        fewer bytes came than the provider announced
@@ -151,7 +151,7 @@ class BatchRejected(Permanent):
 
 
 class ShardsFailed(Permanent):
-    """Shards that share a task cannot be settled; the others of it are. Carries what was said of each."""
+    """Shards that share a task cannot be settled. Carries what was said of each."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
@@ -278,7 +278,7 @@ class ResultsGone(ProviderUnavailable):
 
 
 class BatchUnfinished(Transient):
-    """There is nothing to harvest yet."""
+    """A batch goes on; there is nothing to harvest yet."""
 
     def __init__(self, where: str, batch_id: str, why: str) -> None:
         super().__init__(f"{where} has not finished batch {batch_id}: {why}.")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from threading import Event, Thread
 from typing import Any
 
@@ -16,6 +16,7 @@ from nightshift.runs import Run, Site
 from nightshift.steps.collect import collect
 from nightshift.steps.submit import submit
 from nightshift_airflow.chains import chain_of, shards_of
+from nightshift_airflow.retries import RETRIES
 from nightshift_airflow.site import owner_of, run_at
 from nightshift_airflow.tasks import keep_problem
 from nightshift_airflow.waits import ChainTrigger, cancel_batches, is_stopped
@@ -27,16 +28,24 @@ class ChainTask(BaseOperator):
     template_fields = ("run_uri", "chain")
     _ti: Any = None  # while it is on a worker
     _stopped: Event
+    _killing: Thread | None = None
 
     def __init__(self, *, run_uri: str, chain: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.run_uri, self.chain = run_uri, chain
 
-    def begin(self, context: Any) -> tuple[Site, Run]:
-        """The site and the run, for work that a person may stop."""
-        site, run = run_at(self.run_uri, owner_of(context))
+    @contextmanager
+    def at_work(self, context: Any) -> Iterator[tuple[Site, Run]]:
+        """The site and the run, for work that a person may stop: its batches are cancelled then, also one that is just being created."""
         self._ti, self._stopped = context["ti"], Event()
-        return replace(site, stopped=self._stopped.is_set), run
+        try:
+            site, run = run_at(self.run_uri, owner_of(context))
+            yield replace(site, stopped=self._stopped.is_set), run
+        finally:
+            if self._killing is not None:
+                self._killing.join()
+                if self._stopped.is_set():
+                    cancel_batches(self.run_uri, self.chain, "a task that was stopped")
 
     def on_kill(self) -> None:
         """Cancel the batches when a person stopped the task, but not when its worker is to end.
@@ -45,7 +54,8 @@ class ChainTask(BaseOperator):
         five seconds.
         """
         if self._ti is not None:
-            Thread(target=self._end_if_stopped, daemon=True).start()
+            self._killing = Thread(target=self._end_if_stopped, daemon=True)
+            self._killing.start()
 
     def _end_if_stopped(self) -> None:
         if is_stopped(self._ti):
@@ -58,20 +68,23 @@ class SubmitShards(ChainTask):
 
     def execute(self, context: Any) -> str:
         """Bring the shards to the provider, each once; the chain. A shard that fails is collect's to report, unless all of them do."""
-        site, run = self.begin(context)
-        failed = list[Exception]()
-        for shard in shards_of(self.chain):
-            try:
-                receipt = submit(site, run, shard)
-                self.log.info("Shard %s: %s", shard[:12], f"batch {receipt.batch_id}" if receipt else "settled earlier")
-            except ShardHeld as held:
-                self.log.info("%s The wait waits for that, too.", held)
-            except Exception as error:  # noqa: BLE001 — whatever it is, the batches of the others are being paid for
-                self.log.warning("Shard %s: %s", shard[:12], error)
-                failed.append(error)
+        with self.at_work(context) as (site, run):
+            failed = [error for shard in shards_of(self.chain) if (error := self._submit(site, run, shard))]
         if len(failed) == len(shards_of(self.chain)):
-            raise failed[0]
+            raise min(failed, key=lambda error: isinstance(error, Permanent))  # what may pass is tried again
         return self.chain
+
+    def _submit(self, site: Site, run: Run, shard: str) -> Exception | None:
+        """What a shard fails with."""
+        try:
+            receipt = submit(site, run, shard)
+            self.log.info("Shard %s: %s", shard[:12], f"batch {receipt.batch_id}" if receipt else "settled earlier")
+        except ShardHeld as held:
+            self.log.info("%s The wait waits for that, too.", held)
+        except Exception as error:  # noqa: BLE001 — whatever it is, the batches of the others are being paid for
+            self.log.warning("Shard %s: %s", shard[:12], error)
+            return error
+        return None
 
 
 class WaitForShards(ChainTask):
@@ -98,43 +111,59 @@ class WaitForShards(ChainTask):
         """Nothing to bring back: collect reads the ledger."""
 
 
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What became of shards that were taken up: nothing is said of those that are settled."""
+
+    waiting: list[str] = field(default_factory=list)
+    may_pass: dict[str, Exception] = field(default_factory=dict)  # to be tried again, later
+    final: dict[str, Exception] = field(default_factory=dict)  # a person has to look
+
+
 class CollectShards(ChainTask):
     """The task `collect`: harvest, and drive what failed again until the shards are settled, waiting in the triggerer."""
 
     def execute(self, context: Any) -> str:
-        """The chain once all of its shards are settled."""
-        return self.go_on(context, {"chain": self.chain})
+        """The chain once all of its shards are settled. A retry takes up all of them, also those that had failed for good."""
+        return self.go_on(context, {"over": self.chain, "goes_on": ""})
 
-    def go_on(self, context: Any, event: Any, failed: Sequence[str] = ()) -> str:
-        """One round over the shards that were waited for. `failed`: what was said of those that are not to be settled.
+    def go_on(self, context: Any, event: Any, failed: Sequence[str] = (), tries: int = 0) -> str:
+        """One round, over the shards that nothing is waited for any more. `failed`: what was said of those that are not to be settled;
+        `tries`: how many rounds in a row have only tried again.
 
-        They end the task, but not before all others are settled: their answers are being paid for.
+        Who failed ends the task, but not before all others are settled: their answers are being paid for.
         """
-        site, run = self.begin(context)
-        waiting, may_pass, lost = list[str](), dict[str, Exception](), list[Exception]()
-        for shard in shards_of(event["chain"]):
+        with self.at_work(context) as (site, run):
+            done = self._round(site, run, shards_of(event["over"]))
+        waiting = [*shards_of(event["goes_on"]), *done.waiting]
+        failed = [*failed, *_said(done.final)]
+        tries = 0 if waiting else tries + 1
+        if waiting or (failed and done.may_pass and tries <= RETRIES):
+            later = list(done.may_pass)
+            trigger = ChainTrigger(self.run_uri, chain_of([*waiting, *later]), ends_task=False, later=chain_of(later))
+            self.defer(trigger=trigger, method_name="go_on", kwargs={"failed": failed, "tries": tries})
+        if failed and len(shards_of(self.chain)) > 1:
+            raise ShardsFailed([*failed, *_said(done.may_pass)])
+        for error in (*done.final.values(), *done.may_pass.values()):
+            raise error
+        return self.chain
+
+    def _round(self, site: Site, run: Run, shards: Sequence[str]) -> Round:
+        """Take up shards, each for itself."""
+        done = Round()
+        for shard in shards:
             try:
                 if not self._settled(site, run, shard):
-                    waiting.append(shard)
-            except (Permanent, QueueFull) as error:  # the queue was full for a day: a person has to look
-                lost.append(error)
-                failed = [*failed, f"Shard {shard[:12]}: {error}"]
-                self.log.warning(failed[-1])
+                    done.waiting.append(shard)
+            except (Permanent, QueueFull) as error:  # the queue was full for a day
+                done.final[shard] = error
                 with suppress(NightshiftError):
                     keep_problem(site, run, self.task_id, error)
             except Exception as error:  # noqa: BLE001 — whatever it is, the batches of the others are being paid for
-                self.log.warning("Shard %s: %s", shard[:12], error)
-                may_pass[shard] = error
-        if waiting:
-            trigger = ChainTrigger(self.run_uri, chain_of([*waiting, *may_pass]), ends_task=False)
-            self.defer(trigger=trigger, method_name="go_on", kwargs={"failed": list(failed)})
-        if len(failed) == len(lost) == 1:
-            raise lost[0]
-        if failed:
-            raise ShardsFailed(failed)
-        for error in may_pass.values():
-            raise error
-        return self.chain
+                done.may_pass[shard] = error
+        for said in _said({**done.final, **done.may_pass}):
+            self.log.warning(said)
+        return done
 
     def _settled(self, site: Site, run: Run, shard: str) -> bool:
         """Settle a shard, if it can be now; one that cannot is with the provider, or waits to be."""
@@ -149,3 +178,7 @@ class CollectShards(ChainTask):
         paid = sum(each.batches for each in settled.paid)
         self.log.info("Shard %s is settled: %s requests in %s batches", shard[:12], settled.requests, paid)
         return True
+
+
+def _said(errors: Mapping[str, Exception]) -> list[str]:
+    return [f"Shard {shard[:12]}: {error or type(error).__name__}" for shard, error in errors.items()]

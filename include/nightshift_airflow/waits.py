@@ -13,13 +13,13 @@ from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
 
 from nightshift.doorbell import Doorbell
-from nightshift.errors import NightshiftError, Transient
+from nightshift.errors import Transient
 from nightshift.providers.protocol import Snapshot
 from nightshift.runs import Run, Site, approved_plan
 from nightshift.steps.submit import open_where
 from nightshift.steps.wait import ERROR_PAUSE_MAX_SECONDS, pauses
 from nightshift.stores.ledger import Attach, next_move
-from nightshift_airflow.chains import shards_of
+from nightshift_airflow.chains import chain_of, shards_of
 from nightshift_airflow.site import doorbell, run_at
 
 log = structlog.get_logger(__name__)
@@ -38,43 +38,48 @@ STOPPED_STATES = ["failed", "skipped", "removed", "upstream_failed"]
 class ChainTrigger(BaseTrigger):
     """Looks at the batches of a chain until there is nothing more to wait for, or not for all. Survives every error of a look.
 
-    `ends_task` ends the task in the triggerer, with no worker at all; otherwise a worker is resumed.
+    `ends_task` ends the task in the triggerer, with no worker at all; otherwise a worker is resumed. `later`: those of the shards that
+    something has failed for that may pass.
     """
 
-    def __init__(self, run_uri: str, chain: str, ends_task: bool = True) -> None:
+    def __init__(self, run_uri: str, chain: str, ends_task: bool = True, later: str = "") -> None:
         super().__init__()
-        self.run_uri, self.chain, self.ends_task = run_uri, chain, ends_task
+        self.run_uri, self.chain, self.ends_task, self.later = run_uri, chain, ends_task, later
         self._place: tuple[Site, Run] | None = None
         self._batches: dict[str, str] = {}  # by shard, what is waited for, once it is known
         self._bell: Doorbell | None = None  # that may end a pause early
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """See BaseTrigger."""
-        kwargs = {"run_uri": self.run_uri, "chain": self.chain, "ends_task": self.ends_task}
+        kwargs = {"run_uri": self.run_uri, "chain": self.chain, "ends_task": self.ends_task, "later": self.later}
         return f"{type(self).__module__}.{type(self).__qualname__}", kwargs
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """All shards are waited for at the same time; the first that is over waits a while for the others: every round takes a process."""
         started = time.monotonic()
         async with asyncio.TaskGroup() as group:
-            waits = [group.create_task(self._wait(shard)) for shard in shards_of(self.chain)]
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait(waits, timeout=linger_seconds(time.monotonic() - started))
-            for wait in waits:
+            waits = {shard: group.create_task(self._wait(shard)) for shard in shards_of(self.chain)}
+            await asyncio.wait(waits.values(), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waits.values(), timeout=linger_seconds(time.monotonic() - started))
+            over = [shard for shard, wait in waits.items() if wait.done()]
+            for wait in waits.values():
                 wait.cancel()
         if self.ends_task:
             yield TaskSuccessEvent()
         else:
             await asyncio.sleep(max(0.0, RESUME_AFTER_SECONDS - (time.monotonic() - started)))
-            yield TriggerEvent({"chain": self.chain})
+            yield TriggerEvent({"over": chain_of(over), "goes_on": chain_of([shard for shard in waits if shard not in over])})
 
     async def _wait(self, shard: str) -> None:
         """Every look runs in a thread: provider clients block, and the triggerer has one event loop for everybody."""
         looks: Iterator[float] | None = None
-        news = News(shard)
+        if shard in shards_of(self.later):
+            await asyncio.sleep(ERROR_PAUSE_MAX_SECONDS)
         while True:
             try:
-                looks = looks or await asyncio.to_thread(self._looks, shard, news)
+                if looks is None:
+                    news = News(shard)
+                    looks = await asyncio.to_thread(self._looks, shard, news)
                 pause = await asyncio.to_thread(next, looks, None)
             except Transient as error:  # of the store; the provider's are handled by the wait itself
                 news(error)
@@ -158,7 +163,7 @@ def _cancel(site: Site, run: Run, shard: str) -> None:
         if isinstance(move, Attach):
             log.info("Cancelling a batch of a stopped task", shard=shard[:12], batch=move.receipt.batch_id)
             open_where(site, run, shard, move.attempt).cancel(move.receipt.batch_id)
-    except NightshiftError as error:
+    except Exception as error:  # noqa: BLE001 — whatever it is, the others are still to be cancelled
         log.warning("A batch of a stopped task could not be cancelled, and runs to its end", shard=shard[:12], error=str(error))
 
 

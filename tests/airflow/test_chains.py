@@ -23,12 +23,14 @@ from nightshift.steps.wait import pauses
 from nightshift.stores.ledger import Claim
 from nightshift_airflow import site, waits
 from nightshift_airflow.chains import chain_of, chains, shards_of
+from nightshift_airflow.retries import RETRIES
 from nightshift_airflow.waits import News, linger_seconds
 from tests.airflow.conftest import in_airflow
 from tests.conftest import reviews
 
 TASK = """
-import json, threading, time
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 from airflow.sdk.exceptions import TaskDeferred
 from nightshift_airflow import shards
@@ -39,7 +41,7 @@ def told(does):
     try:
         found = {"gives": does()}
     except TaskDeferred as deferred:
-        found = {"waits for": deferred.trigger.chain, "failed": deferred.kwargs["failed"]}
+        found = {"waits for": deferred.trigger.chain, "later": deferred.trigger.later, **deferred.kwargs}
     except Exception as error:
         found = {"raises": type(error).__name__, "says": str(error)}
     print("RESULT" + json.dumps(found))
@@ -50,41 +52,51 @@ SUBMIT = (
 told(lambda: shards.SubmitShards(task_id="submit", run_uri=%r, chain=%r).execute(context))
 """
 )
+COLLECT = (
+    TASK
+    + """
+told(lambda: shards.CollectShards(task_id="collect", run_uri=%r, chain=%r).execute(context))
+"""
+)
 ROUND = (
     TASK
     + """
-told(lambda: shards.CollectShards(task_id="collect", run_uri=%r, chain="not looked at").go_on(context, {"chain": %r}, failed=%r))
+told(lambda: shards.CollectShards(task_id="collect", run_uri=%r, chain=%r).go_on(context, {"over": %r, "goes_on": ""}, failed=%r, tries=%r))
 """
 )
 KILLED = (
     TASK
     + """
-shards.is_stopped = lambda ti: %r  # there is no Airflow that could say so
+stopped, is_sent = %r, %r
+shards.is_stopped = lambda ti: stopped  # there is no Airflow that could say so
 task = shards.SubmitShards(task_id="submit", run_uri=%r, chain=%r)
+submit, kills = shards.submit, iter([task.on_kill])
 
-def kill():
-    task.on_kill()
-    time.sleep(2)
-
-submit, killer = shards.submit, iter([kill])
 def submit_and_be_killed(site, run, shard):
-    receipt = submit(site, run, shard)
-    next(killer, lambda: None)()
-    return receipt
+    kill = next(kills, None)
+    if kill is None:
+        return submit(site, run, shard)
+    if is_sent:
+        receipt = submit(site, run, shard)
+    kill()
+    task._killing.join()
+    return receipt if is_sent else submit(replace(site, stopped=lambda: False), run, shard)  # as if its call were out by then
+
 shards.submit = submit_and_be_killed
 told(lambda: task.execute(context))
 """
 )
 WAIT = """
-import asyncio
+import asyncio, json
 from nightshift_airflow import waits
 
-waits.LINGER_SECONDS = (%r, %r)
+waits.RESUME_AFTER_SECONDS, waits.LINGER_SECONDS = 0, (%r, %r)
 
 async def wait():
-    return [event async for event in waits.ChainTrigger(%r, %r).run()]
+    return [event.payload async for event in waits.ChainTrigger(%r, %r, ends_task=False, later=%r).run()]
 
-print(f"RESULT{len(asyncio.run(asyncio.wait_for(wait(), 100)))}")
+[told] = asyncio.run(asyncio.wait_for(wait(), 100))
+print("RESULT" + json.dumps(told))
 """
 STOP = """
 from nightshift_airflow import waits
@@ -168,16 +180,16 @@ def status_of(world, shard: str) -> str:
 
 def test_a_chain_goes_on_without_the_shard_that_fails_and_says_so_in_the_end(airflow_home, planned):
     world, run, (quick, slow, broke) = planned
-    receipt = submit_one_that_ends_and_one_that_goes_on(world, run, quick, slow)
+    receipt, chain = submit_one_that_ends_and_one_that_goes_on(world, run, quick, slow), chain_of([broke, slow, quick])
     world.rehearsal.faults(create_quota=1)
-    told = in_task(airflow_home, world, ROUND % (run.uri, chain_of([broke, slow, quick]), []))
+    told = in_task(airflow_home, world, COLLECT % (run.uri, chain))
     assert told["waits for"] == slow
     assert len(told["failed"]) == 1
     assert broke[:12] in told["failed"][0]
     assert world.site.ledger.settled(quick) is not None, "what is over is collected all the same"
     world.rehearsal.provider().cancel(receipt.batch_id)
     until_over(world, run, slow)
-    told = in_task(airflow_home, world, ROUND % (run.uri, slow, told["failed"]))
+    told = in_task(airflow_home, world, ROUND % (run.uri, chain, slow, told["failed"], told["tries"]))
     assert told["raises"] == "ShardsFailed"
     assert broke[:12] in told["says"]
     assert world.site.ledger.settled(slow) is not None
@@ -185,10 +197,26 @@ def test_a_chain_goes_on_without_the_shard_that_fails_and_says_so_in_the_end(air
     assert world.site.store.get(run.key("problem.json")).find(b"QuotaExhausted") > 0
 
 
+def test_what_may_pass_is_tried_again_later_and_not_for_ever(airflow_home, planned):
+    world, run, (quick, slow, broke) = planned
+    submit_one_that_ends_and_one_that_goes_on(world, run, quick, slow)
+    world.rehearsal.faults(content_404=99)
+    told = in_task(airflow_home, world, COLLECT % (run.uri, chain_of([quick, slow])))
+    assert (told["waits for"], told["later"], told["failed"]) == (chain_of([slow, quick]), quick, [])
+    world.rehearsal.faults(content_404=99, create_quota=1)
+    chain = chain_of([broke, quick])
+    told = in_task(airflow_home, world, COLLECT % (run.uri, chain))
+    assert (told["waits for"], told["later"], told["tries"], len(told["failed"])) == (quick, quick, 1, 1)
+    told = in_task(airflow_home, world, ROUND % (run.uri, chain, quick, told["failed"], RETRIES))
+    assert told["raises"] == "ShardsFailed"
+    assert broke[:12] in told["says"]
+    assert quick[:12] in told["says"]
+
+
 def test_a_chain_of_one_shard_fails_with_its_own_error(airflow_home, planned):
     world, run, (shard, *_) = planned
     submit_elsewhere(world, run, shard)
-    assert in_task(airflow_home, world, ROUND % (run.uri, shard, []))["raises"] == "WrongPlace"
+    assert in_task(airflow_home, world, COLLECT % (run.uri, shard))["raises"] == "WrongPlace"
 
 
 def test_F37_the_others_of_a_chain_are_submitted_where_one_is_refused(airflow_home, planned):
@@ -201,25 +229,37 @@ def test_F37_the_others_of_a_chain_are_submitted_where_one_is_refused(airflow_ho
     assert in_task(airflow_home, world, SUBMIT % (run.uri, shards[0]))["raises"] == "QuotaExhausted"
 
 
-@pytest.mark.parametrize(("stopped", "statuses"), [(True, ("cancelling", "cancelled")), (False, ("in_progress", "validating"))])
-def test_F104_a_task_that_is_stopped_while_it_submits_cancels_and_sends_nothing_more(airflow_home, planned, stopped, statuses):
+@pytest.mark.parametrize(
+    ("stopped", "is_sent"),
+    [
+        pytest.param(True, True, id="stopped between two shards"),
+        pytest.param(True, False, id="stopped while a create call is out"),
+        pytest.param(False, True, id="its worker is to end"),
+    ],
+)
+def test_F104_a_task_that_is_stopped_while_it_submits_cancels_and_sends_nothing_more(airflow_home, planned, stopped, is_sent):
     world, run, (first, *others) = planned
     world.rehearsal.pace(validating=0.0, running=600.0, finalizing=0.0, cancelling=0.0)
-    in_task(airflow_home, world, KILLED % (stopped, run.uri, chain_of([first, *others])))
-    assert status_of(world, first) in statuses
+    in_task(airflow_home, world, KILLED % (stopped, is_sent, run.uri, chain_of([first, *others])))
+    assert (status_of(world, first) in ("cancelling", "cancelled")) == stopped
     sent = [shard for shard in others if any(attempt.receipt for attempt in world.site.ledger.attempts(shard))]
-    assert sent == ([] if stopped else others), "a worker that is to end goes on with its task"
+    assert sent == ([] if stopped else others)
 
 
 def test_the_first_that_is_over_waits_for_the_others_only_a_while(airflow_home, planned):
     world, run, (quick, slow, later) = planned
     submit_one_that_ends_and_one_that_goes_on(world, run, quick, slow)
-    in_airflow(airflow_home, WAIT % (2.0, 2.0, run.uri, chain_of([slow, quick])), **env_of(world))
-    assert status_of(world, slow) == "in_progress"
-    world.rehearsal.pace(validating=0.0, running=4.0, finalizing=0.0, cancelling=0.0)
+
+    def wait(linger: float, shards: list[str], later: str = "") -> dict:
+        return json.loads(
+            in_airflow(airflow_home, WAIT % (linger, linger, run.uri, chain_of(shards), later), **env_of(world)).rpartition("RESULT")[2]
+        )
+
+    assert wait(2.0, [slow, quick]) == {"over": quick, "goes_on": slow}
+    world.rehearsal.pace(validating=0.0, running=10.0, finalizing=0.0, cancelling=0.0)
     submit(world.site, run, later)
-    in_airflow(airflow_home, WAIT % (60.0, 60.0, run.uri, chain_of([later, quick])), **env_of(world))
-    assert status_of(world, later) == "completed"
+    assert wait(60.0, [later, quick]) == {"over": chain_of([later, quick]), "goes_on": ""}
+    assert wait(2.0, [later, quick], later=later) == {"over": quick, "goes_on": later}, "something has failed for it a moment ago"
 
 
 @pytest.mark.parametrize(("waited", "lingers"), [(0, 20), (199, 20), (900, 90), (86_400, 600)])

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from nightshift.arrow import collector_paused, keep_pandas_out
 from nightshift.budgets import settle_attempts
 from nightshift.columns import answers_schema, rows_at_once
-from nightshift.errors import BatchLost, BatchRejected, BatchUnfinished, BatchUnknown, NightshiftError, ResultsGone
+from nightshift.errors import BatchLost, BatchRejected, BatchUnfinished, BatchUnknown, NightshiftError, ProviderUnavailable, ResultsGone
 from nightshift.job import Job
 from nightshift.judge import AS_IT_WAS, Answer, judge_for, reader_for, usage_of_replies
 from nightshift.matching import AT_ONCE, Matching, unfold, with_tokens
@@ -42,7 +42,7 @@ LOST_AFTER = timedelta(minutes=2)  # from the first "not known" here; the wait b
 def collect(site: Site, run: Run, shard: str) -> Settled | None:
     """Harvest the current attempt. The shard's last word once it is settled, or None when it has to be submitted again.
 
-    Raises BatchUnfinished while there is nothing to harvest yet, BatchRejected when the provider refused the batch as a whole
+    Raises BatchUnfinished while the batch goes on, BatchRejected when the provider refused the batch as a whole
     for a reason that a repetition would meet again, and BatchLost when it has not known the batch for a while and the job
     does not say to buy it again.
     """
@@ -82,7 +82,7 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
     if snapshot.state == "running":
         raise BatchUnfinished(provider.where, batch_id, f"it is still {snapshot.status}")
     if is_waiting_for_files(snapshot, site.now()):
-        raise BatchUnfinished(provider.where, batch_id, f"it is {snapshot.status} and its result files are not there yet")
+        raise ProviderUnavailable(provider.where, f"batch {batch_id} is {snapshot.status} and its result files are not there yet.")
     if snapshot.state == "failed" and not snapshot.bad_lines and not snapshot.result_files:
         _end_without_answers(site, shard, attempt, attempts, snapshot, provider)
         return
