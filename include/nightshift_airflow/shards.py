@@ -36,7 +36,10 @@ class ChainTask(BaseOperator):
 
     @contextmanager
     def at_work(self, context: Any) -> Iterator[tuple[Site, Run]]:
-        """The site and the run, for work that a person may stop: its batches are cancelled then, also one that is just being created."""
+        """The site and the run, for work that a person may stop: its batches are cancelled then.
+
+        Also what was just being created as the signal came, and what is done before Airflow sends one, with a heartbeat.
+        """
         self._ti, self._stopped = context["ti"], Event()
         try:
             site, run = run_at(self.run_uri, owner_of(context))
@@ -44,8 +47,7 @@ class ChainTask(BaseOperator):
         finally:
             if self._killing is not None:
                 self._killing.join()
-                if self._stopped.is_set():
-                    cancel_batches(self.run_uri, self.chain, "a task that was stopped")
+            self._end_if_stopped()
 
     def on_kill(self) -> None:
         """Cancel the batches when a person stopped the task, but not when its worker is to end.
@@ -161,8 +163,8 @@ class CollectShards(ChainTask):
                     keep_problem(site, run, self.task_id, error)
             except Exception as error:  # noqa: BLE001 — whatever it is, the batches of the others are being paid for
                 done.may_pass[shard] = error
-        for said in _said({**done.final, **done.may_pass}):
-            self.log.warning(said)
+        for shard, error in {**done.final, **done.may_pass}.items():
+            self.log.warning("Shard %s", shard[:12], exc_info=error)
         return done
 
     def _settled(self, site: Site, run: Run, shard: str) -> bool:

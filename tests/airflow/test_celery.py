@@ -41,8 +41,9 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     for name in ("prompts", "schemas"):
         shutil.copytree(ROOT / "include" / name, folder / "house" / name)
     (folder / "house" / "jobs").mkdir()
-    wide = {"input": {"uri": "s3://reviews/wide/*.jsonl"}, "policy": {"max_requests_per_shard": SHARD}}
-    (folder / "house" / "jobs" / "wide.yaml").write_text(yaml.safe_dump(job("wide", wide)))
+    for name, size in {"wide": SHARD, "narrow": 2}.items():
+        spec = {"input": {"uri": "s3://reviews/wide/*.jsonl"}, "policy": {"max_requests_per_shard": size}}
+        (folder / "house" / "jobs" / f"{name}.yaml").write_text(yaml.safe_dump(job(name, spec)))
     reserve(folder, apart=True)  # another stack may run beside this one
     started = up(folder, jobs=jobs_of(folder), say=lambda part: None, extra=QUICK, workers=1)
     put_reviews(started, "wide/a.jsonl", ROWS, seed=1)
@@ -58,15 +59,15 @@ def add_worker(stack: Stack, number: int) -> None:
     start_worker(stack, number, {**airflow_env(stack, jobs_of(Path(stack.folder))), **QUICK})
 
 
-def start(api: AirflowApi, name: str) -> str:
+def start(api: AirflowApi, name: str, dag: str = "wide") -> str:
     """Start a run that buys everything anew; its path in the API."""
-    api.call("POST", "/dags/wide/dagRuns", {"logical_date": None, "dag_run_id": name, "conf": {"fresh": True}})
-    return f"/dags/wide/dagRuns/{name}"
+    api.call("POST", f"/dags/{dag}/dagRuns", {"logical_date": None, "dag_run_id": name, "conf": {"fresh": True}})
+    return f"/dags/{dag}/dagRuns/{name}"
 
 
 def finished(stack: Stack, api: AirflowApi, path: str) -> None:
     until(lambda: api.get(path)["state"] in ("success", "failed"), f"the end of {path}", 400)
-    states = tasks_of(api, "wide", path.rpartition("/")[2])
+    states = tasks_of(api, path.split("/")[2], path.rpartition("/")[2])
     assert api.get(path)["state"] == "success", f"{states}\n{tail(Path(stack.folder), 'airflow-scheduler')}"
 
 
@@ -123,4 +124,30 @@ def test_a_worker_that_is_killed_in_the_middle_of_its_shards_loses_nothing_and_p
     finished(stack, api, path)
     summary = summary_of(stack, api, "bereft", "wide")
     assert (summary.state, sum(summary.outcomes.values())) == ("published", ROWS)
+    assert requests_billed(stack) - before == summary.requests.unique
+
+
+def test_F104_a_run_that_is_stopped_while_it_submits_cancels_what_it_has_sent_and_goes_on_when_it_is_cleared(stack):
+    """Sixty shards in four chains: each has many more to send when its process is told to end."""
+    api = airflow_api(stack)
+    until(lambda: api.get("/dags", dag_ids="narrow")["total_entries"], "the DAG")
+    provider(stack, "PUT", "/rehearsal/pace", {"validating": 0.1, "running": 600.0, "finalizing": 0.1, "cancelling": 0.1})
+    before = requests_billed(stack)
+    path = start(api, "stopped", "narrow")
+
+    def open_batches() -> int:
+        found = provider(stack, "GET", "/v1/batches?limit=100")["data"]
+        return sum(batch["status"] in ("validating", "in_progress", "finalizing") for batch in found)
+
+    until(lambda: open_batches() >= 3, "some batches")
+    api.call("PATCH", path, {"state": "failed"})
+    assert tasks_of(api, "narrow", "stopped")["assemble"] == "skipped"
+    until(lambda: not open_batches(), "the cancelling of all batches", 60)
+    time.sleep(6)  # by then a process that was told to end is killed
+    assert not open_batches(), "nothing was sent after that"
+    provider(stack, "PUT", "/rehearsal/pace", {"validating": 0.1, "running": 0.5, "finalizing": 0.1})
+    api.call("POST", f"{path}/clear", {"dry_run": False, "only_failed": False})
+    finished(stack, api, path)
+    summary = summary_of(stack, api, "stopped", "narrow")
+    assert (summary.state, sum(summary.outcomes.values()), summary.outcomes["cancelled"]) == ("published", ROWS, 0)
     assert requests_billed(stack) - before == summary.requests.unique
