@@ -32,11 +32,12 @@ PATIENCE_SECONDS = 900
 PARTS = {
     "scheduler": re.compile("airflow scheduler"),
     "triggerer": re.compile("airflow triggerer"),
-    "task": re.compile("airflow worker -- LocalExecutor: [0-9a-f]"),
+    "task": re.compile("airflow worker -- (LocalExecutor: )?[0-9a-f]"),  # the worker, and what it has forked for the task
 }
 ORDER = ("task", "triggerer", "task", "scheduler")
 # A task whose process is gone is found by its missing heartbeat; the defaults (300 s) suit long tasks, not a rehearsal.
 QUICK = {
+    "NIGHTSHIFT_WIDTH": "2",  # so that several shards share the task that dies
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "15",
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
     "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "10",
