@@ -63,6 +63,8 @@ def kill_airflow(kills: int, seed: int, say: Callable[[str], None]) -> dict[str,
                 deaths = _kill_parts(stack, api, run, env, kills, draw, say, restarted)
                 state = _end(api, run, say)
             say(f"the run ended as {state} after {deaths} deaths")
+            if not deaths:
+                raise AssertionError("nothing was killed, so nothing was shown: have Airflow's processes other titles?")
             return _judge(stack, deaths, state)
         finally:
             down(Path(folder) / "stack")

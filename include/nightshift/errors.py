@@ -12,7 +12,7 @@ NightshiftError
 │   ├── ModelNotFound             the provider does not offer this model
 │   ├── RequestTooLarge           one request alone is over the limit for a whole batch
 │   ├── BatchRejected             the provider refused the batch; nothing ran
-│   ├── ShardsFailed              several shards that share a task cannot be settled
+│   ├── ShardsFailed              shards that share a task with others cannot be settled
 │   ├── BatchLost                 the provider no longer knows a batch that it took from us
 │   ├── WrongPlace                a shard was sent elsewhere than this connection leads
 │   ├── QuotaExhausted            the provider stopped billing us

@@ -8,7 +8,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pendulum
-from airflow.sdk import DAG, Asset, AssetWatcher, CronDataIntervalTimetable, chain, task, task_group
+from airflow.sdk import DAG, Asset, AssetWatcher, CronDataIntervalTimetable, task, task_group
+from airflow.sdk import chain as in_order
 
 from nightshift.errors import JobInvalid
 from nightshift.job import JobFile
@@ -55,22 +56,22 @@ def job_dag(spec: JobFile, path: Path) -> DAG:
         approved = ApproveRun(task_id="approve", run_uri=planned, retries=2)
 
         @task_group(group_id="shard")
-        def shard_group(run_uri: str, keys: str) -> Any:
-            submitted = SubmitShards(task_id="submit", run_uri=run_uri, chain=keys)
+        def shard_group(run_uri: str, chain: str) -> Any:
+            submitted = SubmitShards(task_id="submit", run_uri=run_uri, chain=chain)
             patience = timedelta(hours=spec.policy.deadline_hours) + STEP_TIMEOUT  # by then a batch is cancelled and harvested
             waited = WaitForShards(task_id="wait", run_uri=run_uri, chain=submitted.output, execution_timeout=patience)
             collected = CollectShards(task_id="collect", run_uri=run_uri, chain=submitted.output)
-            chain(submitted, waited, collected)
+            in_order(submitted, waited, collected)
             return collected.output
 
-        settled = shard_group.partial(run_uri=run_uri).expand(keys=approved.output)  # nothing is submitted before it is approved
+        settled = shard_group.partial(run_uri=run_uri).expand(chain=approved.output)  # nothing is submitted before it is approved
         assembled = assemble(planned, settled)
         audited = audit(assembled)
         published = publish_to(results_asset(spec), partitions_asset(spec))(audited)
         reported = report(run_uri)
-        chain(approved, dag.task_group_dict["shard"])  # the whole group, also where it is empty
-        chain(approved, assembled)
-        chain(published, reported)
+        in_order(approved, dag.task_group_dict["shard"])  # the whole group, also where it is empty
+        in_order(approved, assembled)
+        in_order(published, reported)
     return dag
 
 
