@@ -15,6 +15,7 @@ from typing import Any
 
 import boto3
 import pytest
+from hypothesis import settings
 
 from local.s3 import MINISTACK, served_s3
 from nightshift.job import Job, RequestSpec
@@ -28,6 +29,9 @@ from nightshift.rehearsal.bedrock_server import ACCESS_KEY
 from nightshift.rehearsal.served import Served
 from nightshift.runs import Site
 from nightshift.stores.objects import open_input, open_objects
+
+settings.register_profile("shared machines", deadline=None)  # where seconds say nothing
+settings.load_profile("shared machines")
 
 ROLE = "arn:aws:iam::123456789012:role/nightshift-bedrock"
 NOON = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)

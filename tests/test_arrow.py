@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 
@@ -30,6 +31,23 @@ def test_a_process_that_has_pandas_keeps_it():
     code = "import sys, pandas; from nightshift.arrow import keep_pandas_out; keep_pandas_out(); import pyarrow as pa; "
     check = "assert pa.array(pandas.Series([1])).to_pylist() == [1]; assert sys.modules['pandas'] is pandas"
     subprocess.run([sys.executable, "-c", code + check], check=True)
+
+
+FAULTS = """
+import resource
+from nightshift.arrow import keep_freed_memory
+if {keeps}: keep_freed_memory()
+for _ in range(100):
+    batch = [bytearray(b"x" * (1 << 20)) for _ in range(8)]
+    del batch
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="mallopt is glibc's")
+def test_what_is_freed_is_there_for_the_next_batch_and_is_not_faulted_in_again():
+    given, kept = (int(subprocess.check_output([sys.executable, "-c", FAULTS.format(keeps=keeps)])) for keeps in (False, True))
+    assert kept < given / 5
 
 
 @pytest.mark.parametrize("step", ["plan", "collect"])

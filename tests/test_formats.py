@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nightshift.errors import InputUnreadable
-from nightshift.formats import MAX_LINE_BYTES, Fault, Rows, guess_format, read_rows
+from nightshift.formats import BATCH_BYTES, MAX_LINE_BYTES, Fault, Rows, guess_format, read_rows
 
 
 def rows(data: bytes, fmt: str, compression: str | None = None, wanted: tuple[str, ...] = ("id", "text")):
@@ -144,3 +144,49 @@ def test_some_rows_of_a_batch_keep_their_values_arrays_and_faults():
     assert [value for piece in pieces for value in piece.columns["id"]] == list("abcde")
     assert [piece.arrays["id"].to_pylist() for piece in pieces] == [["a", "b"], ["c", "d"], ["e"]]
     assert [list(piece.faults.items()) for piece in pieces] == [[(1, whole.faults[1])], [], [(0, whole.faults[4])]]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())], ids=str)
+def test_text_of_every_arrow_type_reads_the_same(kind):
+    [batch] = read_rows(io.BytesIO(parquet(id=pa.array(["a", None, "ä"]).cast(kind))), "s3://b/k", "parquet", None, ("id",))
+    assert batch.columns["id"] == ["a", None, "ä"]
+    assert batch.array("id").cast(pa.string()).to_pylist() == ["a", None, "ä"]
+
+
+def test_text_that_is_not_utf8_is_no_column_and_a_null():
+    broken = pa.array([b"a", b"\xff"]).view(pa.string())
+    [batch] = read_rows(io.BytesIO(parquet(id=broken)), "s3://b/k", "parquet", None, ("id",))
+    assert (batch.array("id"), batch.columns["id"]) == (None, ["a", None])
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (["a", None], pa.string()),
+        ([1, None], pa.int64()),
+        ([0.5], pa.float64()),
+        ([True, False], pa.bool_()),
+        ([1, 2.0], None),
+        ([1, True], None),
+        ([2**63], None),
+        (["\ud800"], None),
+        ([{}], None),
+        ([None], None),
+    ],
+)
+def test_values_are_an_array_where_one_plain_type_holds_each_as_it_is(values, kind):
+    array = Rows(count=len(values), columns={"id": values}).array("id")
+    assert (array and (array.type, array.to_pylist())) == (kind and (kind, values))
+
+
+@pytest.mark.parametrize("fmt", ["jsonl", "csv", "parquet"])
+def test_rows_that_are_long_come_few_at_once(fmt):
+    texts = [f"{i:09d}," * (BATCH_BYTES // 100) for i in range(35)]  # of 400 kB
+    packed = {
+        "jsonl": "".join(f'{{"id": "{text}"}}\n' for text in texts).encode(),
+        "csv": "\n".join(["id", *(f'"{text}"' for text in texts)]).encode(),
+        "parquet": parquet(id=texts),
+    }[fmt]
+    batches = list(read_rows(io.BytesIO(packed), "s3://b/k", fmt, None, ("id",)))
+    assert [text for batch in batches for text in batch.columns["id"]] == texts
+    assert all(batch.count <= 11 for batch in batches)

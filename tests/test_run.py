@@ -492,7 +492,7 @@ def test_F32_one_bad_line_does_not_condemn_its_neighbours(world, monkeypatch):
     lines = Encoder.lines
 
     def one_bad(self, keys, tails):
-        made = lines(self, keys, tails).splitlines(keepends=True)
+        made = bytes(lines(self, keys, tails)).splitlines(keepends=True)
         return b"".join(line.replace(b'"POST"', b'"PUT"') if b"number 3 " in line else line for line in made)
 
     monkeypatch.setattr(Encoder, "lines", one_bad)

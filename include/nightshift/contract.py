@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from decimal import Decimal
-from operator import eq
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from nightshift.arrow import contents
+from nightshift.formats import Rows
 from nightshift.job import Requirement
 
-Check = Callable[[Any], str | None]
+Mask = npt.NDArray[np.bool_]
+EXACT = 1 << 53  # integers up to it are held against a float as they are
+SPACE, DELETE = 0x20, 0x7F  # between the two is what ASCII prints
 TRUE, FALSE = frozenset({"true", "1", "yes"}), frozenset({"false", "0", "no"})
 
 
-def compile_contract(require: Mapping[str, Requirement]) -> dict[str, Callable[[Sequence[Any]], Sequence[str | None]]]:
-    """Per column a function: values → for each why its row is rejected, or None; nothing at all where none is."""
-    return {column: _checks(_are_good(requirement), _check(column, requirement)) for column, requirement in require.items()}
+def compile_contract(require: Mapping[str, Requirement]) -> Callable[[Rows], dict[int, str]]:
+    """A function: rows → why some of them are rejected, by their place; of several reasons the first."""
+    checks = [(column, requirement, reason_for(column, requirement)) for column, requirement in require.items()]
+
+    def rejected(rows: Rows) -> dict[int, str]:
+        found = dict[int, str]()
+        for column, requirement, check in checks:
+            for i, value in _doubtful(rows, column, requirement):
+                reason = check(value)
+                if reason is not None:
+                    found.setdefault(i, reason)
+        return found
+
+    return rejected
 
 
-def _checks(are_good: Callable[[Sequence[Any]], bool], check: Check) -> Callable[[Sequence[Any]], Sequence[str | None]]:
-    return lambda values: () if are_good(values) else [check(value) for value in values]
+def _doubtful(rows: Rows, column: str, requirement: Requirement) -> Iterable[tuple[int, Any]]:
+    """The values of a column that a quick look at all of them leaves in doubt, and their places."""
+    array = rows.array(column)
+    good = None if array is None else _are_good(array, requirement)
+    if array is None or good is None:
+        return enumerate(rows.columns[column])
+    places = np.flatnonzero(~(good & array.is_valid().to_numpy(zero_copy_only=False)))
+    return zip(places.tolist(), array.take(pa.array(places)).to_pylist(), strict=True) if len(places) else ()
 
 
 def typed(value: Any, requirement: Requirement | None) -> Any:
@@ -41,30 +66,54 @@ def typed(value: Any, requirement: Requirement | None) -> Any:
         return None
 
 
-def _are_good(requirement: Requirement) -> Callable[[Sequence[Any]], bool]:
-    """A quick look at many values, which may say no to good ones but never yes to a bad one."""
-    low, high, minimum, maximum = requirement.min_length, requirement.max_length, requirement.minimum, requirement.maximum
-    plain = {"string": frozenset({str}), "integer": frozenset({int}), "number": frozenset({int, float})}.get(
-        requirement.type, frozenset({bool})
-    )
-    enum = frozenset(requirement.enum) if requirement.enum is not None else None
-
-    def are_good(values: Sequence[Any]) -> bool:
-        if not values or not plain.issuperset(map(type, values)) or (enum is not None and not enum.issuperset(values)):
-            return False
-        if requirement.type == "string":
-            return (low is None or min(map(len, map(str.strip, values))) >= low) and (high is None or max(map(len, values)) <= high)
-        if requirement.type == "boolean":
-            return True
-        least, most = min(values), max(values)
-        if not all(map(eq, values, values)):
-            return False  # a number that is none compares with nothing
-        return least >= -(2**63) and most < 2**63 and (minimum is None or least >= minimum) and (maximum is None or most <= maximum)
-
-    return are_good
+def _are_good(values: pa.Array, requirement: Requirement) -> Mask | None:
+    """A quick look: it may say no to what is good, but never yes to what is bad. Of nulls it says anything; of other types nothing."""
+    if pa.types.is_string(values.type) and requirement.type == "string":
+        return _are_long(values, requirement.min_length, requirement.max_length) & _are_among(values, requirement.enum)
+    if requirement.enum is not None:
+        return None
+    if pa.types.is_boolean(values.type) and requirement.type == "boolean":
+        return np.ones(len(values), bool)
+    if pa.types.is_integer(values.type) and requirement.type in ("integer", "number"):
+        whole: npt.NDArray[np.integer[Any]] = values.fill_null(0).to_numpy()
+        return _are_between(whole, -EXACT, EXACT) & _are_between(whole, requirement.minimum, requirement.maximum)
+    if pa.types.is_float64(values.type) and requirement.type == "number":
+        numbers: npt.NDArray[np.float64] = values.to_numpy(zero_copy_only=False)
+        return ~np.isnan(numbers) & _are_between(numbers, requirement.minimum, requirement.maximum)
+    return None
 
 
-def _check(column: str, requirement: Requirement) -> Check:
+def _are_long(texts: pa.Array, low: int | None, high: int | None) -> Mask:
+    """By their bytes, one to four a character. White space at the ends is not counted, and they have none there."""
+    data, offsets = contents(texts)
+    sizes = np.diff(offsets)
+    good = np.ones(len(texts), bool) if high is None else sizes <= high
+    if low:
+        good &= sizes >= 4 * low
+        ends = np.concatenate([offsets[:-1][good], offsets[1:][good] - 1])
+        printed = (data[ends] > SPACE) & (data[ends] < DELETE)
+        good[good] = np.logical_and(*np.split(printed, 2))
+    return good
+
+
+def _are_between(numbers: npt.NDArray[Any], minimum: float | None, maximum: float | None) -> Mask:
+    good = np.ones(len(numbers), bool)
+    if minimum is not None:
+        good &= numbers >= minimum
+    if maximum is not None:
+        good &= numbers <= maximum
+    return good
+
+
+def _are_among(texts: pa.Array, enum: Collection[Any] | None) -> Mask | bool:
+    if enum is None:
+        return True
+    allowed = pa.array([each for each in enum if isinstance(each, str)], pa.string())
+    return cast("Mask", pc.is_in(texts, value_set=allowed).to_numpy(zero_copy_only=False))
+
+
+def reason_for(column: str, requirement: Requirement) -> Callable[[Any], str | None]:
+    """A function: a value → why its row is rejected, or None."""
     low, high, enum = requirement.min_length, requirement.max_length, requirement.enum
 
     def check(value: Any) -> str | None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH_ROWS = 2048  # measured best: larger batches leave the processor's cache
+BATCH_BYTES = 4 << 20  # of what is read, or one row: what is made of a batch stands in memory some times over
+READ_BYTES = 1 << 20  # of a column of Parquet that are fetched at once
 PICTURE_ROWS = 16  # in a batch, where the columns may hold pictures
 MAX_LINE_BYTES = 16 << 20  # one longer line is a fault of that row, not of the machine's memory (catalogue F15)
 RAW_KEPT = 2000  # characters of a broken row that quarantine shows
@@ -35,6 +37,7 @@ SUFFIXES: dict[str, Format] = {
 PACKED: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 
 
+ARROW_TYPES = {str: "string", int: "int64", float: "float64", bool: "bool"}
 FILE_COLUMNS = ("uri", "name", "size", "etag")  # of a row that is an object of its own
 
 
@@ -46,6 +49,9 @@ class Fault:
     raw: str
 
 
+Sized = tuple[dict[str, Any] | Fault, int]  # a row, and about how long it is
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
     """A batch of consecutive rows, by column. A faulty row holds None in every column."""
@@ -54,28 +60,24 @@ class Rows:
     columns: Mapping[str, Sequence[Any]]  # the wanted columns, `count` values each
     faults: dict[int, Fault] = field(default_factory=dict)  # by position in the batch
     arrays: Mapping[str, pa.Array] = field(default_factory=dict)  # the same columns, where the object has them as such
+    _sound: dict[str, pa.Array | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def array(self, name: str) -> pa.Array | None:
-        """A column as the object has it, where that is sound: writers do not always check that text is UTF-8."""
-        import pyarrow as pa
-
-        found = self.arrays.get(name)
-        try:
-            if found is not None:
-                found.validate(full=True)
-        except pa.ArrowInvalid:
-            return None
-        return found
+        """A column as Arrow holds it, nulls included; None where its values are not sound, or not of one plain type."""
+        if name not in self._sound:
+            self._sound[name] = _sound(self.arrays[name]) if name in self.arrays else _as_array(self.columns[name])
+        return self._sound[name]
 
     def at(self, places: Sequence[int]) -> Rows:
         """Some of the rows, by their positions."""
         import pyarrow as pa
 
+        taken = {name: array.take(pa.array(places, pa.int64())) for name, array in self.arrays.items()}
         return Rows(
             count=len(places),
-            columns={name: [values[i] for i in places] for name, values in self.columns.items()},
+            columns=_Lists(taken) if taken else {name: [values[i] for i in places] for name, values in self.columns.items()},
             faults={at: self.faults[i] for at, i in enumerate(places) if i in self.faults},
-            arrays={name: array.take(pa.array(places, pa.int64())) for name, array in self.arrays.items()},
+            arrays=taken,
         )
 
 
@@ -142,7 +144,7 @@ def _parquet_file(file: IO[bytes], uri: str) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(file, pre_buffer=False)
+        return pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES)
     except (pa.ArrowInvalid, OSError) as error:
         raise InputUnreadable(uri, f"not a whole Parquet file ({str(error).splitlines()[0]})") from error
 
@@ -158,11 +160,21 @@ def _parquet(file: IO[bytes], uri: str, wanted: Sequence[str], batch_rows: int) 
         if known.count(name) > 1:
             raise InputUnreadable(uri, f"column {name!r} stands twice in its schema")
     try:
-        for batch in parquet.iter_batches(batch_size=batch_rows, columns=list(wanted), use_threads=False):
+        for batch in parquet.iter_batches(_batch_rows(parquet.metadata, wanted, batch_rows), columns=list(wanted), use_threads=False):
             arrays = {name: batch.column(name) for name in wanted}
             yield Rows(count=batch.num_rows, columns=_Lists(arrays), arrays=arrays)
     except (pa.ArrowInvalid, OSError) as error:
         raise InputUnreadable(uri, f"a Parquet page is damaged ({str(error).splitlines()[0]})") from error
+
+
+def _batch_rows(metadata: Any, wanted: Sequence[str], most: int) -> int:
+    """How many rows of a Parquet object are read at once: fewer where they are long, by the row group that has the longest."""
+    read = [number for number in range(metadata.num_columns) if metadata.schema.column(number).path.partition(".")[0] in wanted]
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    sizes: Iterator[int] = (
+        sum(group.column(number).total_uncompressed_size for number in read) // max(1, group.num_rows) for group in groups
+    )
+    return max(1, min(most, BATCH_BYTES // max((1, *sizes))))
 
 
 class _Lists(Mapping[str, Sequence[Any]]):
@@ -181,6 +193,30 @@ class _Lists(Mapping[str, Sequence[Any]]):
 
     def __len__(self) -> int:
         return len(self._arrays)
+
+
+def _sound(array: pa.Array) -> pa.Array | None:
+    """An array, text as `string`, where all of it holds what it says: writers do not always check that text is UTF-8."""
+    import pyarrow as pa
+
+    try:
+        array.validate(full=True)
+    except pa.ArrowInvalid:
+        return None
+    return array.cast(pa.string()) if pa.types.is_large_string(array.type) or pa.types.is_string_view(array.type) else array
+
+
+def _as_array(values: Sequence[Any]) -> pa.Array | None:
+    """Values of one type, and nulls, in the one Arrow type that holds each as it is."""
+    import pyarrow as pa
+
+    kinds = set(map(type, values)) - {type(None)}
+    if len(kinds) != 1 or (kind := ARROW_TYPES.get(kinds.pop())) is None:
+        return None
+    try:
+        return pa.array(values, kind)
+    except (OverflowError, UnicodeEncodeError):  # integers beyond 64 bits, lone surrogates
+        return None
 
 
 def _to_list(column: Any) -> list[Any]:
@@ -269,7 +305,7 @@ def _lines(file: IO[bytes]) -> Iterator[bytes | Fault]:
 
 
 def _jsonl(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Rows]:
-    yield from _in_batches((_json_row(line) for line in _lines(file) if line != b""), wanted)
+    yield from _in_batches(((_json_row(line), RAW_KEPT if isinstance(line, Fault) else len(line)) for line in _lines(file) if line), wanted)
 
 
 def _json_row(line: bytes | Fault) -> dict[str, Any] | Fault:
@@ -305,7 +341,7 @@ def _csv(file: IO[bytes], uri: str, wanted: Sequence[str]) -> Iterator[Rows]:
     yield from _in_batches(_csv_rows(reader, uri, header), wanted)
 
 
-def _csv_rows(reader: Any, uri: str, header: list[str]) -> Iterator[dict[str, Any] | Fault]:
+def _csv_rows(reader: Any, uri: str, header: list[str]) -> Iterator[Sized]:
     while True:
         line = reader.line_num + 1
         try:
@@ -316,7 +352,7 @@ def _csv_rows(reader: Any, uri: str, header: list[str]) -> Iterator[dict[str, An
                 raise InputUnreadable(
                     uri, f"a quote that opens in the row at line {line} does not close where it should ({error})"
                 ) from error
-            yield Fault(f"not valid CSV: {error}", "")
+            yield Fault(f"not valid CSV: {error}", ""), 0
             continue
         if cells is None:
             return
@@ -324,20 +360,21 @@ def _csv_rows(reader: Any, uri: str, header: list[str]) -> Iterator[dict[str, An
             continue  # an empty line
         raw = ",".join(cells)
         if ESCAPED_BYTE.search(raw):
-            yield Fault("not valid UTF-8", raw[:RAW_KEPT].encode("utf-8", "replace").decode())
+            yield Fault("not valid UTF-8", raw[:RAW_KEPT].encode("utf-8", "replace").decode()), RAW_KEPT
         elif len(cells) != len(header):
-            yield Fault(f"{len(cells)} cells where the header has {len(header)}", raw[:RAW_KEPT])
+            yield Fault(f"{len(cells)} cells where the header has {len(header)}", raw[:RAW_KEPT]), RAW_KEPT
         else:
-            yield dict(zip(header, cells, strict=True))
+            yield dict(zip(header, cells, strict=True)), len(raw)
 
 
-def _in_batches(rows: Iterable[dict[str, Any] | Fault], wanted: Sequence[str]) -> Iterator[Rows]:
-    batch: list[dict[str, Any] | Fault] = []
-    for row in rows:
+def _in_batches(rows: Iterable[Sized], wanted: Sequence[str]) -> Iterator[Rows]:
+    batch, total = list[dict[str, Any] | Fault](), 0
+    for row, size in rows:
         batch.append(row)
-        if len(batch) == BATCH_ROWS:
+        total += size
+        if len(batch) == BATCH_ROWS or total >= BATCH_BYTES:
             yield _as_rows(batch, wanted)
-            batch = []
+            batch, total = [], 0
     if batch:
         yield _as_rows(batch, wanted)
 

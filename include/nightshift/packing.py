@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from nightshift.arrow import whole
 from nightshift.errors import JobInvalid
 from nightshift.job import Job, Policy, RequestSpec
 from nightshift.money.estimate import estimate_variants, measured_before, sum_estimates
@@ -25,14 +27,15 @@ from nightshift.runs import Site
 from nightshift.shapes import PAID_OUTCOMES, Estimate, Outcome, ProviderName, Shard, Variant
 from nightshift.stores.answers import AnswerStore
 from nightshift.stores.objects import Objects
-from nightshift.stores.shards import keep_shard, request_keys, seed_of, shard_key, whom
+from nightshift.stores.shards import KEY_BYTES, keep_shard, key_bytes, request_keys, seed_of, shard_key, whom
 
 if TYPE_CHECKING:
     import duckdb
 
+Places = npt.NDArray[np.int64]
 ANSWERED, IN_FLIGHT = "answered", "in flight"
 BATCH_REQUESTS = 1 << 14  # chosen requests that are fetched at once
-GATHER_BYTES = 1 << 18  # of the spool that are read at once
+GATHER_BYTES = 1 << 20  # of the spool that are read at once, and of lines that are made of them
 WANTED = pa.schema([("key", pa.binary()), ("start", pa.int64()), ("size", pa.int32()), ("weight", pa.int32())])
 REQUESTS = "(key BLOB, start BIGINT, size INTEGER, weight INTEGER, known VARCHAR)"
 
@@ -42,13 +45,13 @@ class Lines:
     """The lines of requests that may be sent, in a local spool that holds of each what is its own."""
 
     path: Path
-    made: Callable[[Iterable[bytes], Iterable[bytes]], bytes]  # keys, and what the spool holds of each → lines
+    made: Callable[[pa.Array, pa.BinaryArray], memoryview]  # keys, and what the spool holds of each → lines
     frame: int = 0  # bytes of a line that are not in the spool
 
 
 def whole_lines(path: Path) -> Lines:
     """Lines that stand in a file as they are sent."""
-    return Lines(path=path, made=lambda keys, lines: b"".join(lines))
+    return Lines(path=path, made=lambda keys, lines: whole(lines))
 
 
 def mark_answered(
@@ -187,49 +190,59 @@ def freeze(
     `before`: what became of its requests, where it drives them again, and how each is asked now (`again`). A shard that is
     settled is never sent again, so what is still wanted of it (its failures) becomes a shard of another name.
     """
-    keys = group.column("key").to_pylist()
+    keys = key_bytes(group.column("key"))
     shard = Shard(
         key=_unsettled_key(site, keys, f"{fingerprint}/{salt}"),
         fingerprint=fingerprint,
         provider=request.provider,
         endpoint=request.endpoint,
         model=request.model,
-        request_count=len(keys),
+        request_count=group.num_rows,
         request_bytes=pc.sum(group.column("weight")).as_py(),
         least=least,
         seeded=before is not None,
     )
     if keep and site.store.get_shape(f"shards/{shard.key}/shard.json", Shard) is None:
-        keep_shard(site.store, shard, _gather(lines, group, keys), keys, _seed(lines.path, before, keys))
+        keep_shard(site.store, shard, _gather(lines, group), keys, _seed(lines.path, before, group))
     return shard
 
 
-def _seed(spool: Path, before: pa.Table | None, keys: list[bytes]) -> Path | None:
+def _seed(spool: Path, before: pa.Table | None, group: pa.Table) -> Path | None:
     if before is None:
         return None
     path = spool.with_name("seed.parquet")
-    pq.write_table(before.filter(pc.is_in(before.column("request_key"), pa.array(keys, pa.binary(32)))), path, compression="zstd")
+    asked = pc.is_in(before.column("request_key"), group.column("key").cast(pa.binary(KEY_BYTES)))
+    pq.write_table(before.filter(asked), path, compression="zstd")
     return path
 
 
-def _unsettled_key(site: Site, keys: list[bytes], salt: str) -> str:
+def _unsettled_key(site: Site, keys: bytes, salt: str) -> str:
     generation = 0
     while site.ledger.settled(key := shard_key(keys, f"{salt}{generation or ''}")) is not None:
         generation += 1
     return key
 
 
-def _gather(lines: Lines, group: pa.Table, keys: list[bytes]) -> Iterator[bytes]:
+def _gather(lines: Lines, group: pa.Table) -> Iterator[memoryview]:
     """The lines of one shard, in pieces. What stands in the spool between two of them is read over."""
-    starts, sizes = group.column("start").to_numpy(), group.column("size").to_numpy()
+    keys, starts, sizes = group.column("key"), group.column("start").to_numpy(), group.column("size").to_numpy()
     ends = starts + sizes
+    spans = ends, np.cumsum(sizes + np.int64(lines.frame))  # where requests end in the spool, and among the shard's lines
     with lines.path.open("rb", buffering=0) as spool:
         first = 0
-        while first < len(keys):
-            last = max(first + 1, int(np.searchsorted(ends, starts[first] + GATHER_BYTES, side="right")))
+        while first < group.num_rows:
+            last = min(int(np.searchsorted(span, span[first] + GATHER_BYTES, side="right")) for span in spans)
             base = int(starts[first])
             spool.seek(base)
             data = spool.read(int(ends[last - 1]) - base)
-            places = zip((starts[first:last] - base).tolist(), (ends[first:last] - base).tolist(), strict=True)
-            yield lines.made(keys[first:last], [data[start:end] for start, end in places])
+            yield lines.made(keys.slice(first, last - first), _pieces(data, starts[first:last] - base, ends[first:last] - base))
             first = last
+
+
+def _pieces(data: bytes, starts: Places, ends: Places) -> pa.BinaryArray:
+    """What stands at some places of a text, in order, and not what stands between them."""
+    breaks = np.flatnonzero(starts[1:] != ends[:-1])
+    runs = zip(starts[[0, *(breaks + 1)]].tolist(), ends[[*breaks, -1]].tolist(), strict=True)
+    kept = b"".join([data[start:end] for start, end in runs])
+    offsets = np.concatenate([[0], np.cumsum(ends - starts)]).astype(np.int32)
+    return pa.Array.from_buffers(pa.binary(), len(starts), [None, pa.py_buffer(offsets), pa.py_buffer(kept)])

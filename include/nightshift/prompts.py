@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
 import yaml
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta, nodes
+from jinja2 import Environment, StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 ROLE_LINE = re.compile(r"^(system|user):[ \t]*$", re.MULTILINE)
@@ -37,21 +37,28 @@ class NullInPrompt(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Plain:
-    """A template that prints columns between constant texts, and does nothing else: one text more than columns."""
+class Printed:
+    """A column that a template prints as it is."""
 
-    texts: tuple[str, ...]
+    column: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A piece of a template that holds logic, and the columns that it reads."""
+
+    template: Template
     columns: tuple[str, ...]
+    assigns: bool  # whether it may leave something behind in its context, which therefore serves one row only
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One compiled template and the columns that it reads."""
+    """One compiled template, the columns that it reads, and the same in pieces: what they say, one after another, is what it says."""
 
     template: Template
     variables: frozenset[str]
-    plain: Plain | None  # None where the template holds logic
-    assigns: bool  # whether it may leave something behind in its context, which therefore serves one row only
+    pieces: tuple[str | Printed | Rendered, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,10 +112,7 @@ def parse_prompt(source: str) -> Prompt:
     for role, text, line in _split_roles(body, offset):
         try:
             parsed = env.parse(text)
-            variables = meta.find_undeclared_variables(parsed) - set(env.globals)
-            parts[role] = Part(env.from_string(text), frozenset(variables), _plain(parsed), any(True for _ in parsed.find_all(ASSIGNING)))
-            if not variables:
-                parts[role].template.render()
+            parts[role] = Part(env.from_string(text), frozenset(meta.find_undeclared_variables(parsed)), tuple(_pieces(env, parsed)))
         except TemplateSyntaxError as error:
             raise PromptInvalid(line + error.lineno - 1, f"template error: {error.message}") from error
         except (TemplateError, NullInPrompt, TypeError, ValueError, ArithmeticError, LookupError) as error:
@@ -119,19 +123,27 @@ def parse_prompt(source: str) -> Prompt:
     return Prompt(system=parts.get("system"), user=parts["user"], front_matter=front, version=version)
 
 
-def _plain(template: nodes.Template) -> Plain | None:
-    """The texts around the columns that a template prints, where it does nothing else."""
-    texts, columns = [""], list[str]()
+def _pieces(env: Environment, template: nodes.Template) -> Iterator[str | Printed | Rendered]:
+    """A template in pieces. One that gives names stays whole: a piece may be about a name that an earlier one gave."""
+    if any(True for _ in template.find_all(ASSIGNING)):
+        yield _piece(env, template, assigns=True)
+        return
     for node in template.body:
         for part in node.nodes if isinstance(node, nodes.Output) else [node]:
             if isinstance(part, nodes.TemplateData):
-                texts[-1] += part.data
+                yield part.data
             elif isinstance(part, nodes.Name) and part.name != "self":  # which is the template itself
-                columns.append(part.name)
-                texts.append("")
+                yield Printed(part.name)
             else:
-                return None
-    return Plain(tuple(texts), tuple(columns))
+                alone = nodes.Output([part]) if isinstance(part, nodes.Expr) else part
+                yield _piece(env, nodes.Template([alone], lineno=part.lineno))
+
+
+def _piece(env: Environment, parsed: nodes.Template, *, assigns: bool = False) -> str | Rendered:
+    """A piece with logic; where that reads no column, what it says."""
+    parsed.set_environment(env)
+    columns, template = tuple(sorted(meta.find_undeclared_variables(parsed))), env.from_string(parsed)
+    return Rendered(template, columns, assigns) if columns else template.render()
 
 
 def _split_front_matter(source: str) -> tuple[dict[str, Any], str, int]:

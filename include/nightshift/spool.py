@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from nightshift.arrow import contents, whole
 from nightshift.contract import typed
 from nightshift.encode import Encoder, Request, Requests
 from nightshift.errors import InputUnreadable, RequestTooLarge
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import duckdb
 
 RowsRead = Callable[[int], None]  # is told how many so far
+RELEASE_BYTES = 32 << 20  # of the spool, after which what lies free in holes of the heap is returned: long texts leave wide ones
 GROUP_ROWS, GROUP_BYTES = 1 << 14, 4 << 20  # of a row index that are written at once
 DECLARED = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
 SPOOLED = pa.schema(
@@ -98,8 +100,12 @@ class Spool:
         self.slices.append(path)
 
     def _encoded(self, batches: Iterable[Rows], schema: pa.Schema) -> Iterator[_Part]:
+        released = self._end
         for rows in self._sampled(batches):
             yield self._encode(rows, schema)
+            if self._end - released > RELEASE_BYTES:
+                pa.default_memory_pool().release_unused()
+                released = self._end
             self._progress(self.rows)
 
     def _sampled(self, batches: Iterable[Rows]) -> Iterator[Rows]:
@@ -120,45 +126,45 @@ class Spool:
         """Encode a batch of rows, write their requests to the spool, and say where they stand."""
         ids = _ids(rows, self._job.spec.input.id)
         requests, renditions = self._requests(rows, _unasked(rows, ids))
-        sizes = np.fromiter(map(len, requests.tails), np.int64, len(requests.tails))
-        asked = np.array([reason is None for reason in requests.reasons], bool)
-        ordinals = np.arange(self.rows, self.rows + rows.count)
-        self._check_sizes(sizes + self._encoder.line_bytes, ordinals[asked])
-        self._file.writelines(requests.tails)
-        keys = pa.py_buffer(b"".join(requests.keys))
-        own = pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(requests.keys), [None, keys])
-        starts = self._end + np.cumsum(sizes) - sizes
-        places = [ordinals[asked], ids.filter(pa.array(asked)), own, starts, sizes.astype(np.int32), requests.weights]
-        reasons, raws = requests.reasons, [rows.faults[i].raw if i in rows.faults else None for i in range(rows.count)]
-        spread = own if asked.all() else own.take(pa.array(np.cumsum(asked) - 1, mask=~asked))
+        asked = np.ones(rows.count, bool)
+        asked[list(requests.refused)] = False
+        ends = contents(requests.tails)[1]
+        sizes, ordinals = np.diff(ends), np.arange(self.rows, self.rows + rows.count)
+        self._check_sizes(sizes + np.int64(self._encoder.line_bytes), ordinals[asked])
+        self._file.write(whole(requests.tails))
+        places = [ordinals[asked], ids.filter(pa.array(asked)), requests.keys, ends[:-1] + np.int64(self._end), sizes, requests.weights]
+        keys = requests.keys if asked.all() else requests.keys.take(pa.array(np.cumsum(asked) - 1, mask=~asked))
         kept = [_kept(self._job, name, rows, renditions.get(name), schema.field(f"keep_{name}").type) for name in self._job.kept]
-        self.reasons.update(reason for reason in reasons if reason is not None)
+        self.reasons.update(requests.refused.values())
         self._end += int(sizes.sum())
         self.rows += rows.count
-        index = [ordinals, ids, spread, reasons, raws, *kept]
+        raws = {i: fault.raw for i, fault in rows.faults.items()}
+        index = [ordinals, ids, keys, _some(requests.refused, rows.count), _some(raws, rows.count), *kept]
         return _Part(_batch(index, schema), _batch(places, SPOOLED))
 
-    def _requests(self, rows: Rows, reasons: Sequence[str | None]) -> tuple[Requests, Mapping[str, list[str | None]]]:
+    def _requests(self, rows: Rows, unasked: Mapping[int, str]) -> tuple[Requests, Mapping[str, list[str | None]]]:
         """What is asked about each row; and where the renditions of its picture are."""
         if self._pictures is None:
-            return self._encoder.encode(rows.columns, reasons), {}
+            return self._encoder.encode(rows, unasked), {}
         renditions: dict[str, list[str | None]] = {each.name: [] for each in self._job.spec.output.renditions}
-        names, found, refused = list(rows.columns), list[Request](), list[str | None]()
+        names, found, refused = list(rows.columns), list[Request](), dict[int, str]()
         given = (
-            Fault(reason, "") if reason else dict(zip(names, values, strict=True))
-            for reason, values in zip(reasons, zip(*rows.columns.values(), strict=True), strict=True)
+            Fault(unasked[i], "") if i in unasked else dict(zip(names, values, strict=True))
+            for i, values in enumerate(zip(*rows.columns.values(), strict=True))
         )
-        for row, shown in self._pictures.of(given):
+        for i, (row, shown) in enumerate(self._pictures.of(given)):
             if isinstance(row, Fault) or isinstance(shown, str):
                 request: Request | str = row.reason if isinstance(row, Fault) else str(shown)
             else:
                 request = self._encoder.show(row, shown.pictures)
-            refused.append(request if isinstance(request, str) else None)
-            found += [] if isinstance(request, str) else [request]
+            if isinstance(request, str):
+                refused[i] = request
+            else:
+                found.append(request)
             for name, uris in renditions.items():
                 uris.append(None if isinstance(shown, str) else shown.renditions.get(name))
-        requests = Requests(refused, [each.key for each in found], [each.tail for each in found], [each.weight for each in found])
-        return requests, renditions
+        keys, tails = pa.array([each.key for each in found], pa.binary(KEY_BYTES)), pa.array([each.tail for each in found], pa.binary())
+        return Requests(refused, keys, tails, np.array([each.weight for each in found], np.int64)), renditions
 
     def _check_sizes(self, sizes: np.typing.NDArray[np.int64], ordinals: np.typing.NDArray[np.int64]) -> None:
         """Raise RequestTooLarge for the first row whose line no batch could hold."""
@@ -238,35 +244,39 @@ def _ids(rows: Rows, name: str) -> pa.Array:
     return pa.array([None if value is None or value == "" else str(value) for value in rows.columns[name]], pa.string())
 
 
-def _unasked(rows: Rows, ids: pa.Array) -> list[str | None]:
-    """Why nothing is asked about a row, whatever its job wants to know: it cannot be read, or has no id."""
-    reasons: list[str | None] = [None] * rows.count
-    if ids.null_count:
-        reasons = ["the id is missing" if is_null else None for is_null in ids.is_null().to_pylist()]
-    for i, fault in rows.faults.items():
-        reasons[i] = fault.reason
-    return reasons
+def _unasked(rows: Rows, ids: pa.Array) -> dict[int, str]:
+    """Why nothing is asked about a row, whatever its job wants to know, by its place: it cannot be read, or has no id."""
+    nameless = np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False)).tolist()
+    return dict.fromkeys(nameless, "the id is missing") | {i: fault.reason for i, fault in rows.faults.items()}
+
+
+def _some(values: Mapping[int, str], count: int) -> pa.Array:
+    """A column that few rows have a value in, by their places."""
+    return pa.array([values.get(i) for i in range(count)], pa.string()) if values else pa.nulls(count, pa.string())
 
 
 def _kept(job: Job, name: str, rows: Rows, made: Sequence[Any] | None, kind: pa.DataType) -> pa.Array:
     """A column carried along, in its type; a value that does not fit it is null (its row is rejected by the contract)."""
-    array = rows.array(name)
-    if made is None and array is not None and array.type.equals(kind):
-        return array
+    array = rows.array(name) if made is None else None
+    if array is not None and (array.type.equals(kind) or (pa.types.is_string(array.type) and _is_text(kind))):
+        return array.cast(kind)
     requirement = job.spec.input.require.get(name)
     values = rows.columns[name] if made is None else made
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    plain = list(values) if text else [typed(value, requirement) for value in values]
+    plain = list(values) if _is_text(kind) else [typed(value, requirement) for value in values]
     try:
         return pa.array(plain, kind)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         return pa.array([_fits(value, kind) for value in plain], kind)
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
 def _fits(value: Any, kind: pa.DataType) -> Any:
     try:
         return pa.scalar(value, kind).as_py()
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        if not pa.types.is_string(kind) and not pa.types.is_large_string(kind):
+        if not _is_text(kind):
             return None
         return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()

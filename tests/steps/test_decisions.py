@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from datetime import timedelta
 from decimal import Decimal
 from itertools import chain
@@ -157,7 +158,9 @@ def test_a_last_shard_too_small_for_a_batch_is_filled_from_the_one_before():
 
 
 def test_the_same_requests_are_the_same_shard_in_any_order():
-    assert shard_key([b"a" * 32, b"b" * 32]) == shard_key([b"b" * 32, b"a" * 32]) != shard_key([b"a" * 32])
+    keys = [b"a" * 32, b"\xff" * 32, b"a" * 30 + b"\0\0", b"\0" * 32, b"a" * 31 + b"\0"]
+    assert shard_key(b"".join(keys)) == shard_key(b"".join(reversed(keys))) == hashlib.sha256(b"".join(sorted(keys))).hexdigest()
+    assert shard_key(b"".join(keys[1:])) != shard_key(b"".join(keys)) != shard_key(b"".join(keys), "once more")
 
 
 A, B = b"\xaa" * 32, b"\xbb" * 32

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from nightshift.arrow import keep_freed_memory
 from nightshift.encode import Encoder
 from nightshift.formats import file_rows, read_rows
 from nightshift.job import Job
@@ -48,6 +49,7 @@ def plan(site: Site, run: Run, *, progress: RowsRead = lambda rows: None) -> Pla
 
 def draft(site: Site, run: Run, *, keep: bool, progress: RowsRead = lambda rows: None) -> Plan:
     """A plan. With `keep` its row indexes and shards are written to the store, without it nothing is."""
+    keep_freed_memory()
     job, encoder, limits = run.job, Encoder(run.job), site.limits(run.job)
     files_as_rows = run.input.objects if job.spec.input.format == "files" else ()
     with ExitStack() as stack, site.scratch() as folder, open_database(Path(folder), PLAN_MEMORY) as database:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore as AnyStore
 
 Shape = TypeVar("Shape", bound=Wire)
+Buffer = bytes | memoryview
 READ_AHEAD = 4 << 20  # bytes per request of a sequential read: large enough that round trips vanish, small enough to stay flat
 PARTS_AT_ONCE = 2  # of a large upload, 5 MiB each: the next is made while one is under way
 CLIENT = {"timeout": "120s", "connect_timeout": "5s"}
@@ -87,7 +88,7 @@ class Objects:
         with _translated(self.uri_of(key)):
             obstore.put(self._store, key, data, max_concurrency=PARTS_AT_ONCE)
 
-    def stream(self, key: str, pieces: Iterable[bytes]) -> None:
+    def stream(self, key: str, pieces: Iterable[Buffer]) -> None:
         """Write or replace an object from pieces that are made on the way; readers see it when it is whole. Memory: some pieces."""
         with _translated(self.uri_of(key)):
             obstore.put(self._store, key, iter(pieces), max_concurrency=PARTS_AT_ONCE)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -15,9 +17,10 @@ import pyarrow.parquet as pq
 from nightshift.errors import InputMissing
 from nightshift.shapes import ProviderName, Shard, Variant
 from nightshift.stores.ledger import Attempt, Claim
-from nightshift.stores.objects import Objects
+from nightshift.stores.objects import Buffer, Objects
 
 KEY_BYTES = 32
+Keys = npt.NDArray[np.bytes_]  # 32 bytes each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +32,21 @@ class Left:
     reason: str | None
 
 
-def shard_key(keys: Iterable[bytes], salt: str = "") -> str:
+def shard_key(keys: bytes, salt: str = "") -> str:
     """A shard's name: the hash of its request keys, in any order. A salt tells apart what asks the same once more."""
     digest = hashlib.sha256(salt.encode())
-    digest.update(b"".join(sorted(keys)))
+    digest.update(sorted_keys(keys).data)
     return digest.hexdigest()
+
+
+def sorted_keys(keys: bytes) -> Keys:
+    """Request keys in order."""
+    found = np.frombuffer(keys, f"S{KEY_BYTES}")
+    heads = np.frombuffer(keys, ">u8")[:: KEY_BYTES // 8].astype(np.uint64)  # as numbers they are in order twenty times as fast
+    order = np.argsort(heads)
+    if (heads[order[1:]] == heads[order[:-1]]).any():
+        return np.sort(found)
+    return found[order]
 
 
 def requests_key(shard: str) -> str:
@@ -56,10 +69,10 @@ def live_folder(work: str) -> str:
     return f"live/{work}"
 
 
-def keep_shard(objects: Objects, shard: Shard, lines: Iterable[bytes], keys: Sequence[bytes], seed: Path | None) -> None:
+def keep_shard(objects: Objects, shard: Shard, lines: Iterable[Buffer], keys: bytes, seed: Path | None) -> None:
     """Freeze a shard: its lines, in pieces, their keys, what became of them before, and last what the shard is."""
     objects.stream(requests_key(shard.key), lines)
-    objects.put(keys_key(shard.key), b"".join(keys))
+    objects.put(keys_key(shard.key), keys)
     if seed is not None:
         objects.put(answers_key(shard.key, 0), seed)
     objects.create_shape(f"shards/{shard.key}/shard.json", shard)
@@ -75,13 +88,21 @@ def read_answers(objects: Objects, shard: str, attempt: int, columns: Sequence[s
 
 def keys_in(answers: pa.Table | pa.RecordBatch) -> list[bytes]:
     """The request keys of answers, many times as fast as Arrow's own conversion."""
-    column = answers.column("request_key").cast(pa.binary(KEY_BYTES))
-    data = b"".join(map(_bytes_of, column.chunks if isinstance(column, pa.ChunkedArray) else [column]))
-    return [data[start : start + KEY_BYTES] for start in range(0, len(data), KEY_BYTES)]
+    return _apart(key_bytes(answers.column("request_key")))
 
 
-def _bytes_of(keys: pa.FixedSizeBinaryArray) -> bytes:
-    return bytes(keys.buffers()[1])[keys.offset * KEY_BYTES : (keys.offset + len(keys)) * KEY_BYTES]
+def key_bytes(keys: pa.Array | pa.ChunkedArray) -> bytes:
+    """Request keys one after another, 32 bytes each."""
+    column = keys.cast(pa.binary(KEY_BYTES))
+    return b"".join(map(_bytes_of, column.chunks if isinstance(column, pa.ChunkedArray) else [column]))
+
+
+def _bytes_of(keys: pa.FixedSizeBinaryArray) -> memoryview:
+    return memoryview(keys.buffers()[1])[keys.offset * KEY_BYTES : (keys.offset + len(keys)) * KEY_BYTES]
+
+
+def _apart(keys: bytes) -> list[bytes]:
+    return [keys[start : start + KEY_BYTES] for start in range(0, len(keys), KEY_BYTES)]
 
 
 def seed_of(objects: Objects, shard: Shard) -> pa.Table | None:
@@ -91,10 +112,15 @@ def seed_of(objects: Objects, shard: Shard) -> pa.Table | None:
 
 def request_keys(objects: Objects, shard: str) -> list[bytes]:
     """The request keys of a shard, in the order of its lines; a shard holds at most one batch's worth."""
+    return _apart(frozen_keys(objects, shard))
+
+
+def frozen_keys(objects: Objects, shard: str) -> bytes:
+    """The same, one after another."""
     data = objects.get(keys_key(shard))
     if data is None:
         raise InputMissing(objects.uri_of(keys_key(shard)), "a frozen shard has it")
-    return [data[start : start + KEY_BYTES] for start in range(0, len(data), KEY_BYTES)]
+    return data
 
 
 def key_of_line(line: bytes) -> bytes:
