@@ -6,7 +6,7 @@ written as 1.0), and has to be looked at more closely.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from operator import attrgetter
 from typing import Annotated, Any, Literal
@@ -43,7 +43,7 @@ def reader_of(schema: Mapping[str, Any]) -> Read | None:
     kind = answer_type(schema)
 
     def read(texts: Sequence[str | None]) -> tuple[pa.Array, Sequence[bool]]:
-        values = [_decoded(decode, text) for text in texts]
+        values = _decoded(decode, texts)
         for look, is_valid in checks:
             values = _checked(values, look, is_valid)
         try:
@@ -61,11 +61,14 @@ def read_texts(texts: Sequence[str | None]) -> tuple[pa.Array, Sequence[bool]]:
     return pa.StructArray.from_arrays([pa.array(texts, pa.string())], fields=list(kind)), [True] * len(texts)
 
 
-def _decoded(decode: Callable[[Any], Any], text: str | None) -> Any:
-    try:
-        return decode(text)
-    except REFUSED:
-        return None
+def _decoded(decode: Callable[[Any], Any], texts: Iterable[str | None]) -> list[Any]:
+    values = []
+    for text in texts:
+        try:
+            values.append(decode(text))
+        except REFUSED:
+            values.append(None)
+    return values
 
 
 def _checked(values: Sequence[Any], look: Callable[[Any], Any], is_valid: Callable[[Any], bool]) -> list[Any]:
