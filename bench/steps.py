@@ -15,11 +15,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import nightshift.lean  # noqa: F401  as the command line does
 from nightshift.drive import begin
 from nightshift.job import Job
 from nightshift.job_file import load_job
 from nightshift.providers.forms import form_of
 from nightshift.providers.protocol import WINDOW, Garbage, Limits, Reply, Snapshot
+from nightshift.providers.results import read_file
 from nightshift.runs import Run, Site, approved_plan, load_run
 from nightshift.shapes import Assembled, Plan, Receipt
 from nightshift.steps.approve import approve
@@ -76,7 +78,7 @@ class Files:
         """See Provider."""
         for name in snapshot.result_files:
             with (self._folder / name).open("rb", buffering=1 << 20) as file:
-                yield from map(self._form.read, file)
+                yield from read_file(self._form, file)
 
     def cancel(self, batch_id: str) -> None:
         """See Provider."""

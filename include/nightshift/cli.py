@@ -15,6 +15,7 @@ import orjson
 import typer
 from rich.table import Table
 
+import nightshift.lean  # noqa: F401  first of all: what it sets is read when numpy is imported
 from nightshift import __version__
 from nightshift.errors import InputMissing, JobInvalid, NightshiftError
 from nightshift.job import Job, Policy, job_schema

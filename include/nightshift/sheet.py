@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,21 @@ class Sheet:
     def write(self, path: Path) -> None:
         """Write the file: in one row group, or in several where vectors would make it a large one."""
         self._flush()
-        plain = {"use_dictionary": [name for name in self._schema.names if name not in ("request_key", "text")]}
         rows, own = rows_at_once(self._schema, GROUP_ROWS), pa.Table.from_batches(self._batches, self._own)
+        plain = {"use_dictionary": list(_repeating(self._schema)), "write_statistics": False}  # lines are looked up by keys alone
         pq.write_table(_with_origin(own, self._schema, self._origin), path, compression="zstd", row_group_size=rows, **plain)
+
+
+def _repeating(fields: Iterable[pa.Field], above: str = "") -> Iterator[str]:
+    """The paths, as Parquet names them, of the columns whose values may stand in many lines: neither keys nor raw answers nor vectors."""
+    for field in fields:
+        path, kind = f"{above}{field.name}", field.type
+        if pa.types.is_struct(kind):
+            yield from _repeating(kind, f"{path}.")
+        elif pa.types.is_list(kind):
+            yield from _repeating([kind.value_field.with_name("element")], f"{path}.list.")
+        elif not pa.types.is_fixed_size_list(kind) and path not in ("request_key", "text"):
+            yield path
 
 
 def _with_origin(own: pa.Table, schema: pa.Schema, origin: Mapping[str, Any]) -> pa.Table:

@@ -66,20 +66,20 @@ def failed(**error) -> bytes:
     ],
 )  # fmt: skip
 def test_every_ending_of_a_record_is_told_apart(raw, outcome, paid, retryable):
-    reply = ConverseForm().read(raw)
+    reply = ConverseForm().read(raw)[0]
     assert (reply.custom_id, reply.outcome, reply.paid, reply.retryable) == (KEY, outcome, paid, retryable)
     assert outcome in ("succeeded", "refused") or reply.reason
 
 
 @pytest.mark.parametrize("raw", [converse(), claude()])
 def test_tokens_count_the_cached_ones_too(raw):
-    reply = ConverseForm().read(raw)
+    reply = ConverseForm().read(raw)[0]
     assert (reply.input_tokens, reply.output_tokens) == (7, 3)
 
 
 @pytest.mark.parametrize("line", [b"not json", b'{"modelOutput": {}}', b'{"recordId": 7}'])
 def test_lines_that_name_no_request_are_garbage(line):
-    assert isinstance(ConverseForm().read(line), Garbage)
+    assert isinstance(ConverseForm().read(line)[0], Garbage)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def failed(status, code, message="why") -> bytes:
     ],
 )
 def test_every_ending_of_a_chat_request_is_told_apart(raw, outcome, paid, retryable):
-    reply = ChatForm().read(raw)
+    reply = ChatForm().read(raw)[0]
     assert (reply.custom_id, reply.outcome, reply.paid, reply.retryable) == (KEY, outcome, paid, retryable)
     assert outcome == "succeeded" or reply.reason or outcome == "refused"
 
@@ -80,31 +80,31 @@ def response(status="completed", parts=(("output_text", "hi"),), **changes) -> b
     ],
 )
 def test_every_ending_of_a_responses_request_is_told_apart(raw, outcome, text):
-    reply = ResponsesForm().read(raw)
+    reply = ResponsesForm().read(raw)[0]
     assert (reply.outcome, reply.text, reply.paid) == (outcome, text, True)
 
 
 @pytest.mark.parametrize("form", [ChatForm(), ResponsesForm()], ids=["chat", "responses"])
 def test_tokens_are_read_and_F85_missing_usage_is_not_zero(form):
     raw = chat() if isinstance(form, ChatForm) else response()
-    reply = form.read(raw)
+    reply = form.read(raw)[0]
     assert (reply.input_tokens, reply.cached_tokens, reply.output_tokens) == (7, 2, 3)
     without = json.loads(raw)
     del without["response"]["body"]["usage"]
-    assert form.read(json.dumps(without).encode()).input_tokens is None
+    assert form.read(json.dumps(without).encode())[0].input_tokens is None
 
 
 def test_F86_the_snapshot_that_answered_is_kept():
-    assert ChatForm().read(chat()).model == "m-2026-01-01"
+    assert ChatForm().read(chat())[0].model == "m-2026-01-01"
 
 
 @pytest.mark.parametrize("raw", [b'{"custom_id": "ab', b"[]", b'{"custom_id": 7}', b'{"no": "id"}', b"\xff\xfe"])
 def test_F65_F73_a_line_that_cannot_be_read_is_garbage(raw):
-    assert isinstance(ChatForm().read(raw), Garbage)
+    assert isinstance(ChatForm().read(raw)[0], Garbage)
 
 
 def test_a_readable_id_with_an_odd_body_is_an_error_of_that_request():
-    reply = ChatForm().read(json.dumps({"custom_id": KEY, "response": {"status_code": 200, "body": {"choices": "none"}}}).encode())
+    reply = ChatForm().read(json.dumps({"custom_id": KEY, "response": {"status_code": 200, "body": {"choices": "none"}}}).encode())[0]
     assert (reply.custom_id, reply.outcome) == (KEY, "errored")
 
 

@@ -41,6 +41,7 @@ from nightshift.providers.doubt import CLOCK_SKEW, look_after_doubt
 from nightshift.providers.forms import form_of
 from nightshift.providers.looks import SharedLooks
 from nightshift.providers.protocol import WINDOW, BatchState, Garbage, Limits, Reply, Snapshot
+from nightshift.providers.results import read_file
 from nightshift.shapes import Endpoint, Outcome, Receipt
 from nightshift.stores.ledger import CREATE_TIMEOUT
 from nightshift.stores.objects import Objects
@@ -300,10 +301,9 @@ class BedrockJobs:
         records = 0
         for number, key in enumerate(snapshot.result_files):
             with self._download(key, scratch / f"results-{number}.jsonl").open("rb", buffering=1 << 20) as file:
-                for line in file:
-                    if line.strip():
-                        records += 1
-                        yield self._form.read(line)
+                for reply in read_file(self._form, file):
+                    records += 1
+                    yield reply
         for folder in dict.fromkeys(key.rpartition("/")[0] for key in snapshot.result_files):
             counted = _processed(self._files.get(f"{folder}/manifest.json.out"))
             if counted is not None and counted != records:

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import msgspec
 import orjson
 
-from nightshift.providers.openai_forms import as_vector, unreadable, wrong
+from nightshift.providers.openai_forms import as_vector, wrong
 from nightshift.providers.protocol import PICTURES, Garbage, Question, Reply
+from nightshift.providers.results import read_lines
 from nightshift.shapes import Outcome, Variant
 
 ANTHROPIC_VERSION = "bedrock-2023-05-31"
@@ -118,7 +119,7 @@ class BedrockForm:
         return bodies[0]
 
     def __init__(self) -> None:
-        self._decode = msgspec.json.Decoder(Record).decode
+        self._decoder = msgspec.json.Decoder(Record)
 
     def line(self, custom_id: str, body: bytes) -> bytes:
         """See Form."""
@@ -135,12 +136,11 @@ class BedrockForm:
             return orjson.dumps({"recordId": custom_id, "modelOutput": body})
         return orjson.dumps({"recordId": custom_id, "error": {"errorCode": status, "errorMessage": body["error"]["message"]}})
 
-    def read(self, line: bytes) -> Reply | Garbage:
-        """One line of a result file."""
-        try:
-            record = self._decode(line)
-        except msgspec.DecodeError as error:
-            return unreadable(line, error, "recordId")
+    def read(self, lines: bytes) -> list[Reply | Garbage]:
+        """See Form."""
+        return read_lines(lines, self._decoder, self._told, "recordId")
+
+    def _told(self, record: Record) -> Reply:
         if record.error is not None or record.modelOutput is None:
             return _failed(record.recordId, record.error)
         said = record.modelOutput

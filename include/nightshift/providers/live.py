@@ -182,7 +182,7 @@ class LiveServer:
         """See Provider."""
         for work in snapshot.result_files:
             for line in self._lines(work):
-                yield self.form.read(line)
+                yield from self.form.read(line)
 
     def cancel(self, batch_id: str) -> None:
         """See Provider. What is running ends with its process."""

@@ -32,6 +32,7 @@ from nightshift.providers.doubt import CLOCK_SKEW, look_after_doubt
 from nightshift.providers.forms import form_of
 from nightshift.providers.looks import looks_at
 from nightshift.providers.protocol import WINDOW, BatchState, Garbage, Limits, Reply, Snapshot
+from nightshift.providers.results import read_file
 from nightshift.shapes import Endpoint, Outcome, Receipt
 from nightshift.stores.ledger import CREATE_TIMEOUT
 
@@ -249,9 +250,7 @@ class OpenAIBatches:
             path = scratch / f"{file_id}.jsonl"
             self._download(file_id, path)
             with path.open("rb", buffering=1 << 20) as file:
-                for line in file:
-                    if line.strip():
-                        yield self._form.read(line)
+                yield from read_file(self._form, file)
             path.unlink()
 
     def _download(self, file_id: str, path: Path) -> None:

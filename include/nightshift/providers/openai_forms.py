@@ -14,6 +14,7 @@ import msgspec
 import orjson
 
 from nightshift.providers.protocol import PICTURES, Garbage, Question, Reply
+from nightshift.providers.results import read_lines
 from nightshift.shapes import Endpoint, Outcome, Variant
 
 NEVER_RUN: dict[str, Outcome] = {"batch_expired": "expired", "batch_cancelled": "cancelled", "batch_canceled": "cancelled"}
@@ -127,7 +128,7 @@ class OpenAIForm(Generic[Body]):
     inputs_per_line = 1
 
     def __init__(self, line: type[Line[Body]]) -> None:
-        self._decode = msgspec.json.Decoder(line).decode
+        self._decoder = msgspec.json.Decoder(line)
 
     def fold(self, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """See Form."""
@@ -150,22 +151,22 @@ class OpenAIForm(Generic[Body]):
         """See Form."""
         return orjson.dumps({"custom_id": custom_id, "response": {"status_code": status, "body": body}, "error": None})
 
-    def read(self, line: bytes) -> Reply | Garbage:
-        """One line of a result file, of either file."""
-        try:
-            decoded = self._decode(line)
-        except msgspec.DecodeError as error:
-            return unreadable(line, error, "custom_id")
-        response, key = decoded.response, decoded.custom_id
-        if decoded.error is not None or response is None:
-            return _not_run(key, decoded.error)
+    def read(self, lines: bytes) -> list[Reply | Garbage]:
+        """See Form. Lines of either file."""
+        return read_lines(lines, self._decoder, self._told, "custom_id")
+
+    def _told(self, line: Line[Body]) -> Reply:
+        response, key = line.response, line.custom_id
+        if line.error is not None or response is None:
+            return _not_run(key, line.error)
         body = response.body
-        if response.status_code != 200 or body is None or self._is_error(body):
+        if response.status_code != 200 or body is None or (body.error is not None and self._is_refused(body)):
             return _api_error(key, response.status_code, body.error if body else None)
         return self._reply(key, body)
 
-    def _is_error(self, body: Body) -> bool:
-        return body.error is not None
+    def _is_refused(self, body: Body) -> bool:
+        """Whether an error in a body says that the request was refused."""
+        return True
 
     def _reply(self, key: str, body: Body) -> Reply:
         raise NotImplementedError
@@ -235,8 +236,8 @@ class ResponsesForm(OpenAIForm[ResponsesBody]):
         """A body as it is asked again."""
         return _varied(body, variant, answer, reason, turns="input", limit="max_output_tokens")
 
-    def _is_error(self, body: ResponsesBody) -> bool:
-        return body.error is not None and body.status is None  # one with a status tells of an answer that failed
+    def _is_refused(self, body: ResponsesBody) -> bool:
+        return body.status is None  # one with a status tells of an answer that failed
 
     def _reply(self, key: str, body: ResponsesBody) -> Reply:
         usage = body.usage
@@ -382,14 +383,3 @@ def _shown(error: Error | None) -> str | None:
 
 def _cached(details: Details | None) -> int:
     return (details.cached_tokens or 0) if details else 0
-
-
-def unreadable(line: bytes, error: msgspec.DecodeError, name: str) -> Reply | Garbage:
-    """A line outside the contract. Where its id can still be read, by its name there, that request is errored; else it is garbage."""
-    try:
-        custom_id = orjson.loads(line)[name]
-    except (ValueError, KeyError, TypeError):
-        return Garbage(reason=f"unreadable result line: {error}")
-    if not isinstance(custom_id, str):
-        return Garbage(reason=f"result line whose {name} is no string")
-    return Reply(custom_id=custom_id, outcome="errored", reason=f"answer outside the API's contract: {error}", retryable=True, paid=True)

@@ -111,8 +111,8 @@ class Form(Protocol):
     def answered(self, custom_id: str, status: int, body: dict[str, Any]) -> bytes:
         """A line of a result file from an answer on demand: its HTTP status and its JSON body."""
 
-    def read(self, line: bytes) -> Reply | Garbage:
-        """One line of a result file."""
+    def read(self, lines: bytes) -> Sequence[Reply | Garbage]:
+        """What each line of a result file tells, without the last newline; one that is empty tells nothing."""
 
 
 class Provider(Protocol):

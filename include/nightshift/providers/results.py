@@ -1,0 +1,51 @@
+"""Result files: their lines are read many at once, and one by one where any of them is outside the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import IO, TypeVar
+
+import msgspec
+import orjson
+
+from nightshift.providers.protocol import Form, Garbage, Reply
+
+READ_BYTES = 1 << 18  # of a file at once: what becomes of them stays near the processor
+UNREADABLE = (msgspec.DecodeError, RecursionError)
+
+Line = TypeVar("Line")
+
+
+def read_file(form: Form, file: IO[bytes]) -> Iterator[Reply | Garbage]:
+    """What every line of a result file tells."""
+    rest = b""
+    while chunk := file.read(READ_BYTES):
+        lines, _, rest = (rest + chunk).rpartition(b"\n")
+        yield from form.read(lines)
+    yield from form.read(rest)
+
+
+def read_lines(lines: bytes, decoder: msgspec.json.Decoder[Line], told: Callable[[Line], Reply], name: str) -> list[Reply | Garbage]:
+    """What each line tells. `told`: what one within the contract does; `name`: of the id in a line."""
+    try:
+        found = decoder.decode_lines(lines)
+    except UNREADABLE:
+        found = []
+    if len(found) == lines.count(b"\n") + 1:
+        return [told(line) for line in found]
+    return [_alone(line, decoder, told, name) for line in lines.split(b"\n") if line.strip()]
+
+
+def _alone(line: bytes, decoder: msgspec.json.Decoder[Line], told: Callable[[Line], Reply], name: str) -> Reply | Garbage:
+    """A line by itself. Where one is outside the contract and its id can still be read, that request is errored; else it is garbage."""
+    try:
+        return told(decoder.decode(line))
+    except UNREADABLE as error:
+        why = error
+    try:
+        custom_id = orjson.loads(line)[name]
+    except (ValueError, KeyError, TypeError):
+        return Garbage(reason=f"unreadable result line: {why}")
+    if not isinstance(custom_id, str):
+        return Garbage(reason=f"result line whose {name} is no string")
+    return Reply(custom_id=custom_id, outcome="errored", reason=f"answer outside the API's contract: {why}", retryable=True, paid=True)

@@ -1,0 +1,38 @@
+"""Result files read many lines at once say what their lines say one by one."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nightshift.providers.forms import FORMS, form_of
+from nightshift.providers.protocol import Garbage, Reply
+from nightshift.providers.results import READ_BYTES, read_file
+
+GOOD = b'{"custom_id": "%d", "recordId": "%d", "error": {"errorCode": 400, "code": "batch_expired", "errorMessage": "no"}}'
+ODD = [
+    b"not json", b'{"custom_id": "c", "recordId": "c", "response": 7, "modelOutput": 7}', b'{"custom_id": 7, "recordId": 7}',
+    b"\xff", b"[" * 5000,
+]  # fmt: skip
+LINES = st.lists(st.integers(0, 99).map(lambda i: GOOD % (i, i)) | st.sampled_from([*ODD, b"", b"  "]), max_size=20)
+
+
+@pytest.mark.parametrize("endpoint", FORMS)
+@given(lines=LINES, end=st.sampled_from([b"", b"\n"]))
+def test_many_lines_at_once_tell_what_each_tells_alone(endpoint, lines, end):
+    form = form_of(endpoint)
+    assert list(read_file(form, io.BytesIO(b"\n".join(lines) + end))) == [told for line in lines for told in form.read(line)]
+    assert all(len(form.read(line)) == (1 if line.strip() else 0) for line in lines)
+
+
+def test_two_records_in_one_line_are_garbage():
+    assert [type(told) for told in form_of("converse").read(GOOD % (1, 1) + GOOD % (2, 2) + b"\n" + GOOD % (3, 3))] == [Garbage, Reply]
+
+
+def test_a_line_that_is_longer_than_what_is_read_at_once_is_one_line():
+    long = b'{"custom_id": "a", "response": {"body": {"model": "%b"}}}' % (b"m" * (3 * READ_BYTES))
+    first, second, third = read_file(form_of("/v1/chat/completions"), io.BytesIO(b"\n".join([GOOD % (1, 1), long, b"x"])))
+    assert (first.custom_id, second.custom_id, type(second), type(third)) == ("1", "a", Reply, Garbage)
