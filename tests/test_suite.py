@@ -167,3 +167,11 @@ def test_an_empty_dataset_is_judged_too(tmp_path):
         "expect_table_row_count_to_be_between": {"min_value": 1},
     }
     assert [check.success for check in run_suite(suite(asked), empty, "id")] == [True, True, False]
+
+
+def test_a_line_that_cannot_be_applied_takes_no_other_with_it(parts):
+    broken = Expectation(type="expect_column_values_to_be_between", kwargs={"column": "number", "min_value": []})
+    unknown = Expectation(type="expect_column_values_to_be_in_set", kwargs={"column": "nowhere", "value_set": [1]})
+    good = Expectation(type="expect_column_values_to_not_be_null", kwargs={"column": "value"})
+    checks = run_suite([good, broken, unknown, good], parts, "id")
+    assert [(check.success, bool(check.detail)) for check in checks] == [(True, False), (False, True), (False, True), (True, False)]
