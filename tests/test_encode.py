@@ -6,6 +6,7 @@ import hashlib
 from typing import Any
 
 import orjson
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,10 +15,10 @@ from nightshift.contract import compile_contract, reason_for
 from nightshift.encode import Encoder, Requests, escaped
 from nightshift.formats import Rows
 from nightshift.job import Job, JobFile, Requirement
-from nightshift.prompts import NullInPrompt, Rendered
+from nightshift.prompts import NullInPrompt, Printed, PromptInvalid, Rendered, parse_prompt
 from nightshift.providers.forms import FORMS, form_of
 from nightshift.providers.protocol import Limits
-from nightshift.spool import Spool, slice_schema
+from nightshift.spool import REQUEST_BYTES, Spool, slice_schema
 from nightshift.stores.database import open_database
 
 PLAIN = 'user:\nFrom {{ who }}: {{ text }} 100%\n"{{ text }}"\n'
@@ -126,6 +127,55 @@ def test_a_piece_is_rendered_once_for_rows_that_hold_the_same_in_what_it_reads()
     said = [orjson.loads(line)["body"]["messages"][0]["content"] for line in lines(Encoder(asking), rows)]
     assert said == [f"{row['who'].upper()} {row['text']}" for row in rows]
     assert sorted(calls) == ["a", "b"]
+
+
+def test_a_row_that_is_refused_is_not_rendered():
+    asking = job("user:\n{{ 'x' * n }}{{ text }}\n", n={"type": "integer", "maximum": 9})
+    rows = Rows(count=3, columns={"n": [10**15, 2, 10**15], "text": ["a", "b", "c"]})
+    found = Encoder(asking).encode(rows, {})
+    assert found.refused == {0: "n is above 9", 2: "n is above 9"}
+    assert found.tails.to_pylist()[0].startswith(b"xxb")
+
+
+def test_a_row_says_all_nulls_that_its_prompt_prints():
+    found = encoded(Encoder(job("user:\n{{ who }} {{ who }} {{ text | upper }}\n")), [{"text": None, "who": None}])
+    assert found.refused == {0: "the prompt prints a null (who, text)"}
+
+
+def test_neighbours_that_read_the_same_are_one_piece():
+    source = (
+        "{% if text %}a{% endif %} b {{ text | upper }} {% if who %}c{% endif %}{{ who | upper }} {{ text }} {{ 2 + 3 }} {{ text | lower }}"
+    )
+    pieces = parse_prompt(f"user:\n{source}").user.pieces
+    assert [piece.columns if isinstance(piece, Rendered) else piece for piece in pieces] == [
+        ("text",), " ", ("who",), " ", Printed("text"), " ", "5", " ", ("text",),
+    ]  # fmt: skip
+    assert "".join(
+        piece if isinstance(piece, str) else "t" if isinstance(piece, Printed) else piece.template.render(text="t", who="w")
+        for piece in pieces
+    ) == parse_prompt(f"user:\n{source}").user.template.render(text="t", who="w")
+
+
+@pytest.mark.parametrize("constant", ["{{ 3 | dictsort }}", "{{ '\\ud83d' }}", "{{ none }}", "{{ 1 / 0 }}", "{{ [1, 2] | random }}"])
+def test_a_constant_that_cannot_be_said_is_told_with_its_line_when_the_prompt_is_read(constant):
+    with pytest.raises(PromptInvalid, match=r"template error: .*(rendered \(.+\)|random)") as told:
+        parse_prompt(f"system:\nHi\nuser:\n{{{{ text }}}}\n{constant}\n")
+    assert told.value.line == 5
+
+
+@pytest.mark.parametrize("prompt", [PLAIN, "user:\n{{ text }}" + "x" * 40_000 + "{{ who }}\n"], ids=["long rows", "a long prompt"])
+def test_requests_are_made_a_few_megabytes_at_a_time(prompt, tmp_path, monkeypatch):
+    made = []
+    encode = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda *given: made.append(encode(*given)) or made[-1])
+    text = "t" * (40_000 if prompt == PLAIN else 1)
+    array = pa.array([text] * 2048)
+    rows = Rows(count=2048, columns={"text": [text] * 2048, "who": ["w"] * 2048}, arrays={"text": array, "who": array})
+    with open_database(tmp_path) as database:
+        spool = Spool(tmp_path, database, job(prompt), Encoder(job(prompt)), Limits(requests=9, request_bytes=1 << 30))
+        spool.take([rows], "rows", slice_schema(job(prompt), {}))
+    assert sum(len(each.keys) for each in made) == 2048
+    assert all(each.tails.nbytes <= 3 * REQUEST_BYTES for each in made)
 
 
 @given(st.lists(TEXTS))

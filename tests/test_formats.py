@@ -179,6 +179,12 @@ def test_values_are_an_array_where_one_plain_type_holds_each_as_it_is(values, ki
     assert (array and (array.type, array.to_pylist())) == (kind and (kind, values))
 
 
+def test_a_long_text_that_rows_have_in_common_comes_with_few_of_them_at_once():
+    packed = parquet(id=["x" * (BATCH_BYTES // 10)] * 100, **{"a.b": ["y"] * 100})
+    batches = list(read_rows(io.BytesIO(packed), "s3://b/k", "parquet", None, ("id", "a.b")))
+    assert (sum(batch.count for batch in batches), max(batch.count for batch in batches) <= 10) == (100, True)
+
+
 @pytest.mark.parametrize("fmt", ["jsonl", "csv", "parquet"])
 def test_rows_that_are_long_come_few_at_once(fmt):
     texts = [f"{i:09d}," * (BATCH_BYTES // 100) for i in range(35)]  # of 400 kB

@@ -72,11 +72,11 @@ def _are_good(values: pa.Array, requirement: Requirement) -> Mask | None:
         return _are_long(values, requirement.min_length, requirement.max_length) & _are_among(values, requirement.enum)
     if requirement.enum is not None:
         return None
-    if pa.types.is_boolean(values.type) and requirement.type == "boolean":
+    if pa.types.is_boolean(values.type) and requirement.type == "boolean" and requirement.minimum is requirement.maximum is None:
         return np.ones(len(values), bool)
     if pa.types.is_integer(values.type) and requirement.type in ("integer", "number"):
-        whole: npt.NDArray[np.integer[Any]] = values.fill_null(0).to_numpy()
-        return _are_between(whole, -EXACT, EXACT) & _are_between(whole, requirement.minimum, requirement.maximum)
+        integers: npt.NDArray[np.integer[Any]] = values.fill_null(0).to_numpy()
+        return _are_between(integers, -EXACT, EXACT) & _are_between(integers, requirement.minimum, requirement.maximum)
     if pa.types.is_float64(values.type) and requirement.type == "number":
         numbers: npt.NDArray[np.float64] = values.to_numpy(zero_copy_only=False)
         return ~np.isnan(numbers) & _are_between(numbers, requirement.minimum, requirement.maximum)

@@ -26,17 +26,14 @@ from nightshift.formats import Rows
 from nightshift.job import Job
 from nightshift.money.estimate import BYTES_PER_TOKEN
 from nightshift.pictures import Picture
-from nightshift.prompts import NullInPrompt, Part, Printed, Rendered
+from nightshift.prompts import UNRENDERED, NullInPrompt, Part, Printed, Rendered
 from nightshift.providers.forms import form_of
 from nightshift.providers.protocol import PICTURES, Form, Question
 from nightshift.stores.shards import KEY_BYTES, key_bytes
 
 SYSTEM, USER = "\x00SYSTEM\x00", "\x00USER\x00"  # placeholders that no prompt file can hold: they are control characters
 ID, BODY = "\x00", b"\x01"  # placeholders in a line: no JSON holds them
-# What filters raise on values that they cannot take, and Python on text that UTF-8 cannot say.
-UNRENDERED = (NullInPrompt, TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 ESCAPES = [(bytes([code]), orjson.dumps(chr(code))[1:-1]) for code in range(0x20)]
-NO_UTF8 = "the prompt cannot be rendered: UTF-8 cannot say one of its values"
 APART = b"\xff"  # stands in no UTF-8
 
 
@@ -85,6 +82,7 @@ class Encoder:
         self._rejected = compile_contract(job.spec.input.require)
         opening, middle, closing = _around(self.form)
         self._frame = (opening, middle + template.head, closing)
+        self.constant_bytes = sum(map(len, template.constants))  # of what a request has of its own
         self.line_bytes = sum(map(len, self._frame)) + 2 * KEY_BYTES + 1  # of a request's line beside its tail, with the newline
         who = orjson.dumps([request.provider, request.endpoint, request.model])
         if request.images is not None:
@@ -140,11 +138,12 @@ class Encoder:
             yield digest.digest()
 
 
-Said = tuple[pa.BinaryArray, Mapping[int, str]]  # in each row, null where there is nothing to say; and why not there, by its place
+Unsaid = str | tuple[str, ...]  # why there is nothing to say, or the columns that are null
+Said = tuple[pa.BinaryArray, Mapping[int, Unsaid]]  # in each row, null where there is nothing to say; and why not there, by its place
 
 
 @dataclass(frozen=True, slots=True)
-class Template:
+class BodyTemplate:
     """A body compiled: what all bodies begin with, and the values that each has of its own between constants."""
 
     head: bytes
@@ -154,16 +153,27 @@ class Template:
 
     def said(self, rows: Rows, refused: Mapping[int, str]) -> tuple[list[pa.BinaryArray], dict[int, str]]:
         """What the values say in the rows that can be asked about, a column each; and why the others cannot, by their place."""
-        said = [value(rows) for value in self.values]
-        unsaid = {i: why for _, reasons in reversed(said) for i, why in reasons.items()} | dict(refused)
-        if not unsaid:
-            return [texts for texts, _ in said], {}
-        is_said = np.ones(rows.count, bool)
-        is_said[list(unsaid)] = False
-        return [texts.filter(pa.array(is_said)) for texts, _ in said], unsaid
+        left = [i for i in range(rows.count) if i not in refused] if refused else range(rows.count)
+        asked = rows.at(left) if refused else rows
+        said = [value(asked) for value in self.values]
+        texts, reasons = [texts for texts, _ in said], [reasons for _, reasons in said]
+        unsaid = {i: _why([each[i] for each in reasons if i in each]) for i in dict.fromkeys(chain.from_iterable(reasons))}
+        if unsaid:
+            is_said = np.ones(asked.count, bool)
+            is_said[list(unsaid)] = False
+            texts = [column.filter(pa.array(is_said)) for column in texts]
+        return texts, {left[i]: why for i, why in unsaid.items()} | dict(refused)
 
 
-def _compile(pieces: Sequence[bytes], parts: Sequence[Part | None]) -> Template:
+def _why(reasons: Sequence[Unsaid]) -> str:
+    """Why a row is rejected of which some values cannot be said."""
+    if isinstance(reasons[0], str):
+        return f"the prompt cannot be rendered: {reasons[0]}"
+    nulls = dict.fromkeys(column for columns in reasons if not isinstance(columns, str) for column in columns)
+    return f"the prompt prints a null ({', '.join(nulls) or 'computed'})"
+
+
+def _compile(pieces: Sequence[bytes], parts: Sequence[Part | None]) -> BodyTemplate:
     """The constant pieces of a body with a part between each two of them; None stands for pictures."""
     constants, values, slot = [pieces[0]], list[Callable[[Rows], Said]](), 0
     for part, after in zip(parts, pieces[1:], strict=True):
@@ -177,7 +187,7 @@ def _compile(pieces: Sequence[bytes], parts: Sequence[Part | None]) -> Template:
                 values.append(_printer(piece.column) if isinstance(piece, Printed) else _renderer(piece))
                 constants.append(b"")
         constants[-1] += after
-    return Template(constants[0], tuple(constants[1:]), tuple(values), slot)
+    return BodyTemplate(constants[0], tuple(constants[1:]), tuple(values), slot)
 
 
 def _printer(column: str) -> Callable[[Rows], Said]:
@@ -188,18 +198,19 @@ def _printer(column: str) -> Callable[[Rows], Said]:
         if array is not None and (pa.types.is_string(array.type) or pa.types.is_integer(array.type)):
             texts = array.cast(pa.string()).cast(pa.binary())
         else:
-            texts = pa.array([None if value is None else _printed(value) for value in rows.columns[column]], pa.binary())
+            texts = pa.array([_printed(value)[0] for value in rows.columns[column]], pa.binary())
         nulls = np.flatnonzero(texts.is_null().to_numpy(zero_copy_only=False)).tolist() if texts.null_count else []
-        return texts, {i: _null_in([column]) if rows.columns[column][i] is None else NO_UTF8 for i in nulls}
+        return texts, {i: _printed(rows.columns[column][i])[1] or (column,) for i in nulls}
 
     return said
 
 
-def _printed(value: Any) -> bytes | None:
+def _printed(value: Any) -> tuple[bytes | None, str]:
+    """What a value prints, or why it prints nothing; of a null there is nothing to tell."""
     try:
-        return str(value).encode()
-    except UNRENDERED:
-        return None
+        return None if value is None else str(value).encode(), ""
+    except UNRENDERED as error:
+        return None, str(error)
 
 
 def _renderer(piece: Rendered) -> Callable[[Rows], Said]:
@@ -208,26 +219,22 @@ def _renderer(piece: Rendered) -> Callable[[Rows], Said]:
 
     def said(rows: Rows) -> Said:
         distinct, of = _distinct(rows, piece.columns)
-        texts, reasons = list[bytes | None](), dict[int, str]()
+        texts, reasons = list[bytes | None](), dict[int, Unsaid]()
         for i, values in enumerate(distinct):
             try:
                 text = render(values).encode()
             except NullInPrompt:
-                text, reasons[i] = None, _null_in([name for name, value in zip(piece.columns, values, strict=True) if value is None])
+                text, reasons[i] = None, tuple(name for name, value in zip(piece.columns, values, strict=True) if value is None)
             except UNRENDERED as error:
-                text, reasons[i] = None, f"the prompt cannot be rendered: {error.message if isinstance(error, TemplateError) else error}"
+                text, reasons[i] = None, str(error.message if isinstance(error, TemplateError) else error)
             texts.append(text)
         made = pa.array(texts, pa.binary())
         if of is None:
             return made, reasons
-        return made.take(pa.array(of)), {i: reasons[group] for i, group in enumerate(of.tolist()) if group in reasons} if reasons else {}
+        unsaid = {i: reasons[group] for i, group in enumerate(of.tolist()) if group in reasons} if reasons else {}
+        return made.take(pa.array(of)), unsaid
 
     return said
-
-
-def _null_in(columns: Sequence[str]) -> str:
-    """Why a row is rejected whose prompt prints a null."""
-    return f"the prompt prints a null ({', '.join(columns) or 'computed'})"
 
 
 def _distinct(rows: Rows, names: Sequence[str]) -> tuple[Iterable[tuple[Any, ...]], npt.NDArray[np.int64] | None]:
@@ -244,7 +251,7 @@ def _distinct(rows: Rows, names: Sequence[str]) -> tuple[Iterable[tuple[Any, ...
 
 
 def _is_plain(kind: pa.DataType) -> bool:
-    """Whether values of a type say the same wherever they are equal. Zero does not, which may be negative."""
+    """Whether values of a type say the same wherever they are equal. Floats do not: -0.0 is 0.0."""
     return bool(pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind))
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 BATCH_ROWS = 2048  # measured best: larger batches leave the processor's cache
 BATCH_BYTES = 4 << 20  # of what is read, or one row: what is made of a batch stands in memory some times over
 READ_BYTES = 1 << 20  # of a column of Parquet that are fetched at once
+SAMPLE_ROWS = 16  # that tell how long the rows of a Parquet object are
 PICTURE_ROWS = 16  # in a batch, where the columns may hold pictures
 MAX_LINE_BYTES = 16 << 20  # one longer line is a fault of that row, not of the machine's memory (catalogue F15)
 RAW_KEPT = 2000  # characters of a broken row that quarantine shows
@@ -35,9 +36,7 @@ SUFFIXES: dict[str, Format] = {
     ".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
 }  # fmt: skip
 PACKED: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
-
-
-ARROW_TYPES = {str: "string", int: "int64", float: "float64", bool: "bool"}
+ARROW_TYPES = {str: "string", int: "int64", float: "float64", bool: "bool"}  # that hold each value of a Python type as it is
 FILE_COLUMNS = ("uri", "name", "size", "etag")  # of a row that is an object of its own
 
 
@@ -67,6 +66,11 @@ class Rows:
         if name not in self._sound:
             self._sound[name] = _sound(self.arrays[name]) if name in self.arrays else _as_array(self.columns[name])
         return self._sound[name]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the columns that the object has as arrays; of others, which are read a few megabytes at a time, none."""
+        return sum(array.nbytes for array in self.arrays.values())
 
     def at(self, places: Sequence[int]) -> Rows:
         """Some of the rows, by their positions."""
@@ -160,21 +164,29 @@ def _parquet(file: IO[bytes], uri: str, wanted: Sequence[str], batch_rows: int) 
         if known.count(name) > 1:
             raise InputUnreadable(uri, f"column {name!r} stands twice in its schema")
     try:
-        for batch in parquet.iter_batches(_batch_rows(parquet.metadata, wanted, batch_rows), columns=list(wanted), use_threads=False):
+        at_once = _batch_rows(parquet, wanted, batch_rows)
+        for batch in parquet.iter_batches(at_once, columns=list(wanted), use_threads=False):
             arrays = {name: batch.column(name) for name in wanted}
             yield Rows(count=batch.num_rows, columns=_Lists(arrays), arrays=arrays)
     except (pa.ArrowInvalid, OSError) as error:
         raise InputUnreadable(uri, f"a Parquet page is damaged ({str(error).splitlines()[0]})") from error
 
 
-def _batch_rows(metadata: Any, wanted: Sequence[str], most: int) -> int:
-    """How many rows of a Parquet object are read at once: fewer where they are long, by the row group that has the longest."""
-    read = [number for number in range(metadata.num_columns) if metadata.schema.column(number).path.partition(".")[0] in wanted]
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    sizes: Iterator[int] = (
-        sum(group.column(number).total_uncompressed_size for number in read) // max(1, group.num_rows) for group in groups
-    )
-    return max(1, min(most, BATCH_BYTES // max((1, *sizes))))
+def _batch_rows(parquet: Any, wanted: Sequence[str], most: int) -> int:
+    """How many rows of a Parquet object are read at once: fewer where they are long.
+
+    By what its columns take in the file, in the row group that has the longest rows; and by some rows as they are read: a text that
+    many rows have in common stands in the file once.
+    """
+    metadata, longest = parquet.metadata, 1
+    names = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+    read = [number for number, path in enumerate(names) if any(path == name or path.startswith(f"{name}.") for name in wanted)]
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        size = sum(group.column(number).total_uncompressed_size for number in read)
+        longest = max(longest, size // max(1, group.num_rows))
+    for sample in islice(parquet.iter_batches(SAMPLE_ROWS, columns=list(wanted), use_threads=False), 1):
+        longest = max(longest, sample.nbytes // max(1, sample.num_rows))
+    return max(1, min(most, BATCH_BYTES // longest))
 
 
 class _Lists(Mapping[str, Sequence[Any]]):
@@ -201,9 +213,9 @@ def _sound(array: pa.Array) -> pa.Array | None:
 
     try:
         array.validate(full=True)
+        return array.cast(pa.string()) if pa.types.is_large_string(array.type) or pa.types.is_string_view(array.type) else array
     except pa.ArrowInvalid:
         return None
-    return array.cast(pa.string()) if pa.types.is_large_string(array.type) or pa.types.is_string_view(array.type) else array
 
 
 def _as_array(values: Sequence[Any]) -> pa.Array | None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from itertools import chain
 from typing import Any
 
 import yaml
@@ -34,6 +35,13 @@ class PromptInvalid(ValueError):
 
 class NullInPrompt(ValueError):
     """A template printed a null: the model would read the word None."""
+
+    def __str__(self) -> str:
+        return "it prints a null"
+
+
+# What filters raise on values that they cannot take, and Python on text that UTF-8 cannot say.
+UNRENDERED = (NullInPrompt, TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,7 @@ def environment() -> ImmutableSandboxedEnvironment:
     """The one environment prompts are compiled in: sandboxed, and loud about unknown names and nulls."""
     env = ImmutableSandboxedEnvironment(autoescape=False, undefined=StrictUndefined, keep_trailing_newline=False, finalize=_refuse_null)
     env.globals.clear()  # a column called `range` is a column
+    del env.filters["random"]  # a row would ask something else each time, and be paid for each time
     env.filters.update({name: _refusing_null(filter_) for name, filter_ in env.filters.items() if name not in ("default", "d")})
     return env
 
@@ -115,7 +124,7 @@ def parse_prompt(source: str) -> Prompt:
             parts[role] = Part(env.from_string(text), frozenset(meta.find_undeclared_variables(parsed)), tuple(_pieces(env, parsed)))
         except TemplateSyntaxError as error:
             raise PromptInvalid(line + error.lineno - 1, f"template error: {error.message}") from error
-        except (TemplateError, NullInPrompt, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except UNRENDERED as error:
             raise PromptInvalid(line, f"the {role} part cannot be rendered: {error}") from error
     if not any(part.variables for part in parts.values()):
         raise PromptInvalid(offset + 1, "the prompt reads no column, so every row would ask the same; use {{ column }}")
@@ -126,24 +135,54 @@ def parse_prompt(source: str) -> Prompt:
 def _pieces(env: Environment, template: nodes.Template) -> Iterator[str | Printed | Rendered]:
     """A template in pieces. One that gives names stays whole: a piece may be about a name that an earlier one gave."""
     if any(True for _ in template.find_all(ASSIGNING)):
-        yield _piece(env, template, assigns=True)
+        yield _rendered(env, template, assigns=True)
         return
-    for node in template.body:
-        for part in node.nodes if isinstance(node, nodes.Output) else [node]:
-            if isinstance(part, nodes.TemplateData):
-                yield part.data
-            elif isinstance(part, nodes.Name) and part.name != "self":  # which is the template itself
-                yield Printed(part.name)
-            else:
-                alone = nodes.Output([part]) if isinstance(part, nodes.Expr) else part
-                yield _piece(env, nodes.Template([alone], lineno=part.lineno))
+    for found in _grouped(env, chain.from_iterable(each.nodes if isinstance(each, nodes.Output) else [each] for each in template.body)):
+        first = found[0]
+        if isinstance(first, nodes.TemplateData):
+            yield first.data
+        elif isinstance(first, nodes.Name) and first.name != "self":  # which is the template itself
+            yield Printed(first.name)
+        else:
+            yield _rendered(env, _alone(found))
 
 
-def _piece(env: Environment, parsed: nodes.Template, *, assigns: bool = False) -> str | Rendered:
+def _grouped(env: Environment, parts: Iterable[nodes.Node]) -> Iterator[list[nodes.Node]]:
+    """The parts of a template; of those with logic, neighbours that read the same columns together, with the constants between them."""
+    groups = list[tuple[set[str] | None, list[nodes.Node]]]()  # what is read by logic, and the parts
+    for part in parts:
+        if isinstance(part, nodes.TemplateData | nodes.Name):
+            groups.append((None, [part]))
+            continue
+        read = meta.find_undeclared_variables(_alone([part]).set_environment(env))  # type: ignore[arg-type]
+        between = 1 if groups and isinstance(groups[-1][1][0], nodes.TemplateData) else 0
+        if len(groups) > between and groups[-1 - between][0] == read:
+            groups[-1 - between :] = [(read, [each for _, group in groups[-1 - between :] for each in group] + [part])]
+        else:
+            groups.append((read, [part]))
+    return (group for _, group in groups)
+
+
+def _alone(parts: Sequence[nodes.Node]) -> nodes.Template:
+    """Some parts of a template as one of their own."""
+    return nodes.Template([nodes.Output([part]) if isinstance(part, nodes.Expr) else part for part in parts], lineno=parts[0].lineno)
+
+
+def _rendered(env: Environment, parsed: nodes.Template, *, assigns: bool = False) -> str | Rendered:
     """A piece with logic; where that reads no column, what it says."""
     parsed.set_environment(env)
     columns, template = tuple(sorted(meta.find_undeclared_variables(parsed))), env.from_string(parsed)
-    return Rendered(template, columns, assigns) if columns else template.render()
+    return Rendered(template, columns, assigns) if columns else _said(template, parsed.lineno)
+
+
+def _said(template: Template, line: int) -> str:
+    """What a template says whatever the row. Raises TemplateSyntaxError where it cannot be said."""
+    try:
+        said = template.render()
+        said.encode()
+    except UNRENDERED as error:
+        raise TemplateSyntaxError(f"it cannot be rendered ({error or type(error).__name__})", line) from error
+    return said
 
 
 def _split_front_matter(source: str) -> tuple[dict[str, Any], str, int]:

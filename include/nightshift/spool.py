@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     import duckdb
 
 RowsRead = Callable[[int], None]  # is told how many so far
-RELEASE_BYTES = 32 << 20  # of the spool, after which what lies free in holes of the heap is returned: long texts leave wide ones
+REQUEST_BYTES = 16 << 20  # of requests that are made at once
+RELEASE_BYTES = 32 << 20  # of the spool, after which what malloc has free is returned: long texts leave wide holes
 GROUP_ROWS, GROUP_BYTES = 1 << 14, 4 << 20  # of a row index that are written at once
 DECLARED = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
 SPOOLED = pa.schema(
@@ -115,12 +116,14 @@ class Spool:
             self._read += rows.count
 
     def _pieces(self, rows: Rows) -> Iterator[Rows]:
-        """A batch as it is; where rows show pictures, a few at once, because those are in memory."""
-        if self._pictures is None or rows.count <= PICTURE_ROWS:
+        """A batch as it is; in pieces where its requests are long, or show pictures, because those are in memory."""
+        longest = self._encoder.constant_bytes + rows.nbytes // max(1, rows.count)
+        at_once = PICTURE_ROWS if self._pictures else max(1, REQUEST_BYTES // max(1, longest))
+        if rows.count <= at_once:
             yield rows
             return
-        for start in range(0, rows.count, PICTURE_ROWS):
-            yield rows.at(range(start, min(start + PICTURE_ROWS, rows.count)))
+        for start in range(0, rows.count, at_once):
+            yield rows.at(range(start, min(start + at_once, rows.count)))
 
     def _encode(self, rows: Rows, schema: pa.Schema) -> _Part:
         """Encode a batch of rows, write their requests to the spool, and say where they stand."""
