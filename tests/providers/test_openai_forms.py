@@ -44,6 +44,7 @@ def failed(status, code, message="why") -> bytes:
         pytest.param(failed(400, "context_length_exceeded"), "errored", False, False, id="F82 too long"),
         pytest.param(failed(400, "content_policy_violation"), "filtered", False, False, id="F77 refused by policy"),
         pytest.param(failed(404, "model_not_found"), "errored", False, False, id="F40 no such model"),
+        pytest.param(failed(200, "server_error"), "errored", False, False, id="F71 an error under a status that says all is well"),
         pytest.param(line(None, {"code": "batch_expired", "message": "over"}), "expired", False, True, id="F56 expired"),
         pytest.param(line(None, {"code": "batch_cancelled", "message": "x"}), "cancelled", False, True, id="F57 cancelled"),
         pytest.param(line(None, {"code": "batch_canceled", "message": "x"}), "cancelled", False, True, id="F57 the other spelling"),

@@ -14,7 +14,7 @@ import orjson
 
 from nightshift.providers.openai_forms import as_vector, wrong
 from nightshift.providers.protocol import PICTURES, Garbage, Question, Reply
-from nightshift.providers.results import read_lines
+from nightshift.providers.results import Tokens, read_lines
 from nightshift.shapes import Outcome, Variant
 
 ANTHROPIC_VERSION = "bedrock-2023-05-31"
@@ -55,18 +55,18 @@ class Output(msgspec.Struct, gc=False):
 class Usage(msgspec.Struct, gc=False):
     """Tokens in the words of every maker."""
 
-    input_tokens: int | None = None  # Anthropic
-    output_tokens: int | None = None
-    cache_read_input_tokens: int | None = None
-    cache_creation_input_tokens: int | None = None
-    inputTokens: int | None = None  # Converse, Nova
-    outputTokens: int | None = None
-    cacheReadInputTokens: int | None = None
-    cacheWriteInputTokens: int | None = None
-    cacheReadInputTokenCount: int | None = None
-    cacheWriteInputTokenCount: int | None = None
-    prompt_tokens: int | None = None  # Mistral, gpt-oss
-    completion_tokens: int | None = None
+    input_tokens: Tokens | None = None  # Anthropic
+    output_tokens: Tokens | None = None
+    cache_read_input_tokens: Tokens | None = None
+    cache_creation_input_tokens: Tokens | None = None
+    inputTokens: Tokens | None = None  # Converse, Nova
+    outputTokens: Tokens | None = None
+    cacheReadInputTokens: Tokens | None = None
+    cacheWriteInputTokens: Tokens | None = None
+    cacheReadInputTokenCount: Tokens | None = None
+    cacheWriteInputTokenCount: Tokens | None = None
+    prompt_tokens: Tokens | None = None  # Mistral, gpt-oss
+    completion_tokens: Tokens | None = None
 
 
 class Choice(msgspec.Struct, gc=False):
@@ -84,11 +84,11 @@ class ModelOutput(msgspec.Struct, gc=False):
     output: Output | None = None  # Converse, Nova
     stopReason: str | None = None
     generation: str | None = None  # Llama
-    prompt_token_count: int | None = None
-    generation_token_count: int | None = None
+    prompt_token_count: Tokens | None = None
+    generation_token_count: Tokens | None = None
     choices: list[Choice] | None = None  # Mistral, gpt-oss
     embedding: list[float] | None = None  # Titan
-    inputTextTokenCount: int | None = None
+    inputTextTokenCount: Tokens | None = None
     usage: Usage | None = None
 
 
@@ -138,9 +138,9 @@ class BedrockForm:
 
     def read(self, lines: bytes) -> list[Reply | Garbage]:
         """See Form."""
-        return read_lines(lines, self._decoder, self._told, "recordId")
+        return read_lines(lines, self._decoder, self._reply, "recordId")
 
-    def _told(self, record: Record) -> Reply:
+    def _reply(self, record: Record) -> Reply:
         if record.error is not None or record.modelOutput is None:
             return _failed(record.recordId, record.error)
         said = record.modelOutput

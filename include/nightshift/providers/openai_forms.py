@@ -8,13 +8,13 @@ from __future__ import annotations
 import struct
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 import orjson
 
 from nightshift.providers.protocol import PICTURES, Garbage, Question, Reply
-from nightshift.providers.results import read_lines
+from nightshift.providers.results import Tokens, read_lines
 from nightshift.shapes import Endpoint, Outcome, Variant
 
 NEVER_RUN: dict[str, Outcome] = {"batch_expired": "expired", "batch_cancelled": "cancelled", "batch_canceled": "cancelled"}
@@ -47,13 +47,16 @@ class Choice(msgspec.Struct, gc=False):
 NO_CHOICE = Choice(Message())
 
 
+Place = Annotated[int, msgspec.Meta(ge=0, lt=2048)]  # of an input: a request has no more
+
+
 class Details(msgspec.Struct, gc=False):
-    cached_tokens: int | None = None
+    cached_tokens: Tokens | None = None
 
 
 class ChatUsage(msgspec.Struct, gc=False):
-    prompt_tokens: int
-    completion_tokens: int = 0
+    prompt_tokens: Tokens
+    completion_tokens: Tokens = 0
     prompt_tokens_details: Details | None = None
 
 
@@ -83,8 +86,8 @@ class Incomplete(msgspec.Struct, gc=False):
 
 
 class ResponsesUsage(msgspec.Struct, gc=False):
-    input_tokens: int
-    output_tokens: int = 0
+    input_tokens: Tokens
+    output_tokens: Tokens = 0
     input_tokens_details: Details | None = None
 
 
@@ -97,7 +100,7 @@ class ResponsesBody(Answered, gc=False):
 
 
 class Vector(msgspec.Struct, gc=False):
-    index: int
+    index: Place
     embedding: str | list[float] | None = None
 
 

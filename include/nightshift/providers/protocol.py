@@ -112,7 +112,7 @@ class Form(Protocol):
         """A line of a result file from an answer on demand: its HTTP status and its JSON body."""
 
     def read(self, lines: bytes) -> Sequence[Reply | Garbage]:
-        """What each line of a result file tells, without the last newline; one that is empty tells nothing."""
+        """What the lines of a result file tell, in order. They end without a newline; empty ones tell nothing."""
 
 
 class Provider(Protocol):

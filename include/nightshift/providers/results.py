@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import IO, TypeVar
+from typing import IO, Annotated, TypeVar
 
 import msgspec
 import orjson
@@ -11,22 +11,24 @@ import orjson
 from nightshift.providers.protocol import Form, Garbage, Reply
 
 READ_BYTES = 1 << 18  # of a file at once: what becomes of them stays near the processor
-UNREADABLE = (msgspec.DecodeError, RecursionError)
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
-Line = TypeVar("Line")
+Tokens = Annotated[int, msgspec.Meta(ge=0, le=2**53)]  # so that a column holds them, and sums of them
+
+Found = TypeVar("Found")
 
 
-def read_file(form: Form, file: IO[bytes]) -> Iterator[Reply | Garbage]:
+def read_file(form: Form, file: IO[bytes], at_once: int = READ_BYTES) -> Iterator[Reply | Garbage]:
     """What every line of a result file tells."""
-    rest = b""
-    while chunk := file.read(READ_BYTES):
-        lines, _, rest = (rest + chunk).rpartition(b"\n")
-        yield from form.read(lines)
-    yield from form.read(rest)
+    while lines := file.read(at_once) + file.readline():
+        yield from form.read(lines.removesuffix(b"\n"))
 
 
-def read_lines(lines: bytes, decoder: msgspec.json.Decoder[Line], told: Callable[[Line], Reply], name: str) -> list[Reply | Garbage]:
-    """What each line tells. `told`: what one within the contract does; `name`: of the id in a line."""
+def read_lines(lines: bytes, decoder: msgspec.json.Decoder[Found], told: Callable[[Found], Reply], name: str) -> list[Reply | Garbage]:
+    """What each line tells. `told`: what one within the contract does; `name`: of the id in a line.
+
+    Two records in one line are garbage where that line is read by itself.
+    """
     try:
         found = decoder.decode_lines(lines)
     except UNREADABLE:
@@ -36,7 +38,7 @@ def read_lines(lines: bytes, decoder: msgspec.json.Decoder[Line], told: Callable
     return [_alone(line, decoder, told, name) for line in lines.split(b"\n") if line.strip()]
 
 
-def _alone(line: bytes, decoder: msgspec.json.Decoder[Line], told: Callable[[Line], Reply], name: str) -> Reply | Garbage:
+def _alone(line: bytes, decoder: msgspec.json.Decoder[Found], told: Callable[[Found], Reply], name: str) -> Reply | Garbage:
     """A line by itself. Where one is outside the contract and its id can still be read, that request is errored; else it is garbage."""
     try:
         return told(decoder.decode(line))
