@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -10,8 +12,12 @@ import pytest
 from nightshift.drive import begin, drive
 from nightshift.errors import CountsDisagree
 from nightshift.runs import Run, approved_plan
+from nightshift.settle import check_shard
+from nightshift.shapes import Shard
 from nightshift.steps.assemble import assemble
 from tests.conftest import World, reviews
+
+KEYS = [bytes([first]) * 32 for first in (7, 200, 130, 90)]
 
 
 def finished(world: World, count: int) -> Run:
@@ -55,3 +61,20 @@ def test_what_is_doubled_among_answers_to_other_rows_stops_nobody(world):
     assert assemble(world.site, begun, approved_plan(begun)).outcomes["succeeded"] == 5
     with pytest.raises(CountsDisagree):
         assemble(world.site, run, approved_plan(run))
+
+
+@pytest.mark.parametrize(
+    ("answered", "said"),
+    [
+        (KEYS[:3], None),
+        ([*reversed(KEYS[:3]), KEYS[0]], None),  # a stand-in's word beside the model's own
+        (KEYS[:2], rf"3 requests, but 2 were answered; in only one of them: {KEYS[2].hex()[:16]}"),
+        ([*KEYS[:2], KEYS[3]], rf"but 3 were answered; in only one of them: {KEYS[3].hex()[:16]}, {KEYS[2].hex()[:16]}"),
+    ],
+    ids=["all", "one twice", "one is missing", "a foreign one in place of one's own"],
+)
+def test_a_shard_is_settled_when_each_of_its_requests_is_answered_and_no_other(answered, said):
+    facts = Shard(key="s" * 64, fingerprint="f", provider="openai", endpoint="/v1/responses", model="m", request_count=3, request_bytes=9)
+    merged = pa.table({"request_key": pa.array(answered, pa.binary(32))})
+    with pytest.raises(CountsDisagree, match=said) if said else nullcontext():
+        check_shard(facts, [], {}, b"".join(KEYS[:3]), merged)

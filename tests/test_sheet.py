@@ -7,6 +7,8 @@ import pyarrow.parquet as pq
 from nightshift.judge import Answer
 from nightshift.providers.protocol import Reply
 from nightshift.sheet import Sheet
+from nightshift.texts import Texts, Waiting
+from nightshift.typed import read_texts
 from tests.test_encode import PLAIN, job
 
 TOPIC = {"type": "object", "properties": {"name": {"type": "string"}}}
@@ -15,7 +17,7 @@ ORIGIN = {"shard": "s", "attempt": 1, "batch_id": "b", "answered_at": None, "tie
 
 
 def test_values_that_repeat_are_written_once_and_keys_and_raw_answers_as_they_are(tmp_path):
-    sheet = Sheet(job(PLAIN).model_copy(update={"answer_schema": SCHEMA}), ORIGIN)
+    sheet = Sheet(job(PLAIN).model_copy(update={"answer_schema": SCHEMA}), ORIGIN, tmp_path)
     output = {"mood": "good", "topics": [{"name": "food"}]}
     for number in range(3):
         reply = Reply(custom_id="", outcome="succeeded", text="raw", model="m")
@@ -26,4 +28,39 @@ def test_values_that_repeat_are_written_once_and_keys_and_raw_answers_as_they_ar
     encoded = {column.path_in_schema for column in columns if "RLE_DICTIONARY" in column.encodings}
     assert {"output.mood", "output.topics.list.element.name", "outcome", "model", "shard"} <= encoded
     assert not {"request_key", "text"} & encoded
+    assert all(column.statistics is None for column in columns)
     assert pq.read_table(tmp_path / "answers.parquet").column("output").to_pylist() == [None, output, output]
+
+
+def test_what_memory_does_not_hold_waits_on_disk_and_is_a_row_group_of_its_own(tmp_path, monkeypatch):
+    asked = job(PLAIN)
+    twice = {bytes([9]) * 32: [Reply(custom_id="", outcome="succeeded", input_tokens=100)], bytes([1]) * 32: []}
+    lines, groups = [], []
+    for held in (1 << 30, 1):
+        monkeypatch.setattr("nightshift.sheet.HELD_BYTES", held)
+        folder = tmp_path / str(held)
+        folder.mkdir()
+        sheet = Sheet(asked, ORIGIN, folder)
+        for start in range(0, 30, 10):
+            found = [
+                (bytes([i]) * 32, Reply(custom_id="", outcome="succeeded", paid=True, input_tokens=i)) for i in range(start, start + 10)
+            ]
+            sheet.add_all(found, read_texts(["said"] * 10)[0])
+        sheet.add(bytes([31]) * 32, Answer(reply=Reply(custom_id="", outcome="refused", text="no", paid=True, input_tokens=1)))
+        sheet.count_twice(twice)
+        assert sheet.usage(None).input_tokens == sum(range(30)) + 100 + 1
+        sheet.write(folder / "answers.parquet")
+        lines.append(pq.read_table(folder / "answers.parquet").to_pylist())
+        groups.append(pq.ParquetFile(folder / "answers.parquet").num_row_groups)
+    assert (lines[0], groups) == (lines[1], [1, 4])
+
+
+def test_long_texts_wait_on_disk_and_come_back_as_they_were(tmp_path):
+    texts = Texts(tmp_path)
+    given = [None, "", "short", "long " * 99, "ä\ud800 " * 300, "long " * 99]
+    held = [texts.put(text) for text in given]
+    assert held[:3] == given[:3]
+    assert all(isinstance(text, Waiting) and len(text) < 20 for text in held[3:])
+    assert [texts.put(text) for text in held] == held
+    assert [texts.get(text) for text in reversed(held)] == given[::-1]
+    texts.close()

@@ -209,9 +209,10 @@ def taken(job: Job, replies: list[Reply | Garbage], left: dict[bytes, Left | Non
         "tier": "batch",
         "stand_in": None,
     }
-    sheet, matching = Sheet(job, origin), Matching(left)
-    others = put_down(sheet, job, matching, replies, left)
+    matching = Matching(left)
     with TemporaryDirectory() as folder:
+        sheet = Sheet(job, origin, Path(folder))
+        others = put_down(sheet, job, matching, replies, left)
         sheet.write(Path(folder) / "answers.parquet")
         lines = pq.read_table(Path(folder) / "answers.parquet").to_pylist()
     return sorted(lines, key=lambda line: line["request_key"]), others, matching

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from nightshift.job import Job
 
@@ -114,6 +116,23 @@ def answers_schema(job: Job) -> pa.Schema:
             ("output_tokens", pa.int64()),
         ]
     )
+
+
+def write_answers(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """An answers file to be written: what repeats in it once, and without statistics, since lines are looked up by keys alone."""
+    return pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=list(_repeating(schema)), write_statistics=False)
+
+
+def _repeating(fields: Iterable[pa.Field], above: str = "") -> Iterator[str]:
+    """The paths, as Parquet names them, of the columns whose values may stand in many lines: neither keys nor raw answers nor vectors."""
+    for field in fields:
+        path, kind = f"{above}{field.name}", field.type
+        if pa.types.is_struct(kind):
+            yield from _repeating(kind, f"{path}.")
+        elif pa.types.is_list(kind):
+            yield from _repeating([kind.value_field.with_name("element")], f"{path}.list.")
+        elif not pa.types.is_fixed_size_list(kind) and path not in ("request_key", "text"):
+            yield path
 
 
 def _single_type(schema: Mapping[str, Any]) -> str | None:

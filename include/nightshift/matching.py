@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 
 from msgspec.structs import replace
@@ -21,8 +21,9 @@ class Matching:
     Of two lines for one request the better outcome stays, of equals the first; tokens of both are counted as paid.
     """
 
-    def __init__(self, keys: Collection[bytes]) -> None:
-        self._keys, self._unseen = keys, set(keys)
+    def __init__(self, keys: Collection[bytes], hold: Callable[[Reply], Reply] = lambda reply: reply) -> None:
+        """`hold`: what is done with a reply that is kept."""
+        self._keys, self._unseen, self._hold = keys, set(keys), hold
         self.failed: dict[bytes, Reply] = {}
         self.twice: dict[bytes, list[Reply]] = {}  # further lines for requests whose first success is handed on already
         self.alarms: Counter[str] = Counter()
@@ -50,7 +51,7 @@ class Matching:
         self._unseen.difference_update(by_key)
         found = [each for each in by_key.items() if each[1].outcome == "succeeded"]
         if len(found) < len(batch):
-            self.failed.update((key, reply) for key, reply in by_key.items() if reply.outcome != "succeeded")
+            self.failed.update((key, self._hold(reply)) for key, reply in by_key.items() if reply.outcome != "succeeded")
         return found
 
     def _one_by_one(self, batch: Iterable[Reply | Garbage]) -> Iterator[tuple[bytes, Reply]]:
@@ -65,7 +66,7 @@ class Matching:
                 if reply.outcome == "succeeded":
                     yield key, reply
                 else:
-                    failed[key] = reply
+                    failed[key] = self._hold(reply)
             elif key in failed:
                 self.alarms["duplicate lines"] += 1
                 best = better(failed[key], reply)
@@ -73,7 +74,7 @@ class Matching:
                     del failed[key]
                     yield key, best
                 else:
-                    failed[key] = best
+                    failed[key] = self._hold(best)
             elif key in self._keys:  # and handed on already
                 self.alarms["duplicate lines"] += 1
                 self.twice.setdefault(key, []).append(reply)

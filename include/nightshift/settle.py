@@ -4,23 +4,36 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from nightshift.columns import GROUP_ROWS, rows_at_once
+from nightshift.columns import GROUP_ROWS, rows_at_once, write_answers
 from nightshift.errors import CountsDisagree
 from nightshift.money.prices import long_above, tier_of
 from nightshift.runs import Site
 from nightshift.shapes import Paid, ProviderName, Settled, Shard, Usage
 from nightshift.stores.ledger import Attempt
-from nightshift.stores.shards import answers_key, frozen_keys, harvested, key_bytes, read_answers, sorted_keys
+from nightshift.stores.objects import Objects
+from nightshift.stores.shards import (
+    answers_key,
+    frozen_keys,
+    harvested,
+    key_bytes,
+    keys_in,
+    open_answers,
+    read_answers,
+    sorted_keys,
+    without_doubles,
+)
 
+Mask = npt.NDArray[np.bool_]
 TOKENS = ("input_tokens", "cached_tokens", "output_tokens")
-CHECKED = ("request_key", "paid", *TOKENS)
+CHECKED = ("request_key", "stand_in", "outcome", "paid", *TOKENS)
 RANK: dict[str, int] = {"succeeded": 3, "invalid": 2, "truncated": 2, "refused": 2, "filtered": 2}  # of two lines the better stays
 
 
@@ -30,16 +43,16 @@ def settle(site: Site, shard: str, attempts: list[Attempt]) -> Settled:
     answers = site.answers(facts.fingerprint)
     keys, numbers = frozen_keys(site.store, shard), harvested(attempts)
     tables = {number: read_answers(site.store, shard, number, CHECKED) for number in numbers}
-    if len(numbers) == 1 and tables[numbers[0]].num_rows == facts.request_count:  # its file is the last word as it stands
-        check_shard(facts, attempts, tables, keys, tables[numbers[0]])
+    everything = pa.concat_tables(tables.values())
+    if len(numbers) == 1 and everything.num_rows == facts.request_count:  # its file is the last word as it stands
+        check_shard(facts, attempts, tables, keys, everything)
         site.store.copy(answers_key(shard, numbers[0]), answers.file_of(shard))
     else:
-        tables = {number: read_answers(site.store, shard, number) for number in numbers}
-        merged = _merge(pa.concat_tables(tables.values()))
-        check_shard(facts, attempts, tables, keys, merged)
+        kept = _best(everything)
+        check_shard(facts, attempts, tables, keys, everything.filter(pa.array(kept)))
         with site.scratch() as folder:
             path = Path(folder) / "answers.parquet"
-            pq.write_table(merged, path, compression="zstd", row_group_size=rows_at_once(merged.schema, GROUP_ROWS))
+            _write_kept(site.store, shard, numbers, kept, path)
             site.store.put(answers.file_of(shard), path)
     return site.ledger.settle(
         Settled(
@@ -60,8 +73,7 @@ def check_shard(facts: Shard, attempts: list[Attempt], tables: Mapping[int, pa.T
                 f"Attempt {attempt.number} of shard {facts.key[:12]} asked {attempt.claim.asked} requests, "
                 f"but {tables[attempt.number].num_rows} answers were harvested."
             )
-    asked, found = sorted_keys(keys), sorted_keys(key_bytes(merged.column("request_key")))
-    found = found[np.append([True], found[1:] != found[:-1])] if len(found) else found  # a stand-in's word stands beside the model's own
+    asked, found = sorted_keys(keys), without_doubles(sorted_keys(key_bytes(merged.column("request_key"))))
     if found.tobytes() != asked.tobytes():
         named = ", ".join(key.hex()[:16] for key in np.setxor1d(found, asked)[:5].tolist())
         raise CountsDisagree(
@@ -97,18 +109,35 @@ def paid_by(attempts: Iterable[Attempt], tables: Mapping[int, pa.Table]) -> tupl
     return tuple(paid)
 
 
-def _merge(everything: pa.Table) -> pa.Table:
-    """Per request and model asked its best line: a success, else what was paid, else the latest word; in the order of the attempts.
+def _best(everything: pa.Table) -> Mask:
+    """Which lines of all attempts are the last word: per request and model asked a success, else what was paid, else the latest.
 
     What a stand-in answered stands beside the word of the job's own model, which may be all that another job accepts.
     """
-    lines = zip(*(everything.column(name).to_pylist() for name in ("request_key", "stand_in", "outcome")), strict=True)
+    lines = zip(keys_in(everything), *(everything.column(name).to_pylist() for name in ("stand_in", "outcome")), strict=True)
     best: dict[tuple[bytes, str | None], tuple[int, int]] = {}
     for position, (key, stand_in, outcome) in enumerate(lines):
         rank = RANK.get(outcome, 0)
         if rank >= best.get((key, stand_in), (0, 0))[0]:
             best[key, stand_in] = (rank, position)
-    return everything.take(pa.array([position for _, position in best.values()], pa.int64()))
+    kept = np.zeros(everything.num_rows, bool)
+    kept[[position for _, position in best.values()]] = True
+    return kept
+
+
+def _write_kept(objects: Objects, shard: str, numbers: Iterable[int], kept: Mask, path: Path) -> None:
+    """Write the lines of some attempts that are kept to a file, a row group of theirs after the other: each is as large as memory holds."""
+    seen, writer = 0, None
+    with ExitStack() as stack:
+        for number in numbers:
+            file = stack.enter_context(open_answers(objects, shard, number))
+            writer = writer or stack.enter_context(write_answers(path, file.schema_arrow))
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, use_threads=False)
+                left = table.filter(pa.array(kept[seen : seen + table.num_rows]))
+                if left.num_rows:
+                    writer.write_table(left, rows_at_once(left.schema, GROUP_ROWS))
+                seen += table.num_rows
 
 
 def usage_of(everything: pa.Table, above: int | None) -> Usage:

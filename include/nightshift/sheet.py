@@ -9,9 +9,9 @@ from typing import Any
 
 import orjson
 import pyarrow as pa
-import pyarrow.parquet as pq
+from msgspec.structs import replace
 
-from nightshift.columns import GROUP_ROWS, UNFIT, answers_schema, rows_at_once
+from nightshift.columns import GROUP_ROWS, UNFIT, answers_schema, rows_at_once, write_answers
 from nightshift.job import Job
 from nightshift.judge import Answer
 from nightshift.matching import sum_known
@@ -19,8 +19,10 @@ from nightshift.providers.protocol import Reply
 from nightshift.settle import TOKENS, usage_of
 from nightshift.shapes import Usage
 from nightshift.stores.shards import keys_in
+from nightshift.texts import Texts
 
 WRITE_ROWS = 2048  # of answers in words
+HELD_BYTES = 32 << 20  # of lines in memory: what comes before waits on local disk, and becomes a row group of its own
 OF_REPLY = ("outcome", "reason", "paid", "model", *TOKENS)
 TAKEN = {  # the columns of a line that stand in its answer as they are, and where
     **{name: f"reply.{name}" for name in OF_REPLY},
@@ -33,67 +35,83 @@ _taken = attrgetter(*TAKEN.values())
 class Sheet:
     """The answers of an attempt on their way into a file: columns as soon as there are enough for a batch.
 
-    `origin`: the columns that are the same in every line.
+    `origin`: the columns that are the same in every line; `folder`: local disk, for what memory does not hold.
     """
 
-    def __init__(self, job: Job, origin: Mapping[str, Any]) -> None:
-        self._schema, self._origin = answers_schema(job), origin
+    def __init__(self, job: Job, origin: Mapping[str, Any], folder: Path) -> None:
+        self._schema, self._origin, self._folder = answers_schema(job), origin, folder
         self._own = pa.schema([field for field in self._schema if field.name not in origin])  # of each line
         self._at_once = rows_at_once(self._schema, WRITE_ROWS)
         self._lines: list[tuple[Any, ...]] = []
         self._batches: list[pa.RecordBatch] = []
+        self._held = 0  # bytes of them
+        self._spilled: list[Path] = []
+        self._texts = Texts(folder)
+        self._twice: Mapping[bytes, Sequence[Reply]] = {}
         self.asked_again = 0
 
     def add(self, key: bytes, answer: Answer) -> None:
         """Add the line of a request. What is not written is let go of at once: tens of thousands of replies are not kept in memory."""
         output, again = answer.output, answer.again
-        text = answer.reply.text if output is None else None
+        text = self._texts.get(answer.reply.text) if output is None else None
         self._lines.append((key, output, text, again.model_dump_json(exclude_defaults=True) if again else None, *_taken(answer)))
         self.asked_again += again is not None
         if len(self._lines) == self._at_once:
             self._flush()
+
+    def hold(self, reply: Reply) -> Reply:
+        """A reply whose line is added later: its text waits on local disk."""
+        text = self._texts.put(reply.text)
+        return reply if text is reply.text else replace(reply, text=text)
 
     def add_all(self, found: Sequence[tuple[bytes, Reply]], outputs: pa.Array) -> None:
         """Add the lines of requests that were answered as they were asked, and whose answers are columns already."""
         keys, replies = zip(*found, strict=True) if found else ((), ())
         told = {name: list(map(attrgetter(name), replies)) for name in OF_REPLY}
         own = {"request_key": keys, "output": outputs, "text": None, "again": None, "token_limit": None, **told}
-        self._batches.append(_put_together(own, self._own, len(found)))
+        self._keep(_put_together(own, self._own, len(found)))
 
     def _flush(self) -> None:
         if self._lines:
-            self._batches.append(_as_batch(self._lines, self._own))
+            self._keep(_as_batch(self._lines, self._own))
             self._lines = []
+
+    def _keep(self, batch: pa.RecordBatch) -> None:
+        self._batches.append(batch)
+        self._held += batch.get_total_buffer_size()
+        if self._held >= HELD_BYTES:
+            self._spilled.append(self._folder / f"lines-{len(self._spilled)}.arrow")
+            with pa.OSFile(str(self._spilled[-1]), "wb") as file, pa.ipc.new_stream(file, self._own) as stream:
+                for each in self._batches:
+                    stream.write_batch(each)
+            self._batches, self._held = [], 0
+
+    def _parts(self) -> Iterator[pa.Table]:
+        """The lines so far, in parts that memory holds."""
+        self._flush()
+        for path in self._spilled:
+            with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
+                yield self._part(stream)
+        if self._batches:
+            yield self._part(self._batches)
+
+    def _part(self, batches: Iterable[pa.RecordBatch]) -> pa.Table:
+        return pa.Table.from_batches([_with_tokens(batch, self._twice) if self._twice else batch for batch in batches], self._own)
 
     def count_twice(self, replies: Mapping[bytes, Sequence[Reply]]) -> None:
         """Count the tokens of further replies to requests that have their line: they are paid for, too."""
-        self._flush()
-        if replies:
-            self._batches = [_with_tokens(batch, replies) for batch in self._batches]
+        self._twice = replies
 
     def usage(self, above: int | None) -> Usage:
         """The tokens of all lines so far that were paid for. `above`: input tokens that make a request a long one."""
-        self._flush()
-        return usage_of(pa.Table.from_batches(self._batches, self._own).select(["paid", *TOKENS]), above)
+        return sum((usage_of(part.select(["paid", *TOKENS]), above) for part in self._parts()), Usage())
 
     def write(self, path: Path) -> None:
-        """Write the file: in one row group, or in several where vectors would make it a large one."""
-        self._flush()
-        rows, own = rows_at_once(self._schema, GROUP_ROWS), pa.Table.from_batches(self._batches, self._own)
-        plain = {"use_dictionary": list(_repeating(self._schema)), "write_statistics": False}  # lines are looked up by keys alone
-        pq.write_table(_with_origin(own, self._schema, self._origin), path, compression="zstd", row_group_size=rows, **plain)
-
-
-def _repeating(fields: Iterable[pa.Field], above: str = "") -> Iterator[str]:
-    """The paths, as Parquet names them, of the columns whose values may stand in many lines: neither keys nor raw answers nor vectors."""
-    for field in fields:
-        path, kind = f"{above}{field.name}", field.type
-        if pa.types.is_struct(kind):
-            yield from _repeating(kind, f"{path}.")
-        elif pa.types.is_list(kind):
-            yield from _repeating([kind.value_field.with_name("element")], f"{path}.list.")
-        elif not pa.types.is_fixed_size_list(kind) and path not in ("request_key", "text"):
-            yield path
+        """Write the file: in one row group, or in several where it is a large one."""
+        with write_answers(path, self._schema) as writer:
+            for part in self._parts():
+                writer.write_table(_with_origin(part, self._schema, self._origin), rows_at_once(self._schema, GROUP_ROWS))
+        self._texts.close()
 
 
 def _with_origin(own: pa.Table, schema: pa.Schema, origin: Mapping[str, Any]) -> pa.Table:

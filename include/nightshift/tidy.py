@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nightshift.columns import vector_length
+from nightshift.columns import vector_length, write_answers
 from nightshift.errors import InputMissing, RowInUse
 from nightshift.runs import Site, work_of
 from nightshift.shapes import Plan
@@ -175,7 +175,7 @@ def _merge(site: Site, folder: str, files: Sequence[str]) -> None:
                   PARTITION BY request_key, stand_in ORDER BY outcome = 'succeeded' DESC, paid DESC, answered_at DESC) = 1"""
         ).to_arrow_reader(16_384)
         merged = Path(scratch) / "merged.parquet"
-        with pq.ParquetWriter(merged, schema, compression="zstd") as writer:
+        with write_answers(merged, schema) as writer:
             for batch in reader:
                 writer.write_table(pa.Table.from_batches([batch]).cast(schema))
         site.store.put(f"{folder}/{MERGED}{name}.parquet", merged)

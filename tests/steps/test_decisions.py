@@ -160,6 +160,8 @@ def test_a_last_shard_too_small_for_a_batch_is_filled_from_the_one_before():
 def test_the_same_requests_are_the_same_shard_in_any_order():
     keys = [b"a" * 32, b"\xff" * 32, b"a" * 30 + b"\0\0", b"\0" * 32, b"a" * 31 + b"\0"]
     assert shard_key(b"".join(keys)) == shard_key(b"".join(reversed(keys))) == hashlib.sha256(b"".join(sorted(keys))).hexdigest()
+    apart = [bytes([first]) + b"a" * 31 for first in (200, 3, 128, 0, 127, 255)]  # of which no two begin alike
+    assert shard_key(b"".join(apart)) == hashlib.sha256(b"".join(sorted(apart))).hexdigest()
     assert shard_key(b"".join(keys[1:])) != shard_key(b"".join(keys)) != shard_key(b"".join(keys), "once more")
 
 

@@ -13,6 +13,7 @@ from nightshift.columns import answers_schema, rows_at_once
 from nightshift.errors import CountsDisagree
 from nightshift.job import Job
 from nightshift.join import join, reconcile, settled
+from nightshift.ordering import in_blocks, in_order
 from nightshift.runs import Run, Site
 from nightshift.shapes import OUTCOMES, Assembled, Outcome, Plan, Settled
 from nightshift.stores.database import open_database, quoted
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     import duckdb
 
 PART_ROWS = 500_000
-STREAM_ROWS = 16_384
+GROUP_ROWS, GROUP_BYTES = 16_384, 16 << 20  # of a row group, at most
+READ_ROWS = 2048  # that come from DuckDB at once: answers may be long
+PLACE = "_place"  # the column that a query has for the order of its rows
 REASONS_SHOWN = 8
 
 
@@ -39,8 +42,9 @@ def assemble(site: Site, run: Run, plan: Plan) -> Assembled:
         join(site, run.job, Path(folder), database, plan)
         reconcile(database, plan)
         outcomes = _outcomes(database)
-        parts = _stage(site, run, Path(folder), database, "staged", _succeeded_query(run.job))
-        quarantine = _stage(site, run, Path(folder), database, "quarantine", _quarantine_query(run.job))
+        database.execute("SET disabled_optimizers = 'join_order,build_side_probe_side'")  # what is held is the rows, never the long answers
+        parts = _stage(site, run, Path(folder), database.sql(_succeeded_query(run.job)), plan.rows, "staged")
+        quarantine = _stage(site, run, Path(folder), database.sql(_quarantine_query(run.job)), plan.rows, "quarantine")
         reasons = _reasons(database)
     check_staged(outcomes, sum(rows for _, rows in parts), sum(rows for _, rows in quarantine))
     assembled = Assembled(
@@ -64,11 +68,12 @@ def check_staged(outcomes: Mapping[Outcome, int], staged: int, quarantined: int)
         )
 
 
-def _stage(site: Site, run: Run, folder: Path, database: duckdb.DuckDBPyConnection, kind: str, query: str) -> list[tuple[str, int]]:
-    """Stream a query into Parquet parts in the run's folder; (key, rows) of each, the rows as its footer counts them."""
-    staged = []
-    reader = database.sql(query).to_arrow_reader(rows_at_once(answers_schema(run.job), STREAM_ROWS))
-    if run.job.dimensions is not None and LINE in reader.schema.names:
+def _stage(site: Site, run: Run, folder: Path, query: duckdb.DuckDBPyRelation, rows: int, kind: str) -> list[tuple[str, int]]:
+    """Stream a query over so many rows into Parquet parts in the run's folder; (key, rows) of each, the rows as its footer counts them."""
+    staged, found = list[tuple[str, int]](), query.to_arrow_reader(READ_ROWS)
+    schema, at_once = found.schema.remove(found.schema.get_field_index(PLACE)), rows_at_once(answers_schema(run.job), GROUP_ROWS)
+    reader = pa.RecordBatchReader.from_batches(schema, in_blocks(in_order(found, PLACE, rows, folder), schema, at_once, GROUP_BYTES))
+    if run.job.dimensions is not None and LINE in schema.names:
         reader = with_vectors(reader, run.job.dimensions)
     for number, path in enumerate(_parts(folder, kind, reader)):
         key = run.key(f"{kind}/part-{number:05d}.parquet")
@@ -101,17 +106,17 @@ def _succeeded_query(job: Job) -> str:
     if job.dimensions is not None:
         fields = [f"answers.line AS {LINE}"]  # vectors are put in afterwards: sorted by DuckDB, they would not fit into its memory
     columns = ", ".join([_kept(job), *fields])
-    return f"""SELECT {columns}, answers.model AS _model, answers.tier AS _tier, '{job.prompt.version}' AS _prompt_version,
-                      lower(hex(rows.request_key)) AS _request_key
-               FROM rows JOIN lines AS answers USING (request_key) WHERE answers.outcome = 'succeeded' ORDER BY rows.ordinal"""
+    return f"""SELECT rows.ordinal AS {PLACE}, {columns}, answers.model AS _model, answers.tier AS _tier,
+                      '{job.prompt.version}' AS _prompt_version, lower(hex(rows.request_key)) AS _request_key
+               FROM lines AS answers JOIN rows USING (request_key) WHERE answers.outcome = 'succeeded'"""
 
 
 def _quarantine_query(job: Job) -> str:
-    return f"""SELECT rows.ordinal AS row, {_kept(job)}, coalesce(answers.outcome, 'rejected') AS outcome,
+    return f"""SELECT rows.ordinal AS {PLACE}, rows.ordinal AS row, {_kept(job)}, coalesce(answers.outcome, 'rejected') AS outcome,
                       coalesce(rows.reason, answers.reason) AS reason, coalesce(rows.raw, answers.text) AS raw,
                       lower(hex(rows.request_key)) AS _request_key
                FROM rows LEFT JOIN (SELECT * FROM answers WHERE outcome <> 'succeeded') AS answers USING (request_key)
-               WHERE rows.request_key IS NULL OR answers.outcome IS NOT NULL ORDER BY rows.ordinal"""
+               WHERE rows.request_key IS NULL OR answers.outcome IS NOT NULL"""
 
 
 def _outcomes(database: duckdb.DuckDBPyConnection) -> dict[Outcome, int]:

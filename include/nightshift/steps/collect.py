@@ -97,9 +97,10 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
         "tier": tier_of(attempt.claim.provider),
         "stand_in": attempt.claim.model if attempt.claim.model != facts.model else None,
     }
-    matching, sheet = Matching(left), Sheet(run.job, origin)
     per_line = form_of(facts.endpoint).inputs_per_line
     with site.scratch() as folder, collector_paused():
+        sheet = Sheet(run.job, origin, Path(folder))
+        matching = Matching(left, sheet.hold)
         try:
             replies = provider.replies(snapshot, Path(folder))
             failed = put_down(sheet, run.job, matching, unfold(replies, shared_lines(left, per_line)) if per_line > 1 else replies, left)
@@ -148,7 +149,7 @@ def put_down(
             if answer.output is not None:
                 sheet.add(key, replace(answer, asked_as=before.variant) if before else answer)
             else:
-                others[key] = answer
+                others[key] = replace(answer, reply=sheet.hold(answer.reply))
     sheet.count_twice(matching.twice)
     for key in matching.twice.keys() & others.keys():
         others[key] = replace(others[key], reply=with_tokens(others[key].reply, matching.twice[key]))

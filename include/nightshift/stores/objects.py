@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 Shape = TypeVar("Shape", bound=Wire)
 Buffer = bytes | memoryview
 READ_AHEAD = 4 << 20  # bytes per request of a sequential read: large enough that round trips vanish, small enough to stay flat
+WHOLE_BYTES = 16 << 20  # of an object that is read in one request
 PARTS_AT_ONCE = 2  # of a large upload, 5 MiB each: the next is made while one is under way
 CLIENT = {"timeout": "120s", "connect_timeout": "5s"}
 RETRY = {"max_retries": 5}
@@ -102,6 +103,19 @@ class Objects:
                 if NO_BUCKET in str(error):
                     raise
                 return None
+
+    def read(self, key: str) -> io.BufferedIOBase | None:
+        """A seekable reader of one object: whole and in one request where it is small, else in ranges; None where there is none."""
+        with _translated(self.uri_of(key)):
+            try:
+                found = obstore.get(self._store, key)
+            except (NotFoundError, FileNotFoundError) as error:
+                if NO_BUCKET in str(error):
+                    raise
+                return None
+            if found.meta["size"] <= WHOLE_BYTES:
+                return io.BytesIO(found.bytes())
+        return self.open(key)
 
     def create_shape(self, key: str, shape: Wire) -> bool:
         """Write a shape that must not exist yet. False: one is there."""

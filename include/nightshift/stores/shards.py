@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nightshift.errors import InputMissing
+from nightshift.errors import InputMissing, LedgerCorrupt
 from nightshift.shapes import ProviderName, Shard, Variant
 from nightshift.stores.ledger import Attempt, Claim
 from nightshift.stores.objects import Buffer, Objects
@@ -49,6 +49,11 @@ def sorted_keys(keys: bytes) -> Keys:
     return found[order]
 
 
+def without_doubles(keys: Keys) -> Keys:
+    """Sorted request keys, each once: a stand-in's word on one stands beside that of the model itself."""
+    return keys[np.append(True, keys[1:] != keys[:-1])] if len(keys) else keys
+
+
 def requests_key(shard: str) -> str:
     """Where the lines of a shard stand, written once."""
     return f"shards/{shard}/requests.jsonl"
@@ -79,11 +84,17 @@ def keep_shard(objects: Objects, shard: Shard, lines: Iterable[Buffer], keys: by
 
 
 def read_answers(objects: Objects, shard: str, attempt: int, columns: Sequence[str] | None = None) -> pa.Table:
-    """The answers of one attempt; a shard holds at most one batch's worth. Raises InputMissing."""
-    data = objects.get(answers_key(shard, attempt))
-    if data is None:
+    """The answers of one attempt; a shard holds at most one batch's worth, which may be large. Raises InputMissing."""
+    with open_answers(objects, shard, attempt) as file:
+        return file.read(None if columns is None else list(columns), use_threads=False)
+
+
+def open_answers(objects: Objects, shard: str, attempt: int) -> pq.ParquetFile:
+    """The answers of one attempt, to be read in parts. Raises InputMissing."""
+    file = objects.read(answers_key(shard, attempt))
+    if file is None:
         raise InputMissing(objects.uri_of(answers_key(shard, attempt)), "the ledger says that it was written")
-    return pq.ParquetFile(pa.BufferReader(data)).read(None if columns is None else list(columns), use_threads=False)
+    return pq.ParquetFile(file, pre_buffer=False)
 
 
 def keys_in(answers: pa.Table | pa.RecordBatch) -> list[bytes]:
@@ -116,10 +127,12 @@ def request_keys(objects: Objects, shard: str) -> list[bytes]:
 
 
 def frozen_keys(objects: Objects, shard: str) -> bytes:
-    """The same, one after another."""
+    """The request keys of a shard one after another, 32 bytes each, in the order of its lines."""
     data = objects.get(keys_key(shard))
     if data is None:
         raise InputMissing(objects.uri_of(keys_key(shard)), "a frozen shard has it")
+    if len(data) % KEY_BYTES:
+        raise LedgerCorrupt(keys_key(shard), f"{len(data)} bytes are no whole number of keys")
     return data
 
 
@@ -168,7 +181,7 @@ def pending(objects: Objects, shard: str, after: Sequence[int]) -> dict[bytes, L
         left = {} if final == left.keys() else {key: each for key, each in left.items() if key not in final}
         for line in table.filter(is_left).to_pylist():
             variant = Variant.model_validate_json(line["again"])
-            left[line["request_key"]] = Left(variant=variant, text=line["text"], reason=line["reason"])
+            left[line["request_key"]] = Left(variant=variant, text=line["text"] if variant.repair else None, reason=line["reason"])
     return left
 
 
