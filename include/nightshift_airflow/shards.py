@@ -18,8 +18,9 @@ from nightshift.steps.submit import submit
 from nightshift_airflow.chains import chain_of, shards_of
 from nightshift_airflow.retries import RETRIES
 from nightshift_airflow.site import owner_of, run_at
+from nightshift_airflow.stops import cancel_batches, is_stopped
 from nightshift_airflow.tasks import keep_problem
-from nightshift_airflow.waits import ChainTrigger, cancel_batches, is_stopped
+from nightshift_airflow.waits import ChainTrigger
 
 
 class ChainTask(BaseOperator):
@@ -62,7 +63,7 @@ class ChainTask(BaseOperator):
     def _end_if_stopped(self) -> None:
         if is_stopped(self._ti):
             self._stopped.set()  # nothing more is sent
-            cancel_batches(self.run_uri, self.chain, "a task that was stopped")
+            cancel_batches(self.run_uri, shards_of(self.chain), "a task that was stopped")
 
 
 class SubmitShards(ChainTask):

@@ -5,22 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import structlog
-from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
 
 from nightshift.doorbell import Doorbell
 from nightshift.errors import Transient
 from nightshift.providers.protocol import Snapshot
-from nightshift.runs import Run, Site, approved_plan
-from nightshift.steps.submit import open_where
+from nightshift.runs import Run, Site
 from nightshift.steps.wait import ERROR_PAUSE_MAX_SECONDS, pauses
 from nightshift.stores.ledger import Attach, next_move
 from nightshift_airflow.chains import chain_of, shards_of
 from nightshift_airflow.site import doorbell, run_at
+from nightshift_airflow.stops import CLEARED_OR_STOPPED_SECONDS, cancel_batches, is_stopped
 
 log = structlog.get_logger(__name__)
 
@@ -29,10 +27,7 @@ STORE_PAUSE_SECONDS = 30.0
 # issue 72716), so a wait that ends in a worker lasts at least this long.
 RESUME_AFTER_SECONDS = 20.0
 LINGER_SHARE, LINGER_SECONDS = 0.1, (RESUME_AFTER_SECONDS, 600.0)  # of the wait before; the least and the most
-CANCELLED_AT_ONCE = 8
-CLEARED_OR_STOPPED_SECONDS = 3.0  # until the state of a task that a person acted on can be told
 _last_words: set[asyncio.Task[None]] = set()  # the event loop keeps no strong reference to its tasks
-STOPPED_STATES = ["failed", "skipped", "removed", "upstream_failed"]
 
 
 class ChainTrigger(BaseTrigger):
@@ -129,42 +124,13 @@ class ChainTrigger(BaseTrigger):
             return
         if "{{" in self.chain:  # killed while its templates were still being rendered
             self.render_template_fields(ti.get_template_context())
-        cancel_batches(self.run_uri, self.chain, "triggerer")
+        cancel_batches(self.run_uri, shards_of(self.chain), "triggerer")
 
 
 def linger_seconds(waited: float) -> float:
     """How long the first shard that is over waits for the others of its chain."""
     least, most = LINGER_SECONDS
     return min(max(LINGER_SHARE * waited, least), most)
-
-
-def is_stopped(ti: Any) -> bool:
-    """Whether a person has stopped a task, and not cleared it, nor ended its worker."""
-    stopped = RuntimeTaskInstance.get_ti_count(
-        dag_id=ti.dag_id, task_ids=[ti.task_id], map_index=ti.map_index, run_ids=[ti.run_id], states=STOPPED_STATES
-    )
-    return stopped > 0
-
-
-def cancel_batches(run_uri: str, chain: str, owner: str) -> None:
-    """Cancel what the shards of a chain have at the provider, but for those that another run waits for, too."""
-    site, run = run_at(run_uri, owner)
-    adopted = approved_plan(run).adopted_shards
-    with ThreadPoolExecutor(CANCELLED_AT_ONCE) as pool:  # there are seconds until a task is killed
-        for shard in shards_of(chain):
-            if shard not in adopted:
-                pool.submit(_cancel, site, run, shard)
-
-
-def _cancel(site: Site, run: Run, shard: str) -> None:
-    """Where it fails, the others of the chain are cancelled all the same."""
-    try:
-        move = next_move(site.ledger.attempts(shard), now=site.now())
-        if isinstance(move, Attach):
-            log.info("Cancelling a batch of a stopped task", shard=shard[:12], batch=move.receipt.batch_id)
-            open_where(site, run, shard, move.attempt).cancel(move.receipt.batch_id)
-    except Exception as error:  # noqa: BLE001 — whatever it is, the others are still to be cancelled
-        log.warning("A batch of a stopped task could not be cancelled, and runs to its end", shard=shard[:12], error=str(error))
 
 
 class News:

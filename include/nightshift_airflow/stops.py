@@ -1,0 +1,50 @@
+"""Stopping: the batches of what a person marks as failed or skipped are cancelled. Clearing, or a process that ends, cancels nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import structlog
+from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+
+from nightshift.runs import Run, Site, approved_plan
+from nightshift.steps.submit import open_where
+from nightshift.stores.ledger import Attach, next_move
+from nightshift_airflow.site import run_at
+
+log = structlog.get_logger(__name__)
+
+STOPPED_STATES = ["failed", "skipped", "removed", "upstream_failed"]
+CLEARED_OR_STOPPED_SECONDS = 3.0  # until the state of a task that a person acted on can be told
+CANCELLED_AT_ONCE = 8
+
+
+def is_stopped(ti: Any) -> bool:
+    """Whether a person has stopped a task, and not cleared it, nor ended its worker."""
+    stopped = RuntimeTaskInstance.get_ti_count(
+        dag_id=ti.dag_id, task_ids=[ti.task_id], map_index=ti.map_index, run_ids=[ti.run_id], states=STOPPED_STATES
+    )
+    return stopped > 0
+
+
+def cancel_batches(run_uri: str, shards: Iterable[str], owner: str) -> None:
+    """Cancel what shards of a run have at the provider, but for those that another run waits for, too."""
+    site, run = run_at(run_uri, owner)
+    adopted = approved_plan(run).adopted_shards
+    with ThreadPoolExecutor(CANCELLED_AT_ONCE) as pool:  # there are seconds until a task is killed
+        for shard in shards:
+            if shard not in adopted:
+                pool.submit(_cancel, site, run, shard)
+
+
+def _cancel(site: Site, run: Run, shard: str) -> None:
+    """Where it fails, the others are cancelled all the same."""
+    try:
+        move = next_move(site.ledger.attempts(shard), now=site.now())
+        if isinstance(move, Attach):
+            log.info("Cancelling a batch of what was stopped", shard=shard[:12], batch=move.receipt.batch_id)
+            open_where(site, run, shard, move.attempt).cancel(move.receipt.batch_id)
+    except Exception as error:  # noqa: BLE001 — whatever it is, the others are still to be cancelled
+        log.warning("A batch of what was stopped could not be cancelled, and runs to its end", shard=shard[:12], error=str(error))
