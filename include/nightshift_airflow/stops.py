@@ -1,18 +1,26 @@
-"""Stopping: the batches of what a person marks as failed or skipped are cancelled. Clearing, or a process that ends, cancels nothing."""
+"""Stopping: the batches of what a person marks as failed or skipped are cancelled. Clearing, or a process that ends, cancels nothing.
+
+A task or a trigger that is at work cancels its own; the API server those of a run that no process of Airflow is at work for.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import structlog
+from airflow.models.dagrun import DagRun
 from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+from airflow.utils.session import create_session
+from sqlalchemy import select
 
-from nightshift.runs import Run, Site, approved_plan
+from nightshift.errors import NightshiftError
+from nightshift.runs import Run, Site, approved_plan, last_run, load_run, run_folder
 from nightshift.steps.submit import open_where
 from nightshift.stores.ledger import Attach, next_move
-from nightshift_airflow.site import run_at
+from nightshift_airflow.site import open_store, run_at
 
 log = structlog.get_logger(__name__)
 
@@ -27,6 +35,23 @@ def is_stopped(ti: Any) -> bool:
         dag_id=ti.dag_id, task_ids=[ti.task_id], map_index=ti.map_index, run_ids=[ti.run_id], states=STOPPED_STATES
     )
     return stopped > 0
+
+
+def cancel_stopped_run(dag_id: str, run_id: str) -> None:
+    """Cancel what a run that a person has just marked as failed has at the provider. In the API server, whose database says so."""
+    time.sleep(CLEARED_OR_STOPPED_SECONDS)
+    with create_session() as session:
+        state = session.scalar(select(DagRun.state).where(DagRun.dag_id == dag_id, DagRun.run_id == run_id))
+    if state != "failed":
+        return
+    try:
+        store = open_store()
+        folder = run_folder(dag_id, last_run(store, dag_id, dag_id, run_id))
+        if store.head(f"{folder}/approved.json"):
+            run = load_run(store, store.uri_of(folder))
+            cancel_batches(run.uri, approved_plan(run).shards, "API server")
+    except NightshiftError as error:
+        log.warning("The API server cannot cancel batches of a stopped run; those that no task cancels run to their end", error=str(error))
 
 
 def cancel_batches(run_uri: str, shards: Iterable[str], owner: str) -> None:

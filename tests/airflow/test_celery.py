@@ -127,6 +127,35 @@ def test_a_worker_that_is_killed_in_the_middle_of_its_shards_loses_nothing_and_p
     assert requests_billed(stack) - before == summary.requests.unique
 
 
+def test_F104_a_run_that_is_stopped_when_none_of_its_tasks_is_at_work_is_cancelled_too(stack):
+    """Between a chain's submit and its wait there is no process that Airflow could tell: there, the scheduler is held up."""
+    api = airflow_api(stack)
+    provider(stack, "PUT", "/rehearsal/pace", {"validating": 0.1, "running": 600.0, "finalizing": 0.1, "cancelling": 0.1})
+    path = start(api, "unheard")
+    until(lambda: open_batches(stack), "a batch", 90)
+    os.killpg(stack.pids["airflow-scheduler"], signal.SIGSTOP)
+    try:
+        until(lambda: states_of(api, path, "shard.submit") <= {"success", None}, "the end of what submits", 60)
+        assert "success" in states_of(api, path, "shard.submit")
+        before = states_of(api, path, "shard.wait")
+        api.call("PATCH", path, {"state": "failed"})
+    finally:
+        os.killpg(stack.pids["airflow-scheduler"], signal.SIGCONT)
+    assert before == {None}, "nothing waits for a batch yet"
+    until(lambda: not open_batches(stack), "the cancelling of all batches", 60)
+
+
+def open_batches(stack: Stack) -> int:
+    found = provider(stack, "GET", "/v1/batches?limit=100")["data"]
+    return sum(batch["status"] in ("validating", "in_progress", "finalizing") for batch in found)
+
+
+def states_of(api: AirflowApi, path: str, task: str) -> set[str | None]:
+    """Of all tasks of a mapped one."""
+    found = api.get(f"{path}/taskInstances", limit="100")["task_instances"]
+    return {each["state"] for each in found if each["task_id"] == task}
+
+
 def test_F104_a_run_that_is_stopped_while_it_submits_cancels_what_it_has_sent_and_goes_on_when_it_is_cleared(stack):
     """Sixty shards in four chains: each has many more to send when its process is told to end."""
     api = airflow_api(stack)
@@ -134,17 +163,12 @@ def test_F104_a_run_that_is_stopped_while_it_submits_cancels_what_it_has_sent_an
     provider(stack, "PUT", "/rehearsal/pace", {"validating": 0.1, "running": 600.0, "finalizing": 0.1, "cancelling": 0.1})
     before = requests_billed(stack)
     path = start(api, "stopped", "narrow")
-
-    def open_batches() -> int:
-        found = provider(stack, "GET", "/v1/batches?limit=100")["data"]
-        return sum(batch["status"] in ("validating", "in_progress", "finalizing") for batch in found)
-
-    until(lambda: open_batches() >= 3, "some batches")
+    until(lambda: open_batches(stack) >= 3, "some batches")
     api.call("PATCH", path, {"state": "failed"})
     assert tasks_of(api, "narrow", "stopped")["assemble"] == "skipped"
-    until(lambda: not open_batches(), "the cancelling of all batches", 60)
+    until(lambda: not open_batches(stack), "the cancelling of all batches", 60)
     time.sleep(6)  # by then a process that was told to end is killed
-    assert not open_batches(), "nothing was sent after that"
+    assert not open_batches(stack), "nothing was sent after that"
     provider(stack, "PUT", "/rehearsal/pace", {"validating": 0.1, "running": 0.5, "finalizing": 0.1})
     api.call("POST", f"{path}/clear", {"dry_run": False, "only_failed": False})
     finished(stack, api, path)
