@@ -77,7 +77,7 @@ class Files:
     def replies(self, snapshot: Snapshot, scratch: Path) -> Iterator[Reply | Garbage]:
         """See Provider."""
         for name in snapshot.result_files:
-            with (self._folder / name).open("rb", buffering=1 << 20) as file:
+            with (self._folder / name).open("rb") as file:
                 yield from read_file(self._form, file)
 
     def cancel(self, batch_id: str) -> None:

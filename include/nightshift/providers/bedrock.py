@@ -300,7 +300,7 @@ class BedrockJobs:
         """See Provider. What the manifest counts is compared with what was read, where there is one (F89), and never believed."""
         records = 0
         for number, key in enumerate(snapshot.result_files):
-            with self._download(key, scratch / f"results-{number}.jsonl").open("rb", buffering=1 << 20) as file:
+            with self._download(key, scratch / f"results-{number}.jsonl").open("rb") as file:
                 for reply in read_file(self._form, file):
                     records += 1
                     yield reply

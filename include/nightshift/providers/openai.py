@@ -249,7 +249,7 @@ class OpenAIBatches:
         for file_id in snapshot.result_files:
             path = scratch / f"{file_id}.jsonl"
             self._download(file_id, path)
-            with path.open("rb", buffering=1 << 20) as file:
+            with path.open("rb") as file:
                 yield from read_file(self._form, file)
             path.unlink()
 
