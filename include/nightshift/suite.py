@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nightshift.arrow import collector_paused
 from nightshift.job import Expectation
 from nightshift.shapes import Check
 from nightshift.stores.database import open_database, quoted
@@ -261,9 +262,10 @@ def _validator(id_column: str) -> Any:
     """Great Expectations, set up: (expectations, frame) -> the result of each, as a dict."""
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
     logging.getLogger("great_expectations._docs_decorators").addFilter(lambda record: record.levelno > logging.INFO)  # 216 lines at import
-    import great_expectations as gx
-    from great_expectations.exceptions.exceptions import GreatExpectationsError
-    from great_expectations.expectations.registry import get_expectation_impl
+    with collector_paused():  # a million objects, and all of them stay
+        import great_expectations as gx
+        from great_expectations.exceptions.exceptions import GreatExpectationsError
+        from great_expectations.expectations.registry import get_expectation_impl
 
     context = gx.get_context(mode="ephemeral")
     quiet: Any = {"globally": False, "metric_calculations": False}  # else tqdm fills the task's log
