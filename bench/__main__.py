@@ -29,6 +29,7 @@ from bench.steps import forget
 
 FOLDER = Path(".nightshift/bench")
 MANY = 500_000  # rows: a gigabyte of requests and more
+RUN = ("plan", "collect", "assemble", "audit")  # the steps that are ours from rows to what is published
 
 
 def touch_memory() -> None:
@@ -65,6 +66,7 @@ class Contender:
     commands: Sequence[Sequence[str]]
     before: Callable[[], None] = lambda: None
     moves_much: bool = False  # so many bytes that it matters who has written to the memory before
+    made_of: str = ""  # the files whose bytes its MB/s are: the lines that it makes or reads
     costs: list[Cost] = field(default_factory=list)
 
     def run(self) -> None:
@@ -132,10 +134,16 @@ class Sitting:
 
     rows: int
     by_name: dict[str, Contender]
+    sizes: dict[str, int]  # bytes of the files that contenders make or read
 
     def per_cpu(self, name: str) -> float:
         """Rows per CPU second, start-up included."""
         return self.rows / self.by_name[name].cpu
+
+    def bytes_per_cpu(self, name: str) -> float | None:
+        """MB per CPU second of the lines that are made or read; None where it is neither."""
+        each = self.by_name[name]
+        return self.sizes[each.made_of] / 1e6 / each.cpu if each.made_of else None
 
 
 def sit(rows: int, rounds: int, *, where: Path = FOLDER, core: bool = False, slow: bool = False) -> Sitting:
@@ -148,21 +156,25 @@ def sit(rows: int, rounds: int, *, where: Path = FOLDER, core: bool = False, slo
     def clear() -> None:
         shutil.rmtree(out, ignore_errors=True)
 
-    def yardstick(name: str) -> Contender:
-        return Contender(name, [[sys.executable, "-m", "bench.yardsticks", name, str(folder), str(out)]], clear, rows >= MANY)
+    def yardstick(name: str, of: str = "") -> Contender:
+        return Contender(name, [[sys.executable, "-m", "bench.yardsticks", name, str(folder), str(out)]], clear, rows >= MANY, of)
 
-    def step(name: str, *rest: Sequence[str], label: str | None = None) -> Contender:
+    def step(name: str, *rest: Sequence[str], label: str | None = None, of: str = "") -> Contender:
         command = [sys.executable, "-m", "bench.steps", name, str(folder)]
-        return Contender(label or name, [[*command, *each] for each in rest or ((),)], lambda: forget(folder, name), rows >= MANY)
+        return Contender(label or name, [[*command, *each] for each in rest or ((),)], lambda: forget(folder, name), rows >= MANY, of)
 
-    encoding, collecting = [yardstick("preescaped"), step("plan")], [yardstick("outer_typed"), step("collect")]
+    asked, told = "store/shards/*/requests.jsonl", "results/*"
+    encoding = [yardstick("preescaped", asked), step("plan", of=asked)]
+    collecting = [yardstick("outer_typed", told), step("collect", of=told)]
     after, beside = list[Contender](), list[Contender]()
     if not core:
-        encoding = [yardstick("read"), yardstick("jinja_orjson"), step("plan", ["reviews-logic"], label="plan (logic)"), *encoding]
-        collecting = [yardstick("copy"), step("collect", ["0", "2"], ["1", "2"], label="collect, two processes"), *collecting]
+        logic = step("plan", ["reviews-logic"], label="plan (logic)", of=asked)
+        encoding = [yardstick("read"), yardstick("jinja_orjson", asked), logic, step("encode", of=asked), *encoding]
+        halves = step("collect", ["0", "2"], ["1", "2"], label="collect, two processes", of=told)
+        collecting = [yardstick("copy", asked), halves, *collecting]
         after = [step("known"), step("assemble"), step("audit")]
     if slow:
-        collecting = [yardstick("json_jsonschema"), *collecting]
+        collecting = [yardstick("json_jsonschema", told), *collecting]
     take_turns(encoding, rounds)
     measured([sys.executable, "-m", "bench.steps", "submit", str(folder)])
     take_turns(collecting, rounds)
@@ -172,7 +184,8 @@ def sit(rows: int, rounds: int, *, where: Path = FOLDER, core: bool = False, slo
             peer.prepare(folder, out)
             beside += [Contender(name, [peer.command(name, folder, out)], clear) for name in peer.names]
     take_turns(beside, rounds)
-    return Sitting(rows, {each.name: each for each in (*encoding, *collecting, *after, *beside)})
+    sizes = {files: sum(path.stat().st_size for path in folder.glob(files)) for files in (asked, told)}
+    return Sitting(rows, {each.name: each for each in (*encoding, *collecting, *after, *beside)}, sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,10 +247,24 @@ def marginal(large: Sitting, small: Sitting, name: str) -> float:
 
 def table(sitting: Sitting) -> str:
     """A sitting as Markdown."""
-    lines = [f"| {sitting.rows:,} rows | CPU-s | of them user | rows/CPU-s | wall s | MB at most |", "|---|---:|---:|---:|---:|---:|"]
+    lines = [f"| {sitting.rows:,} rows | CPU-s | of them user | rows/CPU-s | MB/CPU-s | wall s | MB at most |", "|---|" + "---:|" * 6]
     for name, each in sitting.by_name.items():
-        lines.append(f"| {name} | {each.cpu:.2f} | {each.user:.2f} | {sitting.per_cpu(name):,.0f} | {each.wall:.2f} | {each.rss:.0f} |")
+        rates = f"{sitting.per_cpu(name):,.0f} | {_rounded(sitting.bytes_per_cpu(name))}"
+        lines.append(f"| {name} | {each.cpu:.2f} | {each.user:.2f} | {rates} | {each.wall:.2f} | {each.rss:.0f} |")
+    run = [sitting.by_name[name] for name in RUN]
+    whole = Cost(
+        sum(each.user for each in run),
+        sum(each.cpu - each.user for each in run),
+        sum(each.wall for each in run),
+        max(each.rss for each in run),
+    )
+    cells = f"{whole.cpu:.2f} | {whole.user:.2f} | {sitting.rows / whole.cpu:,.0f} | | {whole.wall:.2f} | {whole.rss:.0f}"
+    lines.append(f"| whole run: {', '.join(RUN)} | {cells} |")
     return "\n".join(lines)
+
+
+def _rounded(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
 
 
 def growth(sittings: Sequence[Sitting]) -> str:

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import nightshift.lean  # noqa: F401  as the command line does
+from nightshift.arrow import keep_freed_memory
 from nightshift.drive import begin
+from nightshift.encode import Encoder
+from nightshift.formats import read_rows
 from nightshift.job import Job
 from nightshift.job_file import load_job
 from nightshift.providers.forms import form_of
@@ -119,6 +122,19 @@ def do_plan(folder: Path, prompt: str = "reviews", store: str | None = None) -> 
     return {"rows": made.rows, "unique": made.unique, "submitted": made.submitted, "reused": made.reused, "shards": len(made.shards)}
 
 
+def do_encode(folder: Path) -> dict[str, Any]:
+    """Rows to request lines with their keys, and nothing done with them."""
+    job, count, size = job_in(folder, "reviews"), 0, 0
+    encoder = Encoder(job)
+    keep_freed_memory()
+    with (folder / "reviews.parquet").open("rb") as file:
+        for rows in read_rows(file, "reviews.parquet", "parquet", None, job.columns):
+            requests = encoder.encode(rows, {})
+            count += len(requests.keys)
+            size += len(encoder.lines(requests.keys, requests.tails))
+    return {"requests": count, "bytes": size}
+
+
 def do_known(folder: Path) -> dict[str, Any]:
     """Rows whose answers are all there already: the same question by another job."""
     job = job_in(folder, "reviews")
@@ -182,6 +198,7 @@ def forget(folder: Path, step: str) -> None:
     """Make as if a step had not been done, nor any after it."""
     store = folder / "store"
     doomed = {
+        "encode": [],
         "plan": ["*"],
         "collect": ["shards/*/answers-*", "shards/*/ended-*", "shards/*/settled*", "answers/*/*.parquet", "runs/*/*/assembled.json"],
         "assemble": ["runs/*/*/assembled.json", "runs/*/*/staged", "runs/*/*/quarantine", "runs/*/*/audit.json"],
@@ -193,7 +210,8 @@ def forget(folder: Path, step: str) -> None:
 
 
 STEPS: dict[str, Callable[..., dict[str, Any]]] = {
-    "plan": do_plan, "submit": do_submit, "collect": do_collect, "known": do_known, "assemble": do_assemble, "audit": do_audit,
+    "encode": do_encode, "plan": do_plan, "known": do_known, "submit": do_submit,
+    "collect": do_collect, "assemble": do_assemble, "audit": do_audit,
 }  # fmt: skip
 
 
