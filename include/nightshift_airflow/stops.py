@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from threading import BoundedSemaphore
 from typing import Any
 
 import structlog
@@ -27,6 +28,7 @@ log = structlog.get_logger(__name__)
 STOPPED_STATES = ["failed", "skipped", "removed", "upstream_failed"]
 CLEARED_OR_STOPPED_SECONDS = 3.0  # until the state of a task that a person acted on can be told
 CANCELLED_AT_ONCE = 8
+_places = BoundedSemaphore(4)  # runs: a person may mark hundreds at once
 
 
 def is_stopped(ti: Any) -> bool:
@@ -49,7 +51,8 @@ def cancel_stopped_run(dag_id: str, run_id: str) -> None:
         folder = run_folder(dag_id, last_run(store, dag_id, dag_id, run_id))
         if store.head(f"{folder}/approved.json"):
             run = load_run(store, store.uri_of(folder))
-            cancel_batches(run.uri, approved_plan(run).shards, "API server")
+            with _places:
+                cancel_batches(run.uri, approved_plan(run).shards, "API server")
     except NightshiftError as error:
         log.warning("The API server cannot cancel batches of a stopped run; those that no task cancels run to their end", error=str(error))
 
