@@ -66,7 +66,7 @@ class Contender:
     commands: Sequence[Sequence[str]]
     before: Callable[[], None] = lambda: None
     moves_much: bool = False  # so many bytes that it matters who has written to the memory before
-    made_of: str = ""  # the files whose bytes its MB/s are: the lines that it makes or reads
+    lines: str = ""  # the files of those that it makes or reads: its MB/s are theirs
     costs: list[Cost] = field(default_factory=list)
 
     def run(self) -> None:
@@ -140,10 +140,10 @@ class Sitting:
         """Rows per CPU second, start-up included."""
         return self.rows / self.by_name[name].cpu
 
-    def bytes_per_cpu(self, name: str) -> float | None:
+    def mb_per_cpu(self, name: str) -> float | None:
         """MB per CPU second of the lines that are made or read; None where it is neither."""
         each = self.by_name[name]
-        return self.sizes[each.made_of] / 1e6 / each.cpu if each.made_of else None
+        return self.sizes[each.lines] / 1e6 / each.cpu if each.lines else None
 
 
 def sit(rows: int, rounds: int, *, where: Path = FOLDER, core: bool = False, slow: bool = False) -> Sitting:
@@ -156,21 +156,21 @@ def sit(rows: int, rounds: int, *, where: Path = FOLDER, core: bool = False, slo
     def clear() -> None:
         shutil.rmtree(out, ignore_errors=True)
 
-    def yardstick(name: str, of: str = "") -> Contender:
-        return Contender(name, [[sys.executable, "-m", "bench.yardsticks", name, str(folder), str(out)]], clear, rows >= MANY, of)
+    def yardstick(name: str, lines: str = "") -> Contender:
+        return Contender(name, [[sys.executable, "-m", "bench.yardsticks", name, str(folder), str(out)]], clear, rows >= MANY, lines)
 
-    def step(name: str, *rest: Sequence[str], label: str | None = None, of: str = "") -> Contender:
+    def step(name: str, *rest: Sequence[str], label: str | None = None, lines: str = "") -> Contender:
         command = [sys.executable, "-m", "bench.steps", name, str(folder)]
-        return Contender(label or name, [[*command, *each] for each in rest or ((),)], lambda: forget(folder, name), rows >= MANY, of)
+        return Contender(label or name, [[*command, *each] for each in rest or ((),)], lambda: forget(folder, name), rows >= MANY, lines)
 
     asked, told = "store/shards/*/requests.jsonl", "results/*"
-    encoding = [yardstick("preescaped", asked), step("plan", of=asked)]
-    collecting = [yardstick("outer_typed", told), step("collect", of=told)]
+    encoding = [yardstick("preescaped", asked), step("plan", lines=asked)]
+    collecting = [yardstick("outer_typed", told), step("collect", lines=told)]
     after, beside = list[Contender](), list[Contender]()
     if not core:
-        logic = step("plan", ["reviews-logic"], label="plan (logic)", of=asked)
-        encoding = [yardstick("read"), yardstick("jinja_orjson", asked), logic, step("encode", of=asked), *encoding]
-        halves = step("collect", ["0", "2"], ["1", "2"], label="collect, two processes", of=told)
+        logic = step("plan", ["reviews-logic"], label="plan (logic)", lines=asked)
+        encoding = [yardstick("read"), yardstick("jinja_orjson", asked), logic, step("encode", lines=asked), *encoding]
+        halves = step("collect", ["0", "2"], ["1", "2"], label="collect, two processes", lines=told)
         collecting = [yardstick("copy", asked), halves, *collecting]
         after = [step("known"), step("assemble"), step("audit")]
     if slow:
@@ -249,7 +249,7 @@ def table(sitting: Sitting) -> str:
     """A sitting as Markdown."""
     lines = [f"| {sitting.rows:,} rows | CPU-s | of them user | rows/CPU-s | MB/CPU-s | wall s | MB at most |", "|---|" + "---:|" * 6]
     for name, each in sitting.by_name.items():
-        rates = f"{sitting.per_cpu(name):,.0f} | {_rounded(sitting.bytes_per_cpu(name))}"
+        rates = f"{sitting.per_cpu(name):,.0f} | {_rounded(sitting.mb_per_cpu(name))}"
         lines.append(f"| {name} | {each.cpu:.2f} | {each.user:.2f} | {rates} | {each.wall:.2f} | {each.rss:.0f} |")
     run = [sitting.by_name[name] for name in RUN]
     whole = Cost(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import nightshift.lean  # noqa: F401  as the command line does
-from nightshift.arrow import keep_freed_memory
+from nightshift.arrow import keep_freed_memory, keep_pandas_out
 from nightshift.drive import begin
 from nightshift.encode import Encoder
 from nightshift.formats import read_rows
@@ -126,6 +126,7 @@ def do_encode(folder: Path) -> dict[str, Any]:
     """Rows to request lines with their keys, and nothing done with them."""
     job, count, size = job_in(folder, "reviews"), 0, 0
     encoder = Encoder(job)
+    keep_pandas_out()
     keep_freed_memory()
     with (folder / "reviews.parquet").open("rb") as file:
         for rows in read_rows(file, "reviews.parquet", "parquet", None, job.columns):

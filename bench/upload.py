@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from bench.__main__ import FOLDER, Contender, measured, take_turns
+from bench.__main__ import FOLDER, MANY, Contender, measured, take_turns
 from bench.scale import until_up
 from bench.steps import forget
 from nightshift.rehearsal.served import free_port
@@ -92,8 +92,9 @@ def main() -> int:
     plan = [sys.executable, "-m", "bench.steps", "plan", str(folder)]
     try:
         until_up(f"http://127.0.0.1:{port}")
-        disk = Contender("plan, into a folder", [plan], lambda: forget(folder, "plan"))
-        s3 = Contender("plan, into S3", [[*plan, "reviews", "s3://bench/store"]])
+        much = given.rows >= MANY
+        disk = Contender("plan, into a folder", [plan], lambda: forget(folder, "plan"), much)
+        s3 = Contender("plan, into S3", [[*plan, "reviews", "s3://bench/store"]], moves_much=much)
         take_turns([disk, s3], given.rounds)
     finally:
         serving.terminate()

@@ -11,9 +11,9 @@ from fastapi.responses import HTMLResponse
 from nightshift.errors import NightshiftError
 from nightshift.pages import render_progress
 from nightshift.progress import latest, progress_of
-from nightshift.runs import Run, last_run, load_run, run_folder
+from nightshift.runs import Run, load_run
 from nightshift.stores.objects import Objects
-from nightshift_airflow.site import open_store
+from nightshift_airflow.site import folder_of, open_store
 
 LATEST = 60  # runs of a job that its tab shows
 NO_RUNS = "No run of this DAG has begun, or it is no Nightshift job."
@@ -36,7 +36,7 @@ def build_app() -> FastAPI:
     @app.get("/run", dependencies=allowed, response_class=HTMLResponse)
     def run(dag_id: Annotated[str, Query()], run_id: Annotated[str, Query()]) -> Any:
         store = open_store()
-        folder = run_folder(dag_id, last_run(store, dag_id, dag_id, run_id))
+        folder = folder_of(store, dag_id, run_id)
         report = store.get(f"{folder}/report.html")
         if report is not None:
             return HTMLResponse(report)

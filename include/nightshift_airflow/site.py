@@ -21,7 +21,7 @@ from nightshift.job import JobFile
 from nightshift.providers.bedrock import BedrockAccess
 from nightshift.providers.openai import OpenAIAccess
 from nightshift.providers.opening import open_provider
-from nightshift.runs import Run, Site, load_run
+from nightshift.runs import Run, Site, last_run, load_run, run_folder
 from nightshift.settings import dollars, read_settings
 from nightshift.stores.objects import Objects, open_objects, split_input
 
@@ -92,6 +92,11 @@ def run_at(run_uri: str, owner: str) -> tuple[Site, Run]:
 def open_store() -> Objects:
     """The store of this Airflow."""
     return site_for(None, "").store
+
+
+def folder_of(store: Objects, dag_id: str, dag_run: str) -> str:
+    """Where in the store the last run is that a DAG run has begun; nothing is there if it has begun none."""
+    return run_folder(dag_id, last_run(store, dag_id, dag_id, dag_run))
 
 
 def owner_of(context: Any) -> str:

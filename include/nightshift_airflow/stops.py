@@ -18,10 +18,10 @@ from airflow.utils.session import create_session
 from sqlalchemy import select
 
 from nightshift.errors import NightshiftError
-from nightshift.runs import Run, Site, approved_plan, last_run, load_run, run_folder
+from nightshift.runs import Run, Site, approved_plan
 from nightshift.steps.submit import open_where
 from nightshift.stores.ledger import Attach, next_move
-from nightshift_airflow.site import open_store, run_at
+from nightshift_airflow.site import folder_of, open_store, run_at
 
 log = structlog.get_logger(__name__)
 
@@ -48,22 +48,21 @@ def cancel_stopped_run(dag_id: str, run_id: str) -> None:
         return
     try:
         store = open_store()
-        folder = run_folder(dag_id, last_run(store, dag_id, dag_id, run_id))
+        folder = folder_of(store, dag_id, run_id)
         if store.head(f"{folder}/approved.json"):
-            run = load_run(store, store.uri_of(folder))
             with _places:
-                cancel_batches(run.uri, approved_plan(run).shards, "API server")
+                cancel_batches(store.uri_of(folder), None, "API server")
     except NightshiftError as error:
         log.warning("The API server cannot cancel batches of a stopped run; those that no task cancels run to their end", error=str(error))
 
 
-def cancel_batches(run_uri: str, shards: Iterable[str], owner: str) -> None:
-    """Cancel what shards of a run have at the provider, but for those that another run waits for, too."""
+def cancel_batches(run_uri: str, shards: Iterable[str] | None, owner: str) -> None:
+    """Cancel what shards of a run have at the provider, or all of them, but for those that another run waits for, too."""
     site, run = run_at(run_uri, owner)
-    adopted = approved_plan(run).adopted_shards
+    approved = approved_plan(run)
     with ThreadPoolExecutor(CANCELLED_AT_ONCE) as pool:  # there are seconds until a task is killed
-        for shard in shards:
-            if shard not in adopted:
+        for shard in approved.shards if shards is None else shards:
+            if shard not in approved.adopted_shards:
                 pool.submit(_cancel, site, run, shard)
 
 
