@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import atexit
 import os
+from contextlib import suppress
 from pathlib import Path
+
+with suppress(ModuleNotFoundError):  # a peer has an environment of its own
+    import nightshift.lean  # noqa: F401  first of all: see there
 
 PEAK = "NIGHTSHIFT_BENCH_PEAK"  # names a file that a process of the benchmark leaves its peak of memory in
 

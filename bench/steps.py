@@ -15,13 +15,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import nightshift.lean  # noqa: F401  as the command line does
 from nightshift.arrow import keep_freed_memory, keep_pandas_out
 from nightshift.drive import begin
 from nightshift.encode import Encoder
 from nightshift.formats import read_rows
 from nightshift.job import Job
 from nightshift.job_file import load_job
+from nightshift.lean import leave
 from nightshift.providers.forms import form_of
 from nightshift.providers.protocol import WINDOW, Garbage, Limits, Reply, Snapshot
 from nightshift.providers.results import read_file
@@ -225,6 +225,7 @@ def main() -> None:
     given = parser.parse_args()
     rest = [int(each) if each.isdigit() else each for each in given.rest]
     print(json.dumps(STEPS[given.step](given.folder.resolve(), *rest)))
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import msgspec
 import orjson
 
 from bench.question import COLUMNS, FILE_REQUESTS, MODEL, PARAMETERS, job_parts
+from nightshift.lean import leave
 
 BATCH_ROWS = 2048
 MARK = "\x00{}\x00"
@@ -210,6 +211,7 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     by_name[given.name](given.folder, given.out)
+    leave(0)
 
 
 if __name__ == "__main__":

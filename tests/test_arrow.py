@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 import sys
 
@@ -49,12 +48,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 def test_what_is_freed_is_there_for_the_next_batch_and_is_not_faulted_in_again():
     given, kept = (int(subprocess.check_output([sys.executable, "-c", FAULTS.format(keeps=keeps)])) for keeps in (False, True))
     assert kept < given / 5
-
-
-def test_the_command_line_starts_without_threads_that_wait_for_matrices():
-    code = "import os, nightshift.cli; print(os.environ['OPENBLAS_NUM_THREADS'])"
-    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
-    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=environment).strip() == "1"
 
 
 @pytest.mark.parametrize("step", ["plan", "collect"])

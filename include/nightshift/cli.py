@@ -15,7 +15,7 @@ import orjson
 import typer
 from rich.table import Table
 
-import nightshift.lean  # noqa: F401  first of all: what it sets is read when numpy is imported
+from nightshift.lean import leave  # isort: skip  first of all: what it sets is read when numpy is imported
 from nightshift import __version__
 from nightshift.errors import InputMissing, JobInvalid, NightshiftError
 from nightshift.job import Job, Policy, job_schema
@@ -62,7 +62,9 @@ def main() -> None:
     except NightshiftError as error:
         people.print(f"[bold red]{type(error).__name__}[/]", end=" ")
         people.print(str(error), markup=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+        leave(error.exit_code)
+    except SystemExit as end:
+        leave(int(end.code or 0))
 
 
 @app.callback(invoke_without_command=True)
