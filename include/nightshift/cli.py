@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from nightshift.lean import leave  # isort: skip  first of all: what it sets is read by all that is imported after it
+
 import getpass
 import sys
 from collections.abc import Callable
@@ -15,7 +17,6 @@ import orjson
 import typer
 from rich.table import Table
 
-from nightshift.lean import leave  # isort: skip  first of all: what it sets is read when numpy is imported
 from nightshift import __version__
 from nightshift.errors import InputMissing, JobInvalid, NightshiftError
 from nightshift.job import Job, Policy, job_schema

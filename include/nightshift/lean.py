@@ -1,14 +1,18 @@
-"""What a process of the command line does without. Imported before numpy is; a worker shares its process with others, and keeps it."""
+"""What a process of the command line does without. Imported first of all; a worker shares its process with others, and keeps it."""
 
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import sys
 from typing import NoReturn
 
 # Nothing here multiplies matrices; the threads that do wait for some at every start, busily.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# Imports make objects by the hundred thousand, and most stay: looking at them at every 700, as Python does, is a seventh of a start.
+gc.set_threshold(100_000, 50, 50)
 
 _codes: list[int] = []
 
