@@ -108,13 +108,15 @@ class Contender:
 
 
 def measured(command: Sequence[str]) -> Cost:
-    """Run a command of the benchmark to its end. Raises CalledProcessError where it fails."""
-    with tempfile.NamedTemporaryFile() as told:
+    """Run a command of the benchmark to its end. Raises CalledProcessError where it fails, after what it has said of that."""
+    with tempfile.NamedTemporaryFile() as told, tempfile.TemporaryFile() as said:  # some peers say a page for each row that they give up
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, PEAK: told.name})
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, env={**os.environ, PEAK: told.name})
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
+            said.seek(0)
+            sys.stderr.write(said.read().decode(errors="replace"))
             raise subprocess.CalledProcessError(process.returncode, command)
         rss = float(Path(told.name).read_text())
     return Cost(used.ru_utime, used.ru_stime, time.perf_counter() - start, rss)

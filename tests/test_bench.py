@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from bench.__main__ import Sitting, marginal, sit
+from bench.__main__ import Sitting, marginal, measured, sit
 
 SMALL, LARGE = 4_000, 30_000
 MOST_MB = 300
@@ -53,6 +55,12 @@ def test_one_more_row_costs_no_more_than_so_many_times_the_least(bench, step, ya
     while bench.ratio(step, yardstick) > most and bench.tries < TRIES:
         bench.sit()
     assert bench.ratio(step, yardstick) <= most
+
+
+def test_a_command_that_fails_is_told_in_its_own_words(capfd):
+    with pytest.raises(subprocess.CalledProcessError):
+        measured([sys.executable, "-c", "import sys; sys.exit('no rows')"])
+    assert capfd.readouterr().err == "no rows\n"
 
 
 @pytest.mark.parametrize("step", ["plan", "collect"])
