@@ -22,10 +22,10 @@ lint: $(VENV)/installed    ## ruff, and mypy --strict on the core
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-chaos: $(VENV)/installed $(VENV)/local-installed   ## kill everything everywhere and let the provider's bill judge (most of an hour; CHAOS="--sample 4" a quarter of it)
+chaos: $(VENV)/installed $(VENV)/local-installed   ## kill everything everywhere and let the provider's bill judge (some twenty minutes; CHAOS="--sample 4" a quarter of it)
 	$(BIN)/python -m bench.chaos $(CHAOS)
 
-bench: $(VENV)/installed    ## what every step costs, against the machine's limits and the usual ways (most of an hour; BENCH="--rows 100000 --rounds 1" some minutes)
+bench: $(VENV)/installed    ## what every step costs, against the machine's limits and the usual ways (some twenty minutes; BENCH="--rows 100000 --rounds 1" some minutes)
 	$(BIN)/python -m bench $(BENCH)
 
 peers: $(VENV)/peers-installed    ## curator, which `make bench` then measures beside us, in an environment of its own (600 MB)

@@ -17,13 +17,13 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bench.chaos.machine import Lives
 from bench.chaos.matrix import CHANGES, Matrix, Verdict, cases_of, create_points, served_aws, summarise
 from nightshift.shapes import ProviderName
+from nightshift.terminal import output
 
 RESULT = Path(__file__).resolve().parent.parent / "chaos.json"
 COLUMNS = (
@@ -36,7 +36,6 @@ COLUMNS = (
     "repeated_requests",
     "bill_ratio",
 )
-console = Console(highlight=False)
 
 
 def main() -> None:
@@ -60,11 +59,11 @@ def main() -> None:
         from bench.chaos.stack import kill_airflow
 
         sections["Airflow's parts killed"] = kill_airflow(
-            options.kills, options.seed, say=lambda line: console.print(f"  {line}", style="dim")
+            options.kills, options.seed, say=lambda line: output.print(f"  {line}", style="dim")
         )
     totals = _keep(options, sections, stuck)
     _show(sections, totals)
-    console.print(f"\n{totals['crash_points']} deaths in {time.monotonic() - started:.0f} s; written to bench/{RESULT.name}")
+    output.print(f"\n{totals['crash_points']} deaths in {time.monotonic() - started:.0f} s; written to bench/{RESULT.name}")
     sys.exit(0 if _is_clean(totals) else 1)
 
 
@@ -101,7 +100,7 @@ def _matrix(folder: Path, provider: ProviderName, options: argparse.Namespace) -
         every = cases_of(points, successors, seed=options.seed, rivals=options.rivals, timed=options.timed, provider=provider)
         cases = [case for number, case in enumerate(every) if number % sample == 0 or (case.die_at in create and not case.then_at)]
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        with Progress(*columns, console=output, disable=not output.is_terminal) as progress:
             task = progress.add_task(f"crash matrix, {provider}", total=len(cases))
             return matrix.run(cases, options.at_once, _advancing(progress, task)), ideal
     finally:
@@ -156,7 +155,7 @@ def _show(sections: dict[str, dict[str, Any]], totals: dict[str, Any]) -> None:
         table.add_column(name.replace("_", " "), justify="right", footer=_cell(totals[name]))
     for scenario, section in sections.items():
         table.add_row(scenario, *(_cell(section[name]) for name in COLUMNS))
-    console.print(table)
+    output.print(table)
 
 
 def _cell(value: float | None) -> str:
