@@ -9,6 +9,7 @@ from msgspec import structs
 
 from nightshift.drive import begin, drive
 from nightshift.job import Job
+from nightshift.judge import judge_for
 from nightshift.matching import unfold
 from nightshift.providers.openai_forms import OpenAIForm
 from nightshift.providers.protocol import Reply
@@ -131,3 +132,9 @@ def test_tokens_of_a_line_are_divided_and_none_is_lost():
     assert [reply.custom_id for reply in replies] == [*(key.hex() for key in keys), "ff" * 32]
     assert sum(reply.input_tokens for reply in replies[:3]) == 11
     assert [reply.vectors for reply in replies[:3]] == [(b"1",), (b"2",), ()]
+
+
+def test_F81_a_vector_that_is_no_whole_number_of_numbers_is_invalid(world):
+    judge = judge_for(embedding_job(world, {"provider": "openai", **SMALL}))
+    answer = judge(Reply(custom_id="", outcome="succeeded", vectors=(b"\x00" * 254,)))
+    assert (answer.reply.outcome, answer.reply.reason, answer.output) == ("invalid", "63.5 numbers in place of 64", None)

@@ -196,3 +196,10 @@ def test_rows_that_are_long_come_few_at_once(fmt):
     batches = list(read_rows(io.BytesIO(packed), "s3://b/k", fmt, None, ("id",)))
     assert [text for batch in batches for text in batch.columns["id"]] == texts
     assert all(batch.count <= 11 for batch in batches)
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.binary_view()])
+def test_rows_can_be_taken_out_of_columns_of_views(kind):
+    data = parquet(id=pa.array(["a", "b", "c"]), text=pa.array(["x", None, "z"], kind))
+    [batch] = read_rows(io.BufferedReader(io.BytesIO(data)), "s3://b/k", "parquet", None, ("id", "text"))
+    assert list(batch.at([2, 1]).columns["text"]) in (["z", None], [b"z", None])

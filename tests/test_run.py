@@ -30,6 +30,7 @@ from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.rehearsal.served import free_port
 from nightshift.runs import Site
 from nightshift.shapes import Summary
+from nightshift.steps.plan import plan
 from tests.conftest import World, make_world, reviews
 
 
@@ -521,3 +522,25 @@ def with_access(world: World, access: OpenAIAccess) -> World:
         scratch_folder=site.scratch_folder,
     )
     return World(folder=world.folder, rehearsal=world.rehearsal, site=replaced)
+
+
+def test_rows_whose_id_stands_before_them_are_rejected_however_many_and_however_long(world):
+    ids = [f"r{number % 900}" for number in range(3000)]
+    rows = [{"id": each, "text": f"Lovely stay {each}.", "stars": 5, "note": "long " * 4000} for each in ids]
+    job = world.job(output={"keep": ["note"]}, policy={"publish_at_least": 0.1})
+    run = begin(world.site, job, pattern=world.write("in.jsonl", rows), dates={}, scheduled=False)
+    made = plan(world.site, run)
+    assert (made.rows, made.rejected, made.unique, made.duplicates) == (3000, 2100, 900, 0)
+    assert made.reasons == {"the id stands twice": 2100}
+    [index] = [pq.read_table(world.folder / "store" / each) for each in made.slices]
+    late = [reason == "the id stands twice" for reason in index.column("reason").to_pylist()]
+    assert late == [number >= 900 for number in range(3000)]
+    assert [key is None for key in index.column("request_key").to_pylist()] == late
+    assert index.column("keep_note").null_count == 0
+
+
+def test_a_carried_integer_beyond_what_a_float_tells_apart_is_rounded(world):
+    rows = [{"id": "a", "text": "Lovely.", "stars": 2**53 + 1}, {"id": "b", "text": "Bad.", "stars": 2}]
+    job = world.job(input={"require": {"stars": {"type": "number"}}})
+    summary = go(world, job, world.write("in.jsonl", rows))
+    assert [row["stars"] for row in results(world, summary)] == [float(2**53), 2.0]

@@ -64,3 +64,11 @@ def test_long_texts_wait_on_disk_and_come_back_as_they_were(tmp_path):
     assert [texts.put(text) for text in held] == held
     assert [texts.get(text) for text in reversed(held)] == given[::-1]
     texts.close()
+
+
+def test_lines_are_put_down_sooner_where_their_texts_are_long(tmp_path, monkeypatch):
+    monkeypatch.setattr("nightshift.sheet.WRITE_CHARACTERS", 1000)
+    sheet = Sheet(job(PLAIN), ORIGIN, tmp_path)
+    for number in range(10):
+        sheet.add(bytes([number]) * 32, Answer(reply=Reply(custom_id="", outcome="invalid", text="x" * 300)))
+    assert [batch.num_rows for batch in sheet._batches] == [4, 4]

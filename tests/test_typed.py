@@ -199,19 +199,21 @@ def answered(place: int, text: str | None, outcome: str = "succeeded") -> Reply:
     return Reply(custom_id=KEYS[place].hex(), outcome=outcome, text=text, paid=True, model="m", input_tokens=place, output_tokens=1)
 
 
+ORIGIN = {
+    "shard": "s",
+    "attempt": 1,
+    "batch_id": "b",
+    "answered_at": datetime(2026, 11, 22, tzinfo=UTC),
+    "tier": "batch",
+    "stand_in": None,
+}
+
+
 def taken(job: Job, replies: list[Reply | Garbage], left: dict[bytes, Left | None]) -> tuple[list[Any], dict[bytes, Answer], Matching]:
     """The lines of the good answers, by request; the others; and what was odd."""
-    origin = {
-        "shard": "s",
-        "attempt": 1,
-        "batch_id": "b",
-        "answered_at": datetime(2026, 11, 22, tzinfo=UTC),
-        "tier": "batch",
-        "stand_in": None,
-    }
     matching = Matching(left)
     with TemporaryDirectory() as folder:
-        sheet = Sheet(job, origin, Path(folder))
+        sheet = Sheet(job, ORIGIN, Path(folder))
         others = put_down(sheet, job, matching, replies, left)
         sheet.write(Path(folder) / "answers.parquet")
         lines = pq.read_table(Path(folder) / "answers.parquet").to_pylist()
@@ -237,3 +239,23 @@ def test_an_answer_stands_in_its_file_as_it_would_if_it_were_taken_by_itself(sch
     assert at_once[2].absent == alone[2].absent == set(KEYS[6:])
     assert [line["request_key"] for line in at_once[0]] == [KEYS[place] for place in ([0, 1, 4, 5] if schema else [0, 1, 2, 3, 4, 5])]
     assert at_once[0][-1]["input_tokens"] == 5 + 5, "both lines were paid for"
+
+
+def test_F67_of_two_lines_for_a_request_the_valid_one_stays_and_both_are_paid_for(tmp_path):
+    spec = {
+        "name": "j",
+        "input": {"uri": "s3://b/k.jsonl", "id": "id"},
+        "request": {"provider": "openai", "model": "gpt-5.4-nano", "prompt": "-"},
+    }
+    job = Job(spec=JobFile.model_validate(spec), prompt_source="user:\n-\n", answer_schema=SCHEMA, expectations=())
+    good, broken = '{"n": 1, "s": "en"}', "{" + "x" * 999
+    for texts in ((broken, good), (good, broken)):
+        [line], others, _ = taken(job, [answered(5, text) for text in texts], dict.fromkeys(KEYS[5:6]))
+        assert (line["outcome"], line["output"], line["input_tokens"], others) == ("succeeded", {"n": 1, "s": "en"}, 10, {})
+    left = dict.fromkeys(KEYS[5:6])
+    sheet = Sheet(job, ORIGIN, tmp_path)
+    others = put_down(sheet, job, Matching(left, sheet.hold), [answered(5, broken), answered(5, "{")], left)
+    sheet.add(KEYS[5], others[KEYS[5]])
+    sheet.write(tmp_path / "answers.parquet")
+    [line] = pq.read_table(tmp_path / "answers.parquet").to_pylist()
+    assert (line["outcome"], line["text"], line["input_tokens"]) == ("invalid", broken, 10)

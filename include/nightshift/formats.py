@@ -166,7 +166,7 @@ def _parquet(file: IO[bytes], uri: str, wanted: Sequence[str], batch_rows: int) 
     try:
         at_once = _batch_rows(parquet, wanted, batch_rows)
         for batch in parquet.iter_batches(at_once, columns=list(wanted), use_threads=False):
-            arrays = {name: batch.column(name) for name in wanted}
+            arrays = {name: _without_view(batch.column(name)) for name in wanted}
             yield Rows(count=batch.num_rows, columns=_Lists(arrays), arrays=arrays)
     except (pa.ArrowInvalid, OSError) as error:
         raise InputUnreadable(uri, f"a Parquet page is damaged ({str(error).splitlines()[0]})") from error
@@ -187,6 +187,15 @@ def _batch_rows(parquet: Any, wanted: Sequence[str], most: int) -> int:
     for sample in islice(parquet.iter_batches(SAMPLE_ROWS, columns=list(wanted), use_threads=False), 1):
         longest = max(longest, sample.nbytes // max(1, sample.num_rows))
     return max(1, min(most, BATCH_BYTES // longest))
+
+
+def _without_view(array: pa.Array) -> pa.Array:
+    """A column of views as the plain one that it is: Arrow can take no rows out of views."""
+    import pyarrow as pa
+
+    if pa.types.is_string_view(array.type):
+        return array.cast(pa.string())
+    return array.cast(pa.binary()) if pa.types.is_binary_view(array.type) else array
 
 
 class _Lists(Mapping[str, Sequence[Any]]):
@@ -213,7 +222,7 @@ def _sound(array: pa.Array) -> pa.Array | None:
 
     try:
         array.validate(full=True)
-        return array.cast(pa.string()) if pa.types.is_large_string(array.type) or pa.types.is_string_view(array.type) else array
+        return array.cast(pa.string()) if pa.types.is_large_string(array.type) else array
     except pa.ArrowInvalid:
         return None
 

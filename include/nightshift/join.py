@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from nightshift.errors import CountsDisagree
 from nightshift.job import Job
 from nightshift.runs import Site
 from nightshift.shapes import Plan, Settled
+from nightshift.stores.database import literals
 
 if TYPE_CHECKING:
     import duckdb
@@ -40,13 +40,13 @@ def join(site: Site, job: Job, folder: Path, database: duckdb.DuckDBPyConnection
     if not files:  # every row was rejected; the columns are still those of an answer
         files = [folder / "answers-none.parquet"]
         pq.write_table(answers_schema(job).empty_table(), files[0])
-    database.execute(f"CREATE VIEW rows AS SELECT * FROM read_parquet({_paths(rows)}, union_by_name = true)")
+    database.execute(f"CREATE VIEW rows AS SELECT * FROM read_parquet([{literals(rows)}], union_by_name = true)")
     database.execute(
         f"""CREATE VIEW everything AS
-            SELECT *, (list_position({_paths(files)}, filename)::BIGINT << 32) + file_row_number AS place,
+            SELECT *, (list_position([{literals(files)}], filename)::BIGINT << 32) + file_row_number AS place,
                    {{'file': filename, 'row': file_row_number}} AS line
-            FROM read_parquet({_paths(files)}, filename = true, file_row_number = true)
-            WHERE stand_in IS NULL OR stand_in IN ({_strings([job.spec.request.model, *job.spec.stand_ins])})"""
+            FROM read_parquet([{literals(files)}], filename = true, file_row_number = true)
+            WHERE stand_in IS NULL OR stand_in IN ({literals([job.spec.request.model, *job.spec.stand_ins])})"""
     )
     database.execute(
         """CREATE TABLE chosen AS SELECT max_by(place, (outcome = 'succeeded', paid, answered_at, place >> 32)) AS place
@@ -55,14 +55,6 @@ def join(site: Site, job: Job, folder: Path, database: duckdb.DuckDBPyConnection
     database.execute("CREATE VIEW lines AS SELECT * EXCLUDE (filename, file_row_number) FROM everything SEMI JOIN chosen USING (place)")
     database.execute("CREATE VIEW answers AS SELECT * EXCLUDE (place, line) FROM lines")
     database.execute("CREATE TABLE words AS SELECT request_key, outcome, reason FROM answers")
-
-
-def _paths(paths: list[Path]) -> str:
-    return f"[{_strings(map(str, paths))}]"
-
-
-def _strings(values: Iterable[str]) -> str:
-    return ", ".join("'" + value.replace("'", "''") + "'" for value in values)
 
 
 def reconcile(database: duckdb.DuckDBPyConnection, plan: Plan) -> None:

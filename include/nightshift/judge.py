@@ -71,9 +71,10 @@ def _judge_vector(dimensions: int, reply: Reply) -> Answer:
     """An embedding of the right length whose numbers are numbers (F81)."""
     if reply.outcome != "succeeded":
         return Answer(reply=reply)
-    vector = np.frombuffer(reply.vectors[0] if reply.vectors else b"", np.dtype("<f4"))
-    if len(vector) != dimensions:
-        return Answer(reply=replace(reply, outcome="invalid", reason=f"{len(vector)} numbers in place of {dimensions}"))
+    data = reply.vectors[0] if reply.vectors else b""
+    if len(data) != 4 * dimensions:
+        return Answer(reply=replace(reply, outcome="invalid", reason=f"{len(data) / 4:g} numbers in place of {dimensions}"))
+    vector = np.frombuffer(data, np.dtype("<f4"))
     if not np.isfinite(vector).all():
         return Answer(reply=replace(reply, outcome="invalid", reason="a number of the embedding is none"))
     return Answer(reply=reply, output={"embedding": vector})

@@ -77,7 +77,7 @@ class Matching:
                     failed[key] = self._hold(best)
             elif key in self._keys:  # and handed on already
                 self.alarms["duplicate lines"] += 1
-                self.twice.setdefault(key, []).append(reply)
+                self.twice.setdefault(key, []).append(self._hold(reply))
             else:
                 self.alarms["lines for unknown requests"] += 1
 

@@ -17,7 +17,7 @@ from nightshift.pages import render_periodic
 from nightshift.partitions import MANIFEST, Manifest
 from nightshift.runs import Site
 from nightshift.shapes import OUTCOMES, Outcome, Summary
-from nightshift.stores.database import open_database, quoted
+from nightshift.stores.database import literals, open_database, quoted
 from nightshift.stores.objects import Objects, dump_json
 
 if TYPE_CHECKING:
@@ -135,8 +135,7 @@ def _view(site: Site, job: Job, folder: Path, number: int, partition: str, publi
     paths = [site.store.download(f"{where}/{part.name}", folder / f"{number}-{at}.parquet") for at, part in enumerate(manifest.parts)]
     dated = DATED.search(partition)
     day = dated[1] if dated else f"{published_at:%Y-%m-%d}"
-    files = ", ".join(f"'{path}'" for path in paths)
-    yield f"SELECT *, '{partition}' AS partition, DATE '{day}' AS day FROM read_parquet([{files}])"
+    yield f"SELECT *, {literals([partition])} AS partition, DATE '{day}' AS day FROM read_parquet([{literals(paths)}])"
 
 
 def _draw(database: duckdb.DuckDBPyConnection, job: str, figure: Figure) -> tuple[FigureTable, bytes | None]:

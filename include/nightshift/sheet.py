@@ -22,6 +22,7 @@ from nightshift.stores.shards import keys_in
 from nightshift.texts import Texts
 
 WRITE_ROWS = 2048  # of answers in words
+WRITE_CHARACTERS = 4 << 20  # of texts, or fewer lines
 HELD_BYTES = 32 << 20  # of lines in memory: what comes before waits on local disk, and becomes a row group of its own
 OF_REPLY = ("outcome", "reason", "paid", "model", *TOKENS)
 TAKEN = {  # the columns of a line that stand in its answer as they are, and where
@@ -43,6 +44,7 @@ class Sheet:
         self._own = pa.schema([field for field in self._schema if field.name not in origin])  # of each line
         self._at_once = rows_at_once(self._schema, WRITE_ROWS)
         self._lines: list[tuple[Any, ...]] = []
+        self._characters = 0  # of their texts
         self._batches: list[pa.RecordBatch] = []
         self._held = 0  # bytes of them
         self._spilled: list[Path] = []
@@ -56,12 +58,18 @@ class Sheet:
         text = self._texts.get(answer.reply.text) if output is None else None
         self._lines.append((key, output, text, again.model_dump_json(exclude_defaults=True) if again else None, *_taken(answer)))
         self.asked_again += again is not None
-        if len(self._lines) == self._at_once:
+        self._characters += len(text or "")
+        if len(self._lines) == self._at_once or self._characters >= WRITE_CHARACTERS:
             self._flush()
 
     def hold(self, reply: Reply) -> Reply:
         """A reply whose line is added later: its text waits on local disk."""
         text = self._texts.put(reply.text)
+        return reply if text is reply.text else replace(reply, text=text)
+
+    def recall(self, reply: Reply) -> Reply:
+        """A reply that was held, with its text."""
+        text = self._texts.get(reply.text)
         return reply if text is reply.text else replace(reply, text=text)
 
     def add_all(self, found: Sequence[tuple[bytes, Reply]], outputs: pa.Array) -> None:
@@ -74,7 +82,7 @@ class Sheet:
     def _flush(self) -> None:
         if self._lines:
             self._keep(_as_batch(self._lines, self._own))
-            self._lines = []
+            self._lines, self._characters = [], 0
 
     def _keep(self, batch: pa.RecordBatch) -> None:
         self._batches.append(batch)

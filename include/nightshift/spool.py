@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,6 +30,7 @@ from nightshift.providers.protocol import Limits
 from nightshift.runs import Site
 from nightshift.sampling import only
 from nightshift.shapes import PinnedObject
+from nightshift.stores.database import literals
 from nightshift.stores.shards import KEY_BYTES
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ class Spool:
         self._end = 0
         self.rows = 0
         self.slices: list[Path] = []
+        self._places: list[Path] = []
         self._schema: pa.Schema | None = None
         self.reasons: Counter[str] = Counter()
 
@@ -93,12 +96,12 @@ class Spool:
     def take(self, batches: Iterable[Rows], name: str, schema: pa.Schema) -> None:
         """Encode rows; their row index becomes one slice."""
         path, places = self._folder / f"{name}.parquet", self._folder / f"spooled-{name}.parquet"
-        plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-        with pq.ParquetWriter(path, schema, compression="zstd") as index, pq.ParquetWriter(places, SPOOLED, **plain) as spooled:
+        with pq.ParquetWriter(path, schema, compression="zstd") as index, _places_writer(places) as spooled:
             for group in _grouped(self._encoded(batches, schema)):
                 index.write_table(pa.Table.from_batches([each.index for each in group], schema=schema))
                 spooled.write_table(pa.Table.from_batches([each.places for each in group], schema=SPOOLED))
         self.slices.append(path)
+        self._places.append(places)
 
     def _encoded(self, batches: Iterable[Rows], schema: pa.Schema) -> Iterator[_Part]:
         released = self._end
@@ -180,24 +183,59 @@ class Spool:
         """Show the places of all requests to the database. Nothing is taken in after it."""
         self._file.close()
         pa.default_memory_pool().release_unused()  # what reading needed is DuckDB's now
-        self._database.execute(f"CREATE VIEW spool AS SELECT * FROM read_parquet('{self._folder}/spooled-*.parquet')")
+        self._show()
+
+    def _show(self) -> None:
+        self._database.execute(f"CREATE OR REPLACE VIEW spool AS SELECT * FROM read_parquet([{literals(self._places)}])")
 
     @property
     def lines(self) -> Lines:
         """The lines of its requests."""
         return Lines(path=self.path, made=self._encoder.lines, frame=self._encoder.line_bytes)
 
-    def mark_doubled(self) -> None:
-        """Write the late discovery that an id stands twice into the row indexes."""
-        for path in self.slices:
-            marked = path.with_suffix(".marked")
-            self._database.execute(
-                f"""COPY (SELECT s.* REPLACE (CASE WHEN d.ordinal IS NULL THEN s.request_key END AS request_key,
-                                              CASE WHEN d.ordinal IS NULL THEN s.reason ELSE 'the id stands twice' END AS reason)
-                          FROM read_parquet('{path}') s LEFT JOIN doubled d USING (ordinal) ORDER BY s.ordinal)
-                    TO '{marked}' (FORMAT parquet, COMPRESSION zstd)"""
-            )
-            marked.replace(path)
+    def reject_doubled(self) -> int:
+        """Of several rows under one id the first stays; the others ask nothing, which is found late. How many they are."""
+        if not self._database.execute("SELECT 1 FROM spool GROUP BY id HAVING count(*) > 1 LIMIT 1").fetchall():
+            return 0
+        is_first = np.zeros(self.rows, bool)
+        for batch in self._database.sql("SELECT min(ordinal) FROM spool GROUP BY id").to_arrow_reader(GROUP_ROWS):
+            is_first[batch.column(0).to_numpy()] = True
+        doubled = sum(self._mark(path, is_first) for path in self.slices)
+        self._places = [_with_first(path, is_first) for path in self._places]
+        self._show()
+        return doubled
+
+    def _mark(self, path: Path, is_first: npt.NDArray[np.bool_]) -> int:
+        """Write into a row index which of its rows have the id of a row before them. How many they are."""
+        marked, doubled = path.with_suffix(".marked"), 0
+        with pq.ParquetFile(path) as index, pq.ParquetWriter(marked, index.schema_arrow, compression="zstd") as writer:
+            for rows in _row_groups(index):
+                is_late = pc.and_(rows.column("request_key").is_valid(), pa.array(~is_first[rows.column("ordinal").to_numpy()]))
+                for name, value in (("request_key", None), ("reason", "the id stands twice")):
+                    at, field = rows.schema.get_field_index(name), rows.schema.field(name)
+                    rows = rows.set_column(at, field, pc.if_else(is_late, pa.scalar(value, field.type), rows.column(at)))
+                writer.write_table(rows)
+                doubled += pc.sum(is_late).as_py() or 0
+        marked.replace(path)
+        return doubled
+
+
+def _places_writer(path: Path) -> pq.ParquetWriter:
+    return pq.ParquetWriter(path, SPOOLED, compression="none", use_dictionary=False, write_statistics=False)
+
+
+def _row_groups(file: pq.ParquetFile) -> Iterator[pa.Table]:
+    return (file.read_row_group(group, use_threads=False) for group in range(file.num_row_groups))
+
+
+def _with_first(path: Path, is_first: npt.NDArray[np.bool_]) -> Path:
+    """The places of the requests of rows that are the first under their id."""
+    kept = path.with_suffix(".first.parquet")
+    with pq.ParquetFile(path) as places, _places_writer(kept) as writer:
+        for rows in _row_groups(places):
+            writer.write_table(rows.filter(pa.array(is_first[rows.column("ordinal").to_numpy()])))
+    path.unlink()
+    return kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,10 +314,19 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
+def _rounded(value: int) -> float | None:
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
 def _fits(value: Any, kind: pa.DataType) -> Any:
     try:
         return pa.scalar(value, kind).as_py()
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        if pa.types.is_floating(kind) and isinstance(value, int):
+            return _rounded(value)
         if not _is_text(kind):
             return None
         return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()

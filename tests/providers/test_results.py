@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nightshift.arrow import collector_paused
 from nightshift.providers.forms import FORMS, form_of
 from nightshift.providers.openai_forms import ChatForm
 from nightshift.providers.protocol import Garbage, Reply
@@ -72,3 +74,11 @@ def test_a_line_that_is_longer_than_what_is_read_at_once_is_one_line():
     long = b'{"custom_id": "a", "response": {"body": {"model": "%b"}}}' % (b"m" * (3 * READ_BYTES))
     first, second, third = read_file(form_of("/v1/chat/completions"), io.BytesIO(b"\n".join([GOOD % (1, 1), long, b"x"])))
     assert (first.custom_id, second.custom_id, type(second), type(third)) == ("1", "a", Reply, Garbage)
+
+
+def test_lines_outside_the_contract_are_let_go_of_while_the_collector_rests():
+    line = bytes(b'{"custom_id": "c", "response": {"status_code": 200, "body": {"usage": {"prompt_tokens": null}}}}%b' % (b" " * 99))
+    held = sys.getrefcount(line)
+    with collector_paused():
+        [reply] = form_of("/v1/chat/completions").read(line)
+        assert (reply.outcome, sys.getrefcount(line)) == ("errored", held)

@@ -45,7 +45,7 @@ def _alone(line: bytes, decoder: msgspec.json.Decoder[Found], told: Callable[[Fo
     try:
         return told(decoder.decode(line))
     except UNREADABLE as error:
-        why = error
+        why = str(error)  # the error itself holds this frame, and so the line, until the collector comes
     try:
         custom_id = orjson.loads(line)[name]
     except (ValueError, KeyError, TypeError):

@@ -143,18 +143,32 @@ def put_down(
     """Put down the good answers as they come; give the others, by request."""
     others, judge = dict[bytes, Answer](), judge_for(job)
     read = None if any(left.values()) else reader_for(job)  # each that is asked again says how: they are few, and taken one by one
+
+    def put(key: bytes, answer: Answer) -> None:
+        if answer.output is None:
+            others[key] = replace(answer, reply=sheet.hold(answer.reply))
+        else:
+            before = left[key]
+            sheet.add(key, replace(answer, asked_as=before.variant) if before else answer)
+
     for succeeded in matching.successes(replies, rows_at_once(answers_schema(job), AT_ONCE)):
         for key, reply in _add_all(sheet, read, succeeded) if read else succeeded:
-            answer, before = judge(reply), left[key]
-            if answer.output is not None:
-                sheet.add(key, replace(answer, asked_as=before.variant) if before else answer)
-            else:
-                others[key] = replace(answer, reply=sheet.hold(answer.reply))
-    sheet.count_twice(matching.twice)
-    for key in matching.twice.keys() & others.keys():
-        others[key] = replace(others[key], reply=with_tokens(others[key].reply, matching.twice[key]))
+            put(key, judge(reply))
+    invalid = matching.twice.keys() & others.keys()
+    sheet.count_twice({key: further for key, further in matching.twice.items() if key not in invalid})
+    for key in invalid:
+        put(key, _better(others.pop(key), [sheet.recall(reply) for reply in matching.twice[key]], judge))
     others.update((key, judge(reply)) for key, reply in matching.failed.items())
     return others
+
+
+def _better(first: Answer, further: Sequence[Reply], judge: Callable[[Reply], Answer]) -> Answer:
+    """Of an invalid answer and further lines for its request the one that stays, with the tokens of all: a valid one, else the first."""
+    for reply in further:
+        answer = judge(reply)
+        if answer.output is not None:
+            return replace(answer, reply=with_tokens(reply, [first.reply, *(each for each in further if each is not reply)]))
+    return replace(first, reply=with_tokens(first.reply, further))
 
 
 def _add_all(sheet: Sheet, read: Read, succeeded: Sequence[tuple[bytes, Reply]]) -> Sequence[tuple[bytes, Reply]]:

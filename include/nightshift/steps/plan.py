@@ -62,9 +62,7 @@ def draft(site: Site, run: Run, *, keep: bool, progress: RowsRead = lambda rows:
             for index, pinned in enumerate(run.input.objects):
                 spool.read(site, pinned, f"rows-{index:05d}")
         spool.load()
-        doubled = _reject_doubled_ids(database)
-        if doubled:
-            spool.mark_doubled()
+        doubled = spool.reject_doubled()
         _collapse(database)
         answers = site.answers(encoder.fingerprint)
         in_flight = answers.in_flight(answers.reservations()[0])  # before the files: what settles meanwhile is then found among those
@@ -114,29 +112,14 @@ def _ids(site: Site, run: Run) -> Iterator[Sequence[Any]]:
                 yield [rows.faults[i].raw if i in rows.faults else value for i, value in enumerate(rows.columns[name])]
 
 
-def _reject_doubled_ids(database: duckdb.DuckDBPyConnection) -> int:
-    """Of several rows under one id the first stays; the count of the others."""
-    database.execute(
-        """CREATE TABLE doubled AS WITH twice AS (SELECT id FROM spool GROUP BY id HAVING count(*) > 1)
-           SELECT ordinal FROM (SELECT ordinal, row_number() OVER (PARTITION BY id ORDER BY ordinal) AS nth
-                                FROM spool SEMI JOIN twice USING (id)) WHERE nth > 1"""
-    )
-    return _one(database, "SELECT count(*) FROM doubled")
-
-
 def _collapse(database: duckdb.DuckDBPyConnection) -> None:
     """Rows that ask the same become one request, which stands where its first row stands."""
     database.execute(f"CREATE TABLE requests {REQUESTS}")
-    database.execute(
-        """INSERT INTO requests SELECT key, min(start), any_value(size), any_value(weight), NULL
-           FROM spool ANTI JOIN doubled USING (ordinal) GROUP BY key"""
-    )
+    database.execute("INSERT INTO requests SELECT key, min(start), any_value(size), any_value(weight), NULL FROM spool GROUP BY key")
 
 
 def _counts(database: duckdb.DuckDBPyConnection) -> dict[str, int]:
-    [(asked, asked_bytes)] = database.execute(
-        "SELECT count(*), coalesce(sum(weight), 0)::BIGINT FROM spool ANTI JOIN doubled USING (ordinal)"
-    ).fetchall()
+    [(asked, asked_bytes)] = database.execute("SELECT count(*), coalesce(sum(weight), 0)::BIGINT FROM spool").fetchall()
     found = database.execute("SELECT coalesce(known, 'new'), count(*), sum(weight)::BIGINT FROM requests GROUP BY 1").fetchall()
     by = {word: (count, size) for word, count, size in found}
     return {
@@ -154,7 +137,3 @@ def _saved(site: Site, job: Job, counted: dict[str, int]) -> Decimal | None:
     """What the rows that cost nothing would have cost: duplicates, reused and adopted requests."""
     count, size = counted["asked"] - counted["new"], counted["asked_bytes"] - counted["new_bytes"]
     return estimate_requests(job, count, size, measured=measured_before(site.store, job)).usd
-
-
-def _one(database: duckdb.DuckDBPyConnection, query: str) -> int:
-    return int(database.execute(query).fetchall()[0][0])

@@ -19,7 +19,7 @@ from nightshift.pages import render_report
 from nightshift.partitions import quarantine_folder
 from nightshift.runs import Run, Site
 from nightshift.shapes import OUTCOMES, Assembled, Audit, Cost, Counts, Paid, Plan, Published, Summary, Tier, Usage, Wire
-from nightshift.stores.database import open_database, quoted
+from nightshift.stores.database import literals, open_database, quoted
 from nightshift.stores.objects import dump_json
 
 if TYPE_CHECKING:
@@ -176,8 +176,7 @@ def distributions(site: Site, job: Job, assembled: Assembled) -> dict[str, dict[
         return {}
     with site.scratch() as folder, open_database(Path(folder)) as database:
         paths = [site.store.download(key, Path(folder) / f"part-{i}.parquet") for i, key in enumerate(assembled.parts)]
-        names = "[" + ", ".join(f"'{path}'" for path in paths) + "]"
-        database.execute(f"CREATE VIEW results AS SELECT * FROM read_parquet({names})")
+        database.execute(f"CREATE VIEW results AS SELECT * FROM read_parquet([{literals(paths)}])")
         types = {field.name: str(field.type) for field in pq.read_schema(paths[0])}
         return {column: _distribution(database, column, types[column]) for column in columns}
 

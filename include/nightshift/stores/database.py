@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +28,11 @@ def open_database(folder: Path, memory: str = MEMORY_LIMIT) -> Iterator[duckdb.D
         yield connection
     finally:
         connection.close()
+
+
+def literals(values: Iterable[object]) -> str:
+    """Texts, or paths, as they stand in SQL, with commas between them."""
+    return ", ".join("'" + str(value).replace("'", "''") + "'" for value in values)
 
 
 def quoted(name: str) -> str:
