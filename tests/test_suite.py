@@ -175,3 +175,47 @@ def test_a_line_that_cannot_be_applied_takes_no_other_with_it(parts):
     good = Expectation(type="expect_column_values_to_not_be_null", kwargs={"column": "value"})
     checks = run_suite([good, broken, unknown, good], parts, "id")
     assert [(check.success, bool(check.detail)) for check in checks] == [(True, False), (False, True), (False, True), (True, False)]
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "condition"),
+    [
+        pytest.param(
+            "expect_column_values_to_be_between", {"column": "number", "max_value": 3}, 'other == 6 - number and word == "neutral"'
+        ),
+        pytest.param("expect_column_values_to_be_unique", {"column": "number"}, "number == 3 and id in ('r80', 'r87')"),
+        pytest.param("expect_column_mean_to_be_between", {"column": "number", "max_value": 3}, "number < 4"),
+        pytest.param("expect_table_row_count_to_equal", {"value": 160}, "number >= 0"),
+    ],
+)
+def test_an_expectation_under_a_condition_sees_the_columns_that_it_names(parts, name, kwargs, condition):
+    [check] = run_suite([Expectation(type=name, kwargs={**kwargs, "row_condition": condition, "condition_parser": "pandas"})], parts, "id")
+    at_once = Parts(parts._store, parts._keys, parts._folder)
+    at_once.in_turn = lambda names: [at_once.whole(set(at_once.schema.names))]
+    at_once.by_value = lambda names, others: [at_once.whole(set(at_once.schema.names))]
+    [whole] = run_suite(
+        [Expectation(type=name, kwargs={**kwargs, "row_condition": condition, "condition_parser": "pandas"})], at_once, "id"
+    )
+    assert "not defined" not in (check.detail or "")
+    assert (check.success, check.unexpected) == (whole.success, whole.unexpected)
+
+
+def test_integers_stay_integers_beside_a_null(tmp_path):
+    numbers = [2**53 + i for i in range(9)] + [None]
+    pq.write_table(pa.table({"id": [f"r{i}" for i in range(10)], "number": pa.array(numbers, pa.int64())}), tmp_path / "0.parquet")
+    asked = {
+        "expect_column_values_to_be_unique": {"column": "number"},
+        "expect_column_values_to_match_regex": {"column": "number", "regex": r"^\d+$"},
+    }
+    for rows_at_once in (3, 100):
+        checks = run_suite(suite(asked), Parts(open_objects(f"file://{tmp_path}"), ["0.parquet"], tmp_path, rows_at_once), "id")
+        assert [(check.success, check.unexpected) for check in checks] == [(True, 0), (True, 0)]
+
+
+def test_long_texts_are_told_apart_in_the_memory_that_sorting_has(tmp_path):
+    words = [f"{i % 29_999:05d}" + "long " * 400 for i in range(30_000)]
+    pq.write_table(pa.table({"id": [f"r{i}" for i in range(30_000)], "text": words}), tmp_path / "0.parquet")
+    parts = Parts(open_objects(f"file://{tmp_path}"), ["0.parquet"], tmp_path)
+    [check] = run_suite(suite({"expect_column_values_to_be_unique": {"column": "text"}}), parts, "id")
+    assert (check.unexpected, set(check.examples)) == (2, {"r0", "r29999"})
+    assert all(frame.memory_usage(deep=True).sum() < 64 << 20 for frame in parts.in_turn({"id", "text"}))

@@ -164,7 +164,7 @@ def _parquet(file: IO[bytes], uri: str, wanted: Sequence[str], batch_rows: int) 
         if known.count(name) > 1:
             raise InputUnreadable(uri, f"column {name!r} stands twice in its schema")
     try:
-        at_once = _batch_rows(parquet, wanted, batch_rows)
+        at_once = rows_that_fit(parquet, wanted, batch_rows, BATCH_BYTES)
         for batch in parquet.iter_batches(at_once, columns=list(wanted), use_threads=False):
             arrays = {name: _without_view(batch.column(name)) for name in wanted}
             yield Rows(count=batch.num_rows, columns=_Lists(arrays), arrays=arrays)
@@ -172,8 +172,8 @@ def _parquet(file: IO[bytes], uri: str, wanted: Sequence[str], batch_rows: int) 
         raise InputUnreadable(uri, f"a Parquet page is damaged ({str(error).splitlines()[0]})") from error
 
 
-def _batch_rows(parquet: Any, wanted: Sequence[str], most: int) -> int:
-    """How many rows of a Parquet object are read at once: fewer where they are long.
+def rows_that_fit(parquet: Any, wanted: Sequence[str], most: int, most_bytes: int) -> int:
+    """How many rows of a Parquet object are read at once: fewer where they are long, one at least.
 
     By what its columns take in the file, in the row group that has the longest rows; and by some rows as they are read: a text that
     many rows have in common stands in the file once.
@@ -186,7 +186,7 @@ def _batch_rows(parquet: Any, wanted: Sequence[str], most: int) -> int:
         longest = max(longest, size // max(1, group.num_rows))
     for sample in islice(parquet.iter_batches(SAMPLE_ROWS, columns=list(wanted), use_threads=False), 1):
         longest = max(longest, sample.nbytes // max(1, sample.num_rows))
-    return max(1, min(most, BATCH_BYTES // longest))
+    return max(1, min(most, most_bytes // longest))
 
 
 def _without_view(array: pa.Array) -> pa.Array:

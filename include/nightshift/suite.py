@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nightshift.arrow import collector_paused
+from nightshift.formats import rows_that_fit
 from nightshift.job import Expectation
 from nightshift.shapes import Check
 from nightshift.stores.database import open_database, quoted
@@ -28,8 +30,9 @@ if TYPE_CHECKING:
 
 EXAMPLES = 5
 PLACE = "place"  # of an expectation among others, noted in what Great Expectations keeps with it: results come in an order of their own
-ROWS_AT_ONCE = 50_000
-SORT_MEMORY = "64MB"  # beside Great Expectations; what does not fit is sorted on local disk
+ROWS_AT_ONCE, BYTES_AT_ONCE = 50_000, 4 << 20  # pandas and Great Expectations take several times as much
+SORT_MEMORY = "64MB"  # beside Great Expectations; what does not fit is sorted on local disk, of short rows only
+TOLD_APART = 64  # bytes of a text; of longer ones, a digest tells as well which are the same
 
 # These judge a row by what stands in it, so rows can be judged part by part and counted together.
 ROW_BY_ROW = frozenset(
@@ -111,7 +114,7 @@ class Parts:
         seen = 0
         for batch in self._batches(names):
             seen += batch.num_rows
-            yield batch.to_pandas()
+            yield _frame(batch)
         if not seen:
             yield self.whole(names)
 
@@ -127,10 +130,11 @@ class Parts:
         with open_database(self._folder, SORT_MEMORY) as database:
             rows = pa.RecordBatchReader.from_batches(pa.schema([self.schema.field(name) for name in shown]), self._batches(set(shown)))
             database.register("rows", rows)
-            columns, values = (", ".join(map(quoted, each)) for each in (shown, sorted(names)))
+            values = ", ".join(map(quoted, sorted(names)))
+            columns = ", ".join(self._short(name) if name not in others else quoted(name) for name in shown)
             found = database.sql(f"SELECT hash({values}), {columns} FROM rows ORDER BY 1").to_arrow_reader(self._rows_at_once)
             for table in _by_value(found, self._rows_at_once):
-                yield table.remove_column(0).to_pandas()
+                yield _frame(table.remove_column(0))
 
     def length(self) -> pd.DataFrame:
         """All rows of the column that is least to read."""
@@ -145,10 +149,25 @@ class Parts:
     def _batches(self, names: set[str]) -> Iterator[pa.RecordBatch]:
         for key in self._keys:
             with self._store.open(key) as file:
-                yield from pq.ParquetFile(file).iter_batches(self._rows_at_once, columns=self._known(names))
+                parquet, known = pq.ParquetFile(file), self._known(names)
+                at_once = rows_that_fit(parquet, known, self._rows_at_once, BYTES_AT_ONCE)
+                yield from parquet.iter_batches(at_once, columns=known)
+
+    def _short(self, name: str) -> str:
+        """A column in SQL, with what is as unique in place of long texts: DuckDB sorts long rows in memory only."""
+        column = quoted(name)
+        if not pa.types.is_string(self.schema.field(name).type):
+            return column
+        return f"CASE WHEN strlen({column}) > {TOLD_APART} THEN md5({column}) ELSE {column} END AS {column}"
 
     def _known(self, names: set[str]) -> list[str]:
         return [name for name in self.schema.names if name in names]
+
+
+def _frame(rows: pa.RecordBatch | pa.Table) -> pd.DataFrame:
+    """Rows for pandas. Integers stay such beside a null, and do not become floats in the one part that has it."""
+    frame: pd.DataFrame = rows.to_pandas(integer_object_nulls=True)
+    return frame
 
 
 def _by_value(batches: pa.RecordBatchReader, most: int) -> Iterator[pa.Table]:
@@ -233,7 +252,7 @@ def run_suite(expectations: Sequence[Expectation], parts: Parts, id_column: str)
     seen = [_Seen(expectation) for expectation in expectations]
     for each in seen:  # the larger ones first: parts find room in what they leave
         if each.expectation.type in BY_VALUE:
-            for frame in parts.by_value(_named(each.expectation), {id_column}):
+            for frame in parts.by_value(_named(each.expectation), {id_column} | _conditions(each.expectation, parts)):
                 [result] = validate([each.expectation], frame)
                 each.part(result, id_column)
         elif each.expectation.type not in ROW_BY_ROW:
@@ -241,7 +260,7 @@ def run_suite(expectations: Sequence[Expectation], parts: Parts, id_column: str)
             each.whole(result, id_column)
     by_row = [each for each in seen if each.expectation.type in ROW_BY_ROW]
     if by_row:
-        named = {id_column}.union(*(_named(each.expectation) for each in by_row))
+        named = {id_column}.union(*(_named(each.expectation) | _conditions(each.expectation, parts) for each in by_row))
         for frame in parts.in_turn(named):
             for each, result in zip(by_row, validate([each.expectation for each in by_row], frame), strict=True):
                 each.part(result, id_column)
@@ -250,7 +269,7 @@ def run_suite(expectations: Sequence[Expectation], parts: Parts, id_column: str)
 
 def _shown(expectation: Expectation, parts: Parts, id_column: str) -> pd.DataFrame:
     """What an expectation has to see that judges neither row by row nor by value."""
-    named = _named(expectation)
+    named = _named(expectation) | _conditions(expectation, parts)
     if expectation.type in COLUMNS_ONLY:
         return parts.columns()
     if not named:
@@ -301,6 +320,12 @@ def _named(expectation: Expectation) -> set[str]:
         if name.startswith("column"):
             named |= {value} if isinstance(value, str) else set(value) if isinstance(value, list) else set()
     return named
+
+
+def _conditions(expectation: Expectation, parts: Parts) -> set[str]:
+    """The columns that tell which rows an expectation is about."""
+    condition = str(expectation.kwargs.get("row_condition") or "")
+    return {name for name in parts.schema.names if re.search(rf"\b{re.escape(name)}\b", condition)}
 
 
 def _exception_message(info: Mapping[str, Any]) -> str | None:
