@@ -146,6 +146,20 @@ def approved_plan(run: Run) -> Plan:
     return stored
 
 
+def awaited_elsewhere(run: Run) -> frozenset[str]:
+    """The shards of other runs that runs under way beside this one have adopted, and wait for."""
+    there: dict[str, set[str]] = {}
+    for found in run.store.scan("runs"):
+        folder, _, name = found.key.rpartition("/")
+        if name in ("approved.json", "summary.json"):
+            there.setdefault(folder, set()).add(name)
+    under_way = [
+        folder for folder, names in there.items() if names == {"approved.json"} and f"{folder}/approved.json" != run.key("approved.json")
+    ]
+    plans = [run.store.get_shape(f"{folder}/approved.json", Plan) for folder in under_way]
+    return frozenset(shard for plan in plans if plan for shard in plan.adopted_shards)
+
+
 def salt_of(run: Run) -> str:
     """What tells the shards of a run that buys again from those that were bought before; nothing for every other run."""
     return run.input.run if run.input.fresh or run.input.redrive else ""

@@ -18,7 +18,7 @@ from airflow.utils.session import create_session
 from sqlalchemy import select
 
 from nightshift.errors import NightshiftError
-from nightshift.runs import Run, Site, approved_plan
+from nightshift.runs import Run, Site, approved_plan, awaited_elsewhere
 from nightshift.steps.submit import open_where
 from nightshift.stores.ledger import Attach, next_move
 from nightshift_airflow.site import folder_of, open_store, run_at
@@ -60,9 +60,10 @@ def cancel_batches(run_uri: str, shards: Iterable[str] | None, owner: str) -> No
     """Cancel what shards of a run have at the provider, or all of them, but for those that another run waits for, too."""
     site, run = run_at(run_uri, owner)
     approved = approved_plan(run)
+    spared = awaited_elsewhere(run).union(approved.adopted_shards)
     with ThreadPoolExecutor(CANCELLED_AT_ONCE) as pool:  # there are seconds until a task is killed
         for shard in approved.shards if shards is None else shards:
-            if shard not in approved.adopted_shards:
+            if shard not in spared:
                 pool.submit(_cancel, site, run, shard)
 
 
