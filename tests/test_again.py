@@ -546,3 +546,25 @@ def test_a_redrive_that_is_revised_is_still_estimated_as_it_is_asked(world):
     go(world, world.job(), world.write("b.jsonl", reviews(30)[25:]))  # something new is known: the plan is looked at again
     approved = approve(world.site, run, drafted, ask=lambda: True)
     assert approved.estimate == drafted.estimate
+
+
+def test_texts_that_are_shown_again_are_held_as_they_are_read_and_others_are_not(world):
+    world.rehearsal.faults(invalid=1.0)
+    run = begin(
+        world.site,
+        world.job(policy={"retry": {"invalid": {"times": 1, "repair": True}}}),
+        pattern=world.write("a.jsonl", reviews(3)),
+        dates={},
+        scheduled=False,
+    )
+    approved = approve(world.site, run, plan(world.site, run), ask=lambda: True)
+    [shard] = approved.shards
+    submit(world.site, run, shard)
+    for pause in pauses(world.site, run, shard):
+        time.sleep(pause)
+    assert collect(world.site, run, shard) is None
+    held: list[str | None] = []
+    shown = pending(world.site.store, shard, (1,), lambda text: held.append(text) or "there")
+    assert [left.text for left in shown.values()] == ["there"] * 3
+    assert all(held)
+    assert [left.text for left in pending(world.site.store, shard, (1,)).values()] == [None] * 3

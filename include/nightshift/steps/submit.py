@@ -7,7 +7,7 @@ is looked up at the provider by its token before anything is sent again.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
@@ -42,6 +42,7 @@ from nightshift.stores.ledger import (
     portion,
 )
 from nightshift.stores.shards import Left, asked, harvested, key_of_line, next_asked, pending, requests_key, shared_lines, whom
+from nightshift.texts import Texts
 
 OWNER_PAUSE = timedelta(seconds=60)  # between two looks at a shard that another run has reserved and has not sent
 OWNER_PATIENCE = timedelta(hours=6)
@@ -242,10 +243,10 @@ def _write_requests(site: Site, shard: str, claim: Claim, folder: Path) -> Path:
     form = form_of(facts.endpoint)
     if not claim.after and claim.asked == facts.request_count and form.inputs_per_line == 1:
         return path
-    chosen = asked(site.store, facts, claim)
-    rest = folder / "rest.jsonl"
-    with path.open("rb") as source, rest.open("wb") as target:
-        lines = (_line(line, chosen[key], form) for line in source if (key := key_of_line(line)) in chosen)
+    texts, rest = Texts(folder), folder / "rest.jsonl"
+    chosen = asked(site.store, facts, claim, texts.put)
+    with path.open("rb") as source, rest.open("wb") as target, closing(texts):
+        lines = (_line(line, chosen[key], form, texts) for line in source if (key := key_of_line(line)) in chosen)
         for group in shared_lines(chosen, form.inputs_per_line):
             target.write(_folded(list(islice(lines, len(group))), form))
     return rest
@@ -259,5 +260,5 @@ def _folded(lines: list[bytes], form: Form) -> bytes:
     return form.line(opened[0][0], orjson.dumps(form.fold([body for _, body in opened]))) + b"\n"
 
 
-def _line(line: bytes, left: Left | None, form: Form) -> bytes:
-    return line if left is None else vary_line(form, line.rstrip(b"\n"), left.variant, left.text, left.reason) + b"\n"
+def _line(line: bytes, left: Left | None, form: Form, texts: Texts) -> bytes:
+    return line if left is None else vary_line(form, line.rstrip(b"\n"), left.variant, texts.get(left.text), left.reason) + b"\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,8 @@ from nightshift.stores.ledger import Attempt, Claim
 from nightshift.stores.objects import Buffer, Objects
 
 KEY_BYTES = 32
+READ_ROWS = 256  # of answers in words, which may be long
+Hold = Callable[[str | None], str | None]
 Keys = npt.NDArray[np.bytes_]  # 32 bytes each
 
 
@@ -171,23 +173,31 @@ def harvested(attempts: Iterable[Attempt]) -> tuple[int, ...]:
     return tuple(attempt.number for attempt in attempts if attempt.is_harvested)
 
 
-def pending(objects: Objects, shard: str, after: Sequence[int]) -> dict[bytes, Left | None]:
-    """What is still to be asked once these attempts are harvested, in line order; None where it was not asked yet."""
+def pending(objects: Objects, shard: str, after: Sequence[int], hold: Hold | None = None) -> dict[bytes, Left | None]:
+    """What is still to be asked once these attempts are harvested, in line order; None where it was not asked yet.
+
+    `hold`: what is kept of a text that is shown with its request; without it nothing is, and none is read.
+    """
     left: dict[bytes, Left | None] = dict.fromkeys(request_keys(objects, shard))
     for number in sorted(after):
-        table = read_answers(objects, shard, number, ["request_key", "again", "text", "reason"])
-        is_left = table.column("again").is_valid()
-        final = frozenset(keys_in(table.select(["request_key"]).filter(pc.invert(is_left))))
+        final, varied = set[bytes](), dict[bytes, Left]()
+        with open_answers(objects, shard, number) as file:
+            names = ["request_key", "again", "reason", *(["text"] if hold else [])]
+            for batch in file.iter_batches(READ_ROWS, columns=names, use_threads=False):
+                is_left = batch.column("again").is_valid()
+                final.update(keys_in(batch.filter(pc.invert(is_left))))
+                for line in batch.filter(is_left).to_pylist():
+                    variant = Variant.model_validate_json(line["again"])
+                    text = hold(line["text"]) if hold and variant.repair else None
+                    varied[line["request_key"]] = Left(variant=variant, text=text, reason=line["reason"])
         left = {} if final == left.keys() else {key: each for key, each in left.items() if key not in final}
-        for line in table.filter(is_left).to_pylist():
-            variant = Variant.model_validate_json(line["again"])
-            left[line["request_key"]] = Left(variant=variant, text=line["text"] if variant.repair else None, reason=line["reason"])
+        left.update(varied)
     return left
 
 
-def asked(objects: Objects, shard: Shard, claim: Claim) -> dict[bytes, Left | None]:
-    """The requests that an attempt asks, in line order: what follows from its claim."""
-    return asked_of(pending(objects, shard.key, claim.after), shard, claim)
+def asked(objects: Objects, shard: Shard, claim: Claim, hold: Hold) -> dict[bytes, Left | None]:
+    """The requests that an attempt asks, in line order: what follows from its claim. `hold`: as in `pending`."""
+    return asked_of(pending(objects, shard.key, claim.after, hold), shard, claim)
 
 
 def asked_of(left: Mapping[bytes, Left | None], shard: Shard, claim: Claim) -> dict[bytes, Left | None]:
