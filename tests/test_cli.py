@@ -254,3 +254,37 @@ def test_redrive_tidy_and_forget_from_the_command_line(world):
     assert (third["requests"]["submitted"], third["requests"]["reused"]) == (2, 28)
     fresh = json.loads(nightshift("run", file, "--input", uri, *store, "--json", "--fresh", rehearsal=world.rehearsal).stdout)
     assert (fresh["requests"]["submitted"], fresh["requests"]["reused"], fresh["paid"]) == (30, 0, 30)
+
+
+def test_a_folder_is_read_whole(world):
+    world.write("a.jsonl", reviews(3))
+    planned = nightshift("plan", file_of(world), "--input", str(world.folder / "input"), "--store", f"file://{world.folder}/store")
+    assert planned.returncode == 0, planned.stderr
+    assert "3" in planned.stdout
+
+
+def test_validate_tells_of_a_name_that_airflow_refuses(world):
+    path = Path(file_of(world))
+    assert "refuses" not in nightshift("validate", str(path)).stderr
+    done = nightshift("validate", str(path.rename(path.with_name("other.yaml"))))
+    assert (done.returncode, "Airflow takes this job from reviews.yaml" in done.stderr) == (0, True)
+
+
+def test_an_address_without_v1_is_told_and_leaves_a_report(world):
+    uri, store = world.write("a.jsonl", reviews(3)), f"file://{world.folder}/store"
+    done = nightshift(
+        "run", file_of(world), "--input", uri, "--store", store, rehearsal=world.rehearsal, OPENAI_BASE_URL=world.rehearsal.url
+    )
+    assert done.returncode == 2
+    assert "does the address of the API end in /v1?" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert list((world.folder / "store").glob("runs/*/*/report.html"))
+
+
+def test_a_full_disk_is_told_in_a_line():
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "nightshift.cli", "schema"]
+        done = subprocess.run(command, env=environment(None), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode in (1, 120)
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr.split("Exception ignored")[0]

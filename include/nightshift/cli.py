@@ -64,6 +64,10 @@ def main() -> None:
         people.print(f"[bold red]{type(error).__name__}[/]", end=" ")
         people.print(str(error), markup=False, soft_wrap=True)
         leave(error.exit_code)
+    except OSError as error:  # a disk that is full, a folder that may not be written
+        people.print(f"[bold red]{type(error).__name__}[/]", end=" ")
+        people.print(str(error), markup=False, soft_wrap=True)
+        leave(1)
     except SystemExit as end:
         leave(int(end.code or 0))
 
@@ -79,7 +83,8 @@ def version(show: Annotated[bool, typer.Option("--version", help="print the vers
 @app.command()
 def validate(job: JobArgument) -> None:
     """Check a job file and everything that it names."""
-    loaded = load_job(find_job(job, read_settings().jobs))
+    path = find_job(job, read_settings().jobs)
+    loaded = load_job(path)
     spec = loaded.spec
     people.print(
         f"[green]ok[/] {loaded.name}: {spec.request.model} at {spec.request.endpoint}, prompt {loaded.prompt.version}", highlight=False
@@ -88,6 +93,8 @@ def validate(job: JobArgument) -> None:
     people.print(
         f"   checks {len(loaded.expectations)} expectations, publishes at {spec.policy.publish_at_least:.0%} succeeded", markup=False
     )
+    if path.stem != loaded.name:
+        people.print(f"[yellow]name[/] Airflow takes this job from {loaded.name}.yaml, a file of its name, and refuses it as {path.name}")
     for said in farewells(spec.request.provider, (spec.request.model, *spec.stand_ins), date.today()):
         people.print(f"[yellow]soon[/] {said}")
 
@@ -421,7 +428,8 @@ def _pattern(job: Job, given: str | None, ds: str | None) -> str:
         if "{{" in job.spec.input.uri and ds is None:
             raise JobInvalid([f"{job.name} reads {job.spec.input.uri}: give the date with --ds, or the objects with --input"])
         return job.spec.input.uri
-    return given if "://" in given else f"file://{Path(given).absolute()}"
+    path = Path(given).absolute()
+    return given if "://" in given else f"file://{path}{'/' if path.is_dir() else ''}"
 
 
 def _dates(job: Job, ds: str | None) -> dict[str, Any]:

@@ -117,8 +117,14 @@ class OpenAIBatches:
 
     def upload(self, token: str, path: Path) -> str:
         """See Provider. The file needs a name ending in .jsonl: bare bytes would be sent as `upload` and refused (F28)."""
-        with path.open("rb") as file, self._errors():
-            return self._client.files.create(file=(f"nightshift-{token}.jsonl", file, "application/jsonl"), purpose="batch").id
+        import openai
+
+        try:
+            with path.open("rb") as file, self._errors():
+                return self._client.files.create(file=(f"nightshift-{token}.jsonl", file, "application/jsonl"), purpose="batch").id
+        except openai.NotFoundError as error:
+            why = f"{self.where} has no files API ({_message(error)}); does the address of the API end in /v1?"
+            raise BatchRejected("-", [why]) from error
 
     def create(
         self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool], window: timedelta = WINDOW
