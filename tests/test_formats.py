@@ -203,3 +203,13 @@ def test_rows_can_be_taken_out_of_columns_of_views(kind):
     data = parquet(id=pa.array(["a", "b", "c"]), text=pa.array(["x", None, "z"], kind))
     [batch] = read_rows(io.BufferedReader(io.BytesIO(data)), "s3://b/k", "parquet", None, ("id", "text"))
     assert list(batch.at([2, 1]).columns["text"]) in (["z", None], [b"z", None])
+
+
+def test_long_rows_that_stand_together_are_not_read_all_at_once(monkeypatch):
+    monkeypatch.setattr("nightshift.formats.GROUP_BYTES", 1 << 20)
+    texts = [f"short {i}" for i in range(20_000)] + [f"{i}" + "long " * 4000 for i in range(1000)]
+    data = parquet(id=[str(i) for i in range(len(texts))], text=texts)
+    batches = list(read_rows(io.BufferedReader(io.BytesIO(data)), "s3://b/k", "parquet", None, ("id", "text")))
+    assert [text for batch in batches for text in batch.columns["text"]] == texts
+    assert max(batch.nbytes for batch in batches) < 2 * BATCH_BYTES
+    assert min(batch.count for batch in batches[:5]) > 1000, "short ones are still read many at once"

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 BATCH_ROWS = 2048  # measured best: larger batches leave the processor's cache
 BATCH_BYTES = 4 << 20  # of what is read, or one row: what is made of a batch stands in memory some times over
 READ_BYTES = 1 << 20  # of a column of Parquet that are fetched at once
+GROUP_BYTES = 64 << 20  # of a row group of Parquet that may be in memory at once
+STEP_ROWS = 128  # of a larger one that are read at once: its long rows may all stand together
 SAMPLE_ROWS = 16  # that tell how long the rows of a Parquet object are
 PICTURE_ROWS = 16  # in a batch, where the columns may hold pictures
 MAX_LINE_BYTES = 16 << 20  # one longer line is a fault of that row, not of the machine's memory (catalogue F15)
@@ -165,7 +167,9 @@ def _parquet(file: IO[bytes], uri: str, wanted: Sequence[str], batch_rows: int) 
             raise InputUnreadable(uri, f"column {name!r} stands twice in its schema")
     try:
         at_once = rows_that_fit(parquet, wanted, batch_rows, BATCH_BYTES)
-        for batch in parquet.iter_batches(at_once, columns=list(wanted), use_threads=False):
+        step = at_once if _largest_group(parquet, wanted) <= GROUP_BYTES else min(at_once, STEP_ROWS)
+        batches = parquet.iter_batches(step, columns=list(wanted), use_threads=False)
+        for batch in batches if step == at_once else _together(batches, at_once):
             arrays = {name: _without_view(batch.column(name)) for name in wanted}
             yield Rows(count=batch.num_rows, columns=_Lists(arrays), arrays=arrays)
     except (pa.ArrowInvalid, OSError) as error:
@@ -178,15 +182,38 @@ def rows_that_fit(parquet: Any, wanted: Sequence[str], most: int, most_bytes: in
     By what its columns take in the file, in the row group that has the longest rows; and by some rows as they are read: a text that
     many rows have in common stands in the file once.
     """
-    metadata, longest = parquet.metadata, 1
-    names = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
-    read = [number for number, path in enumerate(names) if any(path == name or path.startswith(f"{name}.") for name in wanted)]
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        size = sum(group.column(number).total_uncompressed_size for number in read)
-        longest = max(longest, size // max(1, group.num_rows))
+    longest = max([1, *(size // max(1, rows) for rows, size in _groups(parquet, wanted))])
     for sample in islice(parquet.iter_batches(SAMPLE_ROWS, columns=list(wanted), use_threads=False), 1):
         longest = max(longest, sample.nbytes // max(1, sample.num_rows))
     return max(1, min(most, most_bytes // longest))
+
+
+def _groups(parquet: Any, wanted: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """The row groups of a Parquet object: how many rows each has, and how many bytes of some columns."""
+    metadata = parquet.metadata
+    names = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+    read = [number for number, path in enumerate(names) if any(path == name or path.startswith(f"{name}.") for name in wanted)]
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        yield group.num_rows, sum(group.column(number).total_uncompressed_size for number in read)
+
+
+def _largest_group(parquet: Any, wanted: Sequence[str]) -> int:
+    return max((size for _, size in _groups(parquet, wanted)), default=0)
+
+
+def _together(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """Small batches as larger ones, of so many rows, or fewer where they are long."""
+    import pyarrow as pa
+
+    group, count, size = list[pa.RecordBatch](), 0, 0
+    for batch in batches:
+        group.append(batch)
+        count, size = count + batch.num_rows, size + batch.nbytes
+        if count >= rows or size >= BATCH_BYTES:
+            yield from pa.Table.from_batches(group).combine_chunks().to_batches()
+            group, count, size = [], 0, 0
+    if group:
+        yield from pa.Table.from_batches(group).combine_chunks().to_batches()
 
 
 def _without_view(array: pa.Array) -> pa.Array:
