@@ -11,7 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from nightshift import terminal
+from nightshift.errors import ProviderUnavailable
+from nightshift.providers.protocol import Snapshot
 from tests.conftest import Rehearsal, World, reviews
 
 
@@ -278,7 +282,9 @@ def test_an_address_without_v1_is_told_and_leaves_a_report(world):
     assert done.returncode == 2
     assert "does the address of the API end in /v1?" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
-    assert list((world.folder / "store").glob("runs/*/*/report.html"))
+    [report] = (world.folder / "store").glob("runs/*/*/report.html")
+    assert "Not known: the run ended before" in report.read_text()
+    assert "adds up" not in report.read_text()
 
 
 def test_a_full_disk_is_told_in_a_line():
@@ -288,3 +294,27 @@ def test_a_full_disk_is_told_in_a_line():
     assert done.returncode in (1, 120)
     assert "No space left on device" in done.stderr
     assert "Traceback" not in done.stderr.split("Exception ignored")[0]
+
+
+def test_a_log_is_told_what_is_new(world):
+    uri, store = world.write("a.jsonl", reviews(3)), f"file://{world.folder}/store"
+    done = nightshift("run", file_of(world), "--input", uri, "--store", store, rehearsal=world.rehearsal)
+    assert done.returncode == 0, done.stderr
+    assert [stage for stage in ("plan …", "wait …", "1 so far", "publish …", "report …") if stage not in done.stderr] == []
+
+
+def test_trouble_is_told_once_until_it_is_over(capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "people", Console(width=200))
+    with terminal.shown(quiet=False) as watcher:
+        for error in (
+            ProviderUnavailable("x", "away"),
+            ProviderUnavailable("x", "away"),
+            look("in_progress"),
+            ProviderUnavailable("x", "away"),
+        ):
+            watcher.shard("ab" * 32, error)
+    assert capsys.readouterr().out.count("looking again: ") == 2
+
+
+def look(status: str) -> Snapshot:
+    return Snapshot(state="running", status=status, done=0, total=1, result_files=(), reasons=(), bad_lines={})

@@ -24,22 +24,18 @@ output = Console(highlight=False, width=None if sys.stdout.isatty() else 200)  #
 
 def show_summary(summary: Summary, console: Console = people) -> None:
     """The outcome table, the bill and where the report is."""
-    table = Table(box=None, header_style="dim", show_footer=True)
-    table.add_column("outcome", footer="all")
-    table.add_column("rows", justify="right", footer=f"{sum(summary.outcomes.values()):,}")
-    table.add_column("meaning", footer=f"of {summary.rows:,} rows read", style="dim")
-    for outcome in OUTCOMES:
-        if summary.outcomes[outcome] or outcome == "succeeded":
-            table.add_row(outcome, f"{summary.outcomes[outcome]:,}", MEANING[outcome])
-    console.print(table)
+    if summary.rows and not any(summary.outcomes.values()):
+        console.print(f"outcomes  not known of {summary.rows:,} rows: the run ended before its answers were put together")
+    else:
+        console.print(_outcome_table(summary))
     counts, cost = summary.requests, summary.cost_usd
     batches = f" in {summary.batches} {'batch' if summary.batches == 1 else 'batches'}" if summary.batches else ""
     console.print(
-        f"\nrequests  {counts.submitted:,} submitted{batches}, {counts.reused:,} reused, {counts.adopted:,} adopted, "
-        f"{counts.duplicates:,} duplicates; {summary.paid:,} answers paid for",
+        f"\nrequests  {counts.submitted:,} {'to submit' if summary.state == 'failed' else 'submitted'}{batches}, {counts.reused:,} reused, "
+        f"{counts.adopted:,} adopted, {counts.duplicates:,} duplicates; {summary.paid:,} answers paid for",
         soft_wrap=True,
     )
-    if counts.submitted == 0:
+    if counts.submitted == 0 and summary.paid == 0:
         console.print("          nothing had to be paid for: every request is answered, or in flight, elsewhere")
     console.print(f"cost      {usd(cost.actual)}, estimated {usd(cost.estimated)}, saved {usd(cost.saved)}")
     colour = {"published": "green", "held": "yellow"}.get(summary.state, "red")
@@ -48,6 +44,17 @@ def show_summary(summary: Summary, console: Console = people) -> None:
         console.print(f"          {summary.problem}", markup=False, soft_wrap=True)
     console.print(f"results   {summary.results or 'not published: readers see what they saw before'}", soft_wrap=True)
     console.print(f"report    {summary.report}", soft_wrap=True)
+
+
+def _outcome_table(summary: Summary) -> Table:
+    table = Table(box=None, header_style="dim", show_footer=True)
+    table.add_column("outcome", footer="all")
+    table.add_column("rows", justify="right", footer=f"{sum(summary.outcomes.values()):,}")
+    table.add_column("meaning", footer=f"of {summary.rows:,} rows read", style="dim")
+    for outcome in OUTCOMES:
+        if summary.outcomes[outcome] or outcome == "succeeded":
+            table.add_row(outcome, f"{summary.outcomes[outcome]:,}", MEANING[outcome])
+    return table
 
 
 def show_comparison(found: Comparison) -> None:
@@ -97,12 +104,12 @@ def plan_table(drafted: Plan) -> Table:
 
 @contextmanager
 def shown(*, quiet: bool) -> Iterator[Any]:
-    """Progress bars on a terminal, and nothing elsewhere."""
+    """Progress bars on a terminal, and a line for what is new elsewhere."""
     from nightshift.drive import Watcher
     from nightshift.providers.protocol import Snapshot
 
     if quiet or not people.is_terminal:
-        yield Watcher()
+        yield Watcher() if quiet else _lines()
         return
     columns = (
         SpinnerColumn(),
@@ -143,3 +150,26 @@ def shown(*, quiet: bool) -> Iterator[Any]:
 
         yield Watcher(stage=stage, rows=rows, planned=planned, shard=shard)
         finish()
+
+
+def _lines() -> Any:
+    """What a log is told of a run: stages, shards that are settled, and trouble as long as it is new."""
+    from nightshift.drive import Watcher
+
+    settled, trouble = set[str](), set[str]()
+
+    def stage(name: str) -> None:
+        people.print(f"{name} …", style="dim")
+
+    def shard(key: str, seen: object) -> None:
+        if isinstance(seen, NightshiftError):
+            if str(seen) not in trouble:
+                trouble.add(str(seen))
+                people.print(f"looking again: {seen}", style="dim", markup=False, soft_wrap=True)
+            return
+        trouble.clear()
+        if isinstance(seen, Settled):
+            settled.add(key)
+            people.print(f"shard {key[:12]} is settled, {len(settled)} so far", style="dim")
+
+    return Watcher(stage=stage, shard=shard)
