@@ -121,6 +121,7 @@ def _settle(site: Site, run: Run, shard: str, watcher: Watcher, stop: Event, har
             settled = harvester.submit(collect, site, run, shard).result()
             failures = 0
         except ShardHeld as held:
+            watcher.shard(shard, held)
             _sleep(stop, min(max(held.seconds_left, 1.0), 30.0))
             continue
         except Transient:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nightshift.errors import NightshiftError
+from nightshift.errors import NightshiftError, ShardHeld
 from nightshift.pages import MEANING, measured_on, stated, usd
 from nightshift.shapes import OUTCOMES, Plan, Settled, Summary
 
@@ -139,10 +139,12 @@ def shown(*, quiet: bool) -> Iterator[Any]:
         def planned(drafted: Plan) -> None:
             totals["requests"] = drafted.submitted + drafted.adopted
 
+        is_trouble = _trouble()
+
         def shard(key: str, seen: Snapshot | NightshiftError | Settled) -> None:
-            if isinstance(seen, NightshiftError):
-                people.print(f"looking again: {seen}", style="dim", markup=False, soft_wrap=True)
+            if is_trouble(seen):
                 return
+            assert not isinstance(seen, NightshiftError)
             shards[key] = (seen.requests, True) if isinstance(seen, Settled) else (seen.done, False)
             done, finished = sum(count for count, _ in shards.values()), sum(1 for _, ended in shards.values() if ended)
             note = f"requests, {finished} shards settled"
@@ -156,20 +158,31 @@ def _lines() -> Any:
     """What a log is told of a run: stages, shards that are settled, and trouble as long as it is new."""
     from nightshift.drive import Watcher
 
-    settled, trouble = set[str](), set[str]()
+    settled, is_trouble = set[str](), _trouble()
 
     def stage(name: str) -> None:
         people.print(f"{name} …", style="dim")
 
     def shard(key: str, seen: object) -> None:
-        if isinstance(seen, NightshiftError):
-            if str(seen) not in trouble:
-                trouble.add(str(seen))
-                people.print(f"looking again: {seen}", style="dim", markup=False, soft_wrap=True)
-            return
-        trouble.clear()
-        if isinstance(seen, Settled):
+        if not is_trouble(seen) and isinstance(seen, Settled):
             settled.add(key)
             people.print(f"shard {key[:12]} is settled, {len(settled)} so far", style="dim")
 
     return Watcher(stage=stage, shard=shard)
+
+
+def _trouble() -> Callable[[object], bool]:
+    """Whether what was seen of a shard is trouble. It is told once, until it is over."""
+    told = set[str]()
+
+    def is_trouble(seen: object) -> bool:
+        if not isinstance(seen, NightshiftError):
+            told.clear()
+            return False
+        what = seen.owner if isinstance(seen, ShardHeld) else str(seen)
+        if what not in told:
+            told.add(what)
+            people.print(f"looking again: {seen}", style="dim", markup=False, soft_wrap=True)
+        return True
+
+    return is_trouble

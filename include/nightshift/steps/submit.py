@@ -68,7 +68,8 @@ def submit(site: Site, run: Run, shard: str) -> Receipt | None:
             return _find(site, run, shard, search) or _send(site, run, shard, number, attempts)
         case Send(attempt=number):
             if not attempts and not may_pay(site, run, shard):
-                raise ShardHeld(shard, "the run that has reserved it", OWNER_PAUSE.total_seconds())
+                owner = "the run that has reserved it (what it costs does not fit into what this run may spend unasked)"
+                raise ShardHeld(shard, owner, OWNER_PAUSE.total_seconds())
             return _send(site, run, shard, number, attempts)
 
 
