@@ -90,7 +90,7 @@ def test_F87_F88_F92_F96_an_unchanged_job_goes_the_whole_way(cloud, endpoint, mo
         pytest.param(270, [130, 130], 10, id="the one before cannot spare so many, so the fewest are asked on demand"),
     ],
 )
-def test_the_last_shard_is_filled_up_to_the_minimum(cloud, rows, batches, on_demand):
+def test_F20_the_last_shard_is_filled_up_to_the_minimum(cloud, rows, batches, on_demand):
     job = cloud.job(request=BEDROCK, policy={"max_requests_per_shard": 130})
     summary, bill = go(cloud, job, cloud.write("a.jsonl", reviews(rows))), cloud.rehearsal.bill()
     assert sorted(line["requests"] for line in bill["by_batch"] if line["tier"] == "batch") == batches
@@ -143,7 +143,7 @@ def test_what_others_have_taken_out_is_weighed_again_before_it_is_bought(cloud):
         approve(cloud.site, run, planned, ask=lambda: True)
 
 
-def test_quotas_are_those_of_the_account_and_of_the_job_before_them(cloud):
+def test_F21_quotas_are_those_of_the_account_and_of_the_job_before_them(cloud):
     cloud.rehearsal.faults(minimum_records=30)
     job = cloud.job(request=BEDROCK)
     assert cloud.site.limits(job) == Limits(requests=50_000, request_bytes=1_000_000_000, least=30)
