@@ -274,6 +274,12 @@ def test_validate_tells_of_a_name_that_airflow_refuses(world):
     assert (done.returncode, "Airflow takes this job from reviews.yaml" in done.stderr) == (0, True)
 
 
+def test_validate_tells_of_a_model_without_a_price(world):
+    assert "price" not in nightshift("validate", file_of(world)).stderr
+    done = nightshift("validate", file_of(world, request={"model": "gpt-9-turbo"}))
+    assert (done.returncode, "none is known of gpt-9-turbo" in done.stderr) == (0, True)
+
+
 def test_an_address_without_v1_is_told_and_leaves_a_report(world):
     uri, store = world.write("a.jsonl", reviews(3)), f"file://{world.folder}/store"
     done = nightshift(

@@ -21,7 +21,7 @@ from nightshift import __version__
 from nightshift.errors import InputMissing, JobInvalid, NightshiftError
 from nightshift.job import Job, Policy, job_schema
 from nightshift.job_file import find_job, load_job, load_jobs, read_prompt, redriven, vary
-from nightshift.money.prices import farewells
+from nightshift.money.prices import farewells, price_at
 from nightshift.pages import render_job_reference, usd
 from nightshift.settings import Settings, read_settings
 from nightshift.shapes import Approval, Plan, Summary
@@ -95,6 +95,9 @@ def validate(job: JobArgument) -> None:
     )
     if path.stem != loaded.name:
         people.print(f"[yellow]name[/] Airflow takes this job from {loaded.name}.yaml, a file of its name, and refuses it as {path.name}")
+    for model in (spec.request.model, *spec.stand_ins):
+        if spec.request.provider != "live" and price_at(spec.request.provider, model) is None:
+            people.print(f"[yellow]price[/] none is known of {model}, so nothing is estimated: NIGHTSHIFT_PRICES can name it")
     for said in farewells(spec.request.provider, (spec.request.model, *spec.stand_ins), date.today()):
         people.print(f"[yellow]soon[/] {said}")
 
