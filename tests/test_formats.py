@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import gzip
 import io
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -133,6 +133,16 @@ def test_nanoseconds_are_cut_off_alike_whether_pandas_is_there_or_not():
     [batch] = read_rows(io.BufferedReader(buffer), "s3://b/k", "parquet", None, ("id", "at", "took"))
     assert str(batch.columns["at"][0]) == "2023-11-14 22:13:20.123456+00:00"
     assert batch.columns["took"] == [timedelta(microseconds=1)]
+
+
+def test_nanoseconds_within_a_value_are_cut_off_too():
+    moment = pa.timestamp("ns")
+    stays = pa.array([{"at": [1_999], "where": "Rome"}, None], pa.struct([("at", pa.list_(moment)), ("where", pa.string())]))
+    kinds = pa.array([[("in", 1_999)], None], pa.map_(pa.string(), moment))
+    [batch] = read_rows(io.BufferedReader(io.BytesIO(parquet(stay=stays, kinds=kinds))), "s3://b/k", "parquet", None, ("stay", "kinds"))
+    at = datetime(1970, 1, 1, 0, 0, 0, 1)
+    assert [repr(value) for value in batch.columns["stay"]] == [repr({"at": [at], "where": "Rome"}), "None"]
+    assert [repr(value) for value in batch.columns["kinds"]] == [repr([("in", at)]), "None"]
 
 
 def test_some_rows_of_a_batch_keep_their_values_arrays_and_faults():

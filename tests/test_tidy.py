@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -18,7 +19,8 @@ from nightshift.steps.plan import plan
 from nightshift.steps.submit import submit
 from nightshift.steps.wait import pauses
 from nightshift.stores.answers import AnswerStore
-from nightshift.tidy import GRACE, MERGE_AT, forget, tidy
+from nightshift.stores.database import open_database
+from nightshift.tidy import GRACE, MERGE_AT, _best, forget, tidy
 from tests.conftest import World, reviews
 
 
@@ -201,3 +203,24 @@ def test_what_an_unsettled_shard_counts_on_is_not_dropped(cloud):
     assert {found.key.split("/")[1] for found in cloud.site.store.scan("bedrock")} == {cloud.site.ledger.token(shard, 1)}
     assert drive(cloud.site, run, ask=lambda run, planned: True).outcomes["succeeded"] == 10
     assert cloud.rehearsal.bill()["requests"] == 10
+
+
+def test_of_the_lines_for_a_request_a_success_stays_else_a_paid_one_else_the_latest(tmp_path):
+    lines = [
+        [
+            ("a", None, "succeeded", True, 1),
+            ("b", None, "errored", False, 1),
+            ("c", None, "errored", False, 1),
+            ("a", "m", "errored", False, 1),
+        ],
+        [("a", None, "invalid", True, 2), ("b", None, "invalid", True, 1), ("c", None, "expired", False, 2)],
+        [("b", None, "errored", False, 3), ("d", None, "succeeded", True, 1)],
+    ]
+    names, paths = ("request_key", "stand_in", "outcome", "paid", "answered_at"), []
+    for number, each in enumerate(lines):
+        columns = [pa.array(values, pa.string()) for values in list(zip(*each, strict=True))[:3]]
+        paid, at = list(zip(*each, strict=True))[3:]
+        paths.append(tmp_path / f"it's {number}.parquet")
+        pq.write_table(pa.table([*columns, pa.array(paid), pa.array(at, pa.timestamp("ms", "UTC"))], names), paths[-1])
+    with open_database(tmp_path) as database:
+        assert [mask.tolist() for mask in _best(database, paths)] == [[True, False, False, True], [False, True, True], [False, True]]

@@ -274,7 +274,7 @@ def _to_list(column: Any) -> list[Any]:
     something else in another process.
     """
     coarser = _in_microseconds(column.type)
-    if coarser is not None:
+    if not coarser.equals(column.type):
         column = column.cast(coarser, safe=False)
     try:
         return cast("list[Any]", column.to_pylist())
@@ -282,15 +282,25 @@ def _to_list(column: Any) -> list[Any]:
         return [_or_none(value) for value in column]
 
 
-def _in_microseconds(kind: pa.DataType) -> pa.DataType | None:
-    """The type of the same moments in microseconds, where this one counts nanoseconds."""
+def _in_microseconds(kind: pa.DataType) -> pa.DataType:
+    """The type of the same values with moments in microseconds where this one counts nanoseconds, however deep they stand."""
     import pyarrow as pa
 
+    if pa.types.is_list(kind):
+        return pa.list_(_coarser_field(kind.value_field))
+    if pa.types.is_struct(kind):
+        return pa.struct([_coarser_field(field) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(_in_microseconds(kind.key_type), _coarser_field(kind.item_field), kind.keys_sorted)
     if not pa.types.is_temporal(kind) or getattr(kind, "unit", None) != "ns":
-        return None
+        return kind
     if pa.types.is_timestamp(kind):
         return pa.timestamp("us", kind.tz)
     return pa.duration("us") if pa.types.is_duration(kind) else pa.time64("us")
+
+
+def _coarser_field(field: pa.Field) -> pa.Field:
+    return field.with_type(_in_microseconds(field.type))
 
 
 def _or_none(value: Any) -> Any:

@@ -146,17 +146,19 @@ def approved_plan(run: Run) -> Plan:
     return stored
 
 
+def under_way(store: Objects, prefix: str) -> list[str]:
+    """The folders of runs below a prefix that are approved and have not come as far as their outcomes."""
+    names: dict[str, set[str]] = {}
+    for found in store.scan(prefix):
+        folder, _, name = found.key.rpartition("/")
+        names.setdefault(folder, set()).add(name)
+    return [folder for folder, inside in names.items() if "approved.json" in inside and "assembled.json" not in inside]
+
+
 def awaited_elsewhere(run: Run) -> frozenset[str]:
     """The shards of other runs that runs under way beside this one have adopted, and wait for."""
-    there: dict[str, set[str]] = {}
-    for found in run.store.scan("runs"):
-        folder, _, name = found.key.rpartition("/")
-        if name in ("approved.json", "summary.json"):
-            there.setdefault(folder, set()).add(name)
-    under_way = [
-        folder for folder, names in there.items() if names == {"approved.json"} and f"{folder}/approved.json" != run.key("approved.json")
-    ]
-    plans = [run.store.get_shape(f"{folder}/approved.json", Plan) for folder in under_way]
+    others = [f"{folder}/approved.json" for folder in under_way(run.store, "runs")]
+    plans = [run.store.get_shape(key, Plan) for key in others if key != run.key("approved.json")]
     return frozenset(shard for plan in plans if plan for shard in plan.adopted_shards)
 
 

@@ -10,27 +10,34 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nightshift.columns import vector_length, write_answers
 from nightshift.errors import InputMissing, RowInUse
-from nightshift.runs import Site, work_of
+from nightshift.formats import rows_that_fit
+from nightshift.runs import Site, under_way, work_of
 from nightshift.shapes import Plan
 from nightshift.stores.answers import MERGED, is_merged
-from nightshift.stores.database import open_database
+from nightshift.stores.database import literals, open_database
 from nightshift.stores.objects import Found
 from nightshift.stores.shards import answers_key, key_of_line, keys_key, request_keys, requests_key
 
+if TYPE_CHECKING:
+    import duckdb
+
 MERGE_AT = 8  # files of one fingerprint
 MERGE_BELOW = 128 << 20  # bytes: a larger file stays as it is
+ROWS_AT_ONCE, BYTES_AT_ONCE = 16_384, 8 << 20  # of answers
 GRACE = timedelta(days=1)  # between a merge and the removal of what was merged: runs under way still read it
 BULK = re.compile(r"/(requests\.(jsonl|keys)|answers-\d+\.parquet|(slices|staged|quarantine)/[^/]+)$")  # what is large in a folder
 SOURCES = b"nightshift.sources"  # the merged files' names, in the metadata of the file that they were merged into
@@ -120,7 +127,7 @@ def forget(site: Site, job: str, ids: Collection[str]) -> Forgotten:
     keys = _requests_of(site, plans.values(), ids)
     if not keys:
         raise InputMissing(site.store.uri_of(f"runs/{job}"), f"no run has asked anything about {', '.join(sorted(ids))}")
-    for folder in _under_way(site, f"runs/{job}"):
+    for folder in under_way(site.store, f"runs/{job}"):
         if folder in plans and _requests_of(site, [plans[folder]], ids):
             raise RowInUse(site.store.uri_of(folder))
     shards = [shard for shard in dict.fromkeys(shard for plan in plans.values() for shard in plan.shards) if _holds(site, shard, keys)]
@@ -136,20 +143,11 @@ def forget(site: Site, job: str, ids: Collection[str]) -> Forgotten:
 def _needed(site: Site) -> frozenset[str]:
     """The answers files that runs under way count on: they are approved, and not assembled yet."""
     needed: set[str] = set()
-    for plan in (_plan(site, folder) for job in site.store.folders("runs") for folder in _under_way(site, job)):
+    for plan in (_plan(site, folder) for job in site.store.folders("runs") for folder in under_way(site.store, job)):
         if plan:
             answers = site.answers(plan.fingerprint)
             needed.update(answers.kept([*plan.answers, *map(answers.file_of, plan.shards)]))
     return frozenset(needed)
-
-
-def _under_way(site: Site, job_folder: str) -> list[str]:
-    """The runs of a job that are approved and have not come as far as their outcomes."""
-    names: dict[str, set[str]] = {}
-    for found in site.store.scan(job_folder):
-        folder, _, name = found.key.rpartition("/")
-        names.setdefault(folder, set()).add(name)
-    return [folder for folder, inside in names.items() if "approved.json" in inside and "assembled.json" not in inside]
 
 
 def _sources(site: Site, files: Iterable[Found]) -> dict[str, float]:
@@ -168,17 +166,38 @@ def _merge(site: Site, folder: str, files: Sequence[str]) -> None:
     """Write some answers files as one: per request and model asked a success, else a paid answer, else the latest word."""
     name = hashlib.sha256("\n".join(files).encode()).hexdigest()[:32]
     with site.scratch() as scratch, open_database(Path(scratch)) as database:
-        paths = [str(site.store.download(key, Path(scratch) / f"{number}.parquet")) for number, key in enumerate(files)]
+        paths = [site.store.download(key, Path(scratch) / f"{number}.parquet") for number, key in enumerate(files)]
         schema = pq.read_schema(paths[0]).with_metadata({SOURCES: json.dumps(files).encode()})
-        reader = database.sql(
-            f"""SELECT * FROM read_parquet({paths!r}) QUALIFY row_number() OVER (
-                  PARTITION BY request_key, stand_in ORDER BY outcome = 'succeeded' DESC, paid DESC, answered_at DESC) = 1"""
-        ).to_arrow_reader(16_384)
         merged = Path(scratch) / "merged.parquet"
         with write_answers(merged, schema) as writer:
-            for batch in reader:
-                writer.write_table(pa.Table.from_batches([batch]).cast(schema))
+            for path, kept in zip(paths, _best(database, paths), strict=True):
+                seen = 0
+                with pq.ParquetFile(path) as parquet:
+                    for table in _in_turn(parquet):
+                        writer.write_table(table.filter(pa.array(kept[seen : seen + table.num_rows])).cast(schema))
+                        seen += table.num_rows
         site.store.put(f"{folder}/{MERGED}{name}.parquet", merged)
+
+
+def _best(database: duckdb.DuckDBPyConnection, paths: Sequence[Path]) -> list[npt.NDArray[np.bool_]]:
+    """Which lines of each file stay. Found by narrow columns: whole lines are more than memory holds."""
+    kept = [np.zeros(pq.read_metadata(path).num_rows, bool) for path in paths]
+    chosen = database.sql(
+        f"""SELECT max_by((list_position([{literals(paths)}], filename)::BIGINT << 32) + file_row_number,
+                          (outcome = 'succeeded', paid, answered_at))
+            FROM read_parquet([{literals(paths)}], filename = true, file_row_number = true) GROUP BY request_key, stand_in"""
+    )
+    for batch in chosen.to_arrow_reader(ROWS_AT_ONCE):
+        places = batch.column(0).to_numpy()
+        for number in np.unique(places >> 32).tolist():
+            kept[number - 1][places[places >> 32 == number] & 0xFFFFFFFF] = True
+    return kept
+
+
+def _in_turn(parquet: pq.ParquetFile) -> Iterator[pa.Table]:
+    """The lines of a file, as many at once as memory holds."""
+    at_once = rows_that_fit(parquet, parquet.schema_arrow.names, ROWS_AT_ONCE, BYTES_AT_ONCE)
+    return (pa.Table.from_batches([batch]) for batch in parquet.iter_batches(at_once))
 
 
 def _drop_older(site: Site, file: str, cutoff: datetime) -> int:
@@ -192,9 +211,8 @@ def _rewrite(site: Site, file: str, keeps: Keeps) -> int:
         parquet = pq.ParquetFile(path)
         left = 0
         with pq.ParquetWriter(kept, parquet.schema_arrow, compression="zstd") as writer:
-            for batch in parquet.iter_batches(16_384):
-                table = pa.Table.from_batches([batch])
-                table = table.filter(keeps(table))
+            for lines in _in_turn(parquet):
+                table = lines.filter(keeps(lines))
                 left += table.num_rows
                 writer.write_table(table)
         gone = parquet.metadata.num_rows - left
