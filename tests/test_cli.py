@@ -324,3 +324,8 @@ def test_trouble_is_told_once_until_it_is_over(capsys, monkeypatch):
 
 def look(status: str) -> Snapshot:
     return Snapshot(state="running", status=status, done=0, total=1, result_files=(), reasons=(), bad_lines={})
+
+
+def test_a_pace_that_there_is_not_is_told_with_those_that_there_are():
+    done = nightshift("rehearse", "--pace", "bogus=7")
+    assert (done.returncode, "Pace: validating, running" in done.stderr) == (2, True)

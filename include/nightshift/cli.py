@@ -7,6 +7,7 @@ from nightshift.lean import leave  # isort: skip  first of all: what it sets is 
 import getpass
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from datetime import UTC, date, datetime, time, timedelta
 from functools import partial
 from pathlib import Path
@@ -263,7 +264,7 @@ def _take(site: Site, begin: Callable[[], Run], *, yes: bool, quiet: bool = Fals
 
 
 @app.command()
-def status(job: JobArgument, store: StoreOption = None, last: Annotated[int, typer.Option(help="how many runs")] = 10) -> None:
+def status(job: JobArgument, store: StoreOption = None, last: Annotated[int, typer.Option(min=1, help="how many runs")] = 10) -> None:
     """The latest runs of a job: how each ended, or how far it has come."""
     settings = read_settings()
     table = Table(box=None, header_style="dim")
@@ -395,7 +396,8 @@ def rehearse(
         faults = Faults.model_validate(_pairs(fault))
         paced = Pace(**{name: float(value) for name, value in _pairs(pace).items()})
     except (ValueError, TypeError) as error:
-        raise JobInvalid([f"{error}\nFaults: {', '.join(Faults.model_fields)}"]) from error
+        known = f"Pace: {', '.join(each.name for each in fields(Pace))}\nFaults: {', '.join(Faults.model_fields)}"
+        raise JobInvalid([f"{error}\n{known}"]) from error
     people.print(
         f"Rehearsing OpenAI at http://{host}:{port}/v1 with key {key}, Bedrock at http://{host}:{port} with access key {ACCESS_KEY}; "
         f"bill at http://{host}:{port}/rehearsal/bill",

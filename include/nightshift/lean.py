@@ -29,8 +29,9 @@ def leave(code: int) -> NoReturn:
 @atexit.register  # early, to be called late: threads are joined by then, and whatever else asked to be called has been
 def _end() -> None:
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream:  # which a process may be started without
+                stream.flush()
     except (OSError, ValueError):  # of a reader that has gone, a disk that is full: Python tells of it in its own words and exit code
         return
     if _codes:
