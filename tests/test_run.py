@@ -539,6 +539,15 @@ def test_rows_whose_id_stands_before_them_are_rejected_however_many_and_however_
     assert index.column("keep_note").null_count == 0
 
 
+def test_ids_that_lose_their_last_digits_are_rejected(world):
+    data = (
+        b"".join(b'{"id": %d, "text": "Lovely.", "stars": 5}\n' % (10**21 + i) for i in range(2))
+        + b'{"id": 7, "text": "Bad.", "stars": 1}\n'
+    )
+    summary = go(world, world.job(policy={"publish_at_least": 0.1}), world.write("in.jsonl", data))
+    assert (summary.outcomes["succeeded"], summary.reasons["rejected"]) == (1, {"the id is beyond 64 bits: write it as text": 2})
+
+
 def test_a_carried_integer_beyond_what_a_float_tells_apart_is_rounded(world):
     rows = [{"id": "a", "text": "Lovely.", "stars": 2**53 + 1}, {"id": "b", "text": "Bad.", "stars": 2}]
     job = world.job(input={"require": {"stars": {"type": "number"}}})

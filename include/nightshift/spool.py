@@ -131,7 +131,7 @@ class Spool:
     def _encode(self, rows: Rows, schema: pa.Schema) -> _Part:
         """Encode a batch of rows, write their requests to the spool, and say where they stand."""
         ids = _ids(rows, self._job.spec.input.id)
-        requests, renditions = self._requests(rows, _unasked(rows, ids))
+        requests, renditions = self._requests(rows, _unasked(rows, ids, self._job.spec.input.id))
         asked = np.ones(rows.count, bool)
         asked[list(requests.refused)] = False
         ends = contents(requests.tails)[1]
@@ -282,13 +282,21 @@ def _ids(rows: Rows, name: str) -> pa.Array:
     if array is not None and (pa.types.is_string(array.type) or pa.types.is_integer(array.type)):
         text = array.cast(pa.string())
         return pc.if_else(pc.equal(text, ""), None, text)
-    return pa.array([None if value is None or value == "" else str(value) for value in rows.columns[name]], pa.string())
+    return pa.array(
+        [None if value is None or value == "" or _is_beyond(value) else str(value) for value in rows.columns[name]], pa.string()
+    )
 
 
-def _unasked(rows: Rows, ids: pa.Array) -> dict[int, str]:
+def _is_beyond(value: Any) -> bool:
+    """Whether a number may be an integer of JSON that has lost its last digits: beyond 64 bits it is read as a float."""
+    return isinstance(value, float) and abs(value) >= 2**63
+
+
+def _unasked(rows: Rows, ids: pa.Array, name: str) -> dict[int, str]:
     """Why nothing is asked about a row, whatever its job wants to know, by its place: it cannot be read, or has no id."""
     nameless = np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False)).tolist()
-    return dict.fromkeys(nameless, "the id is missing") | {i: fault.reason for i, fault in rows.faults.items()}
+    why = {i: "the id is beyond 64 bits: write it as text" if _is_beyond(rows.columns[name][i]) else "the id is missing" for i in nameless}
+    return why | {i: fault.reason for i, fault in rows.faults.items()}
 
 
 def _some(values: Mapping[int, str], count: int) -> pa.Array:
