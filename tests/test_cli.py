@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -264,7 +265,7 @@ def test_a_folder_is_read_whole(world):
     world.write("a.jsonl", reviews(3))
     planned = nightshift("plan", file_of(world), "--input", str(world.folder / "input"), "--store", f"file://{world.folder}/store")
     assert planned.returncode == 0, planned.stderr
-    assert "3" in planned.stdout
+    assert re.search(r"rows +3 ", planned.stdout), planned.stdout
 
 
 def test_validate_tells_of_a_name_that_airflow_refuses(world):

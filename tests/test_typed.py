@@ -209,6 +209,15 @@ ORIGIN = {
 }
 
 
+def job_under(schema: dict[str, Any] | None) -> Job:
+    spec = {
+        "name": "j",
+        "input": {"uri": "s3://b/k.jsonl", "id": "id"},
+        "request": {"provider": "openai", "model": "gpt-5.4-nano", "prompt": "-"},
+    }
+    return Job(spec=JobFile.model_validate(spec), prompt_source="user:\n-\n", answer_schema=schema, expectations=())
+
+
 def taken(job: Job, replies: list[Reply | Garbage], left: dict[bytes, Left | None]) -> tuple[list[Any], dict[bytes, Answer], Matching]:
     """The lines of the good answers, by request; the others; and what was odd."""
     matching = Matching(left)
@@ -222,12 +231,7 @@ def taken(job: Job, replies: list[Reply | Garbage], left: dict[bytes, Left | Non
 
 @pytest.mark.parametrize("schema", [SCHEMA, None], ids=["a schema", "plain text"])
 def test_an_answer_stands_in_its_file_as_it_would_if_it_were_taken_by_itself(schema):
-    spec = {
-        "name": "j",
-        "input": {"uri": "s3://b/k.jsonl", "id": "id"},
-        "request": {"provider": "openai", "model": "gpt-5.4-nano", "prompt": "-"},
-    }
-    job = Job(spec=JobFile.model_validate(spec), prompt_source="user:\n-\n", answer_schema=schema, expectations=())
+    job = job_under(schema)
     good = '{"n": 1, "s": "en"}'
     texts = [good, '{"n": 2.5, "s": "de"}', '{"n": 3, "s": "EN"}', "{", '{"n": 9007199254740992, "s": "fr"}']
     replies = [*(answered(place, text) for place, text in enumerate(texts)), answered(5, None, "refused"), Garbage(reason="cut")]
@@ -242,12 +246,7 @@ def test_an_answer_stands_in_its_file_as_it_would_if_it_were_taken_by_itself(sch
 
 
 def test_F67_of_two_lines_for_a_request_the_valid_one_stays_and_both_are_paid_for(tmp_path):
-    spec = {
-        "name": "j",
-        "input": {"uri": "s3://b/k.jsonl", "id": "id"},
-        "request": {"provider": "openai", "model": "gpt-5.4-nano", "prompt": "-"},
-    }
-    job = Job(spec=JobFile.model_validate(spec), prompt_source="user:\n-\n", answer_schema=SCHEMA, expectations=())
+    job = job_under(SCHEMA)
     good, broken = '{"n": 1, "s": "en"}', "{" + "x" * 999
     for texts in ((broken, good), (good, broken)):
         [line], others, _ = taken(job, [answered(5, text) for text in texts], dict.fromkeys(KEYS[5:6]))

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 # Of glibc's mallopt; see `man mallopt`.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
@@ -55,6 +59,29 @@ def whole(texts: pa.Array) -> memoryview:
     """The bytes of a column of text or binary values, one after another. No copy."""
     data, ends = contents(texts)
     return data[ends[0] : ends[-1]].data
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text, in whichever way Arrow lays it out."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def in_groups(batches: Iterable[pa.RecordBatch], most_bytes: int, most_rows: int | None = None) -> Iterator[pa.Table]:
+    """Batches in tables: each ends with the batch that brings it to so many bytes, or rows."""
+    group, size, rows = list[pa.RecordBatch](), 0, 0
+    for batch in batches:
+        group.append(batch)
+        size, rows = size + batch.nbytes, rows + batch.num_rows
+        if size >= most_bytes or (most_rows is not None and rows >= most_rows):
+            yield pa.Table.from_batches(group)
+            group, size, rows = [], 0, 0
+    if group:
+        yield pa.Table.from_batches(group)
+
+
+def row_groups(file: pq.ParquetFile) -> Iterator[pa.Table]:
+    """A file that was written in row groups as large as memory holds, one after the other."""
+    return (file.read_row_group(group, use_threads=False) for group in range(file.num_row_groups))
 
 
 def keep_freed_memory() -> None:

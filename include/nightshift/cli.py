@@ -61,14 +61,10 @@ def main() -> None:
     """The entry point: errors that a person can mend are one message and an exit code, never a stack trace."""
     try:
         app(standalone_mode=True)
-    except NightshiftError as error:
+    except (NightshiftError, OSError) as error:  # OSError: a disk that is full, a folder that may not be written
         people.print(f"[bold red]{type(error).__name__}[/]", end=" ")
         people.print(str(error), markup=False, soft_wrap=True)
-        leave(error.exit_code)
-    except OSError as error:  # a disk that is full, a folder that may not be written
-        people.print(f"[bold red]{type(error).__name__}[/]", end=" ")
-        people.print(str(error), markup=False, soft_wrap=True)
-        leave(1)
+        leave(error.exit_code if isinstance(error, NightshiftError) else 1)
     except SystemExit as end:
         leave(int(end.code or 0))
 
@@ -96,10 +92,11 @@ def validate(job: JobArgument) -> None:
     )
     if path.stem != loaded.name:
         people.print(f"[yellow]name[/] Airflow takes this job from {loaded.name}.yaml, a file of its name, and refuses it as {path.name}")
-    for model in (spec.request.model, *spec.stand_ins):
+    models = (spec.request.model, *spec.stand_ins)
+    for model in models:
         if spec.request.provider != "live" and price_at(spec.request.provider, model) is None:
             people.print(f"[yellow]price[/] none is known of {model}, so nothing is estimated: NIGHTSHIFT_PRICES can name it")
-    for said in farewells(spec.request.provider, (spec.request.model, *spec.stand_ins), date.today()):
+    for said in farewells(spec.request.provider, models, date.today()):
         people.print(f"[yellow]soon[/] {said}")
 
 
@@ -266,13 +263,18 @@ def _take(site: Site, begin: Callable[[], Run], *, yes: bool, quiet: bool = Fals
 @app.command()
 def status(job: JobArgument, store: StoreOption = None, last: Annotated[int, typer.Option(min=1, help="how many runs")] = 10) -> None:
     """The latest runs of a job: how each ended, or how far it has come."""
+    from nightshift.progress import latest, state_of
+    from nightshift.stores.objects import open_objects
+
     settings = read_settings()
+    objects = open_objects(_store(store, settings))
     table = Table(box=None, header_style="dim")
     for column in ("run", "state", "partition", "rows", "succeeded", "submitted", "cost", "finished"):
         table.add_column(column, justify="right" if column in ("rows", "succeeded", "submitted", "cost") else "left")
-    for label, state, summary in _runs(_store(store, settings), _job_name(job, settings), last):
+    for run in latest(objects, _job_name(job, settings), last):
+        summary = objects.get_shape(run.key("summary.json"), Summary)
         if summary is None:
-            table.add_row(label, state)
+            table.add_row(f"{run.input.label} ({run.input.run})", state_of(run))
         else:
             table.add_row(
                 f"{summary.label} ({summary.run})",
@@ -433,8 +435,10 @@ def _pattern(job: Job, given: str | None, ds: str | None) -> str:
         if "{{" in job.spec.input.uri and ds is None:
             raise JobInvalid([f"{job.name} reads {job.spec.input.uri}: give the date with --ds, or the objects with --input"])
         return job.spec.input.uri
+    if "://" in given:
+        return given
     path = Path(given).absolute()
-    return given if "://" in given else f"file://{path}{'/' if path.is_dir() else ''}"
+    return f"file://{path}{'/' if path.is_dir() else ''}"
 
 
 def _dates(job: Job, ds: str | None) -> dict[str, Any]:
@@ -483,28 +487,6 @@ def _asker(yes: bool) -> Callable[[Run, Plan], bool]:
         return said
 
     return ask
-
-
-def _runs(store: str, job: str, last: int) -> list[tuple[str, str, Summary | None]]:
-    """(label, state, summary) of the newest runs."""
-    from nightshift.runs import RunInput
-    from nightshift.stores.objects import open_objects
-
-    objects = open_objects(store)
-    begun = sorted(
-        (found for found in objects.scan(f"runs/{job}") if found.key.endswith("/input.json")),
-        key=lambda found: found.modified,
-        reverse=True,
-    )
-    runs: list[tuple[str, str, Summary | None]] = []
-    for found in begun[:last]:
-        folder = found.key.rpartition("/")[0]
-        summary = objects.get_shape(f"{folder}/summary.json", Summary)
-        started = objects.get_shape(found.key, RunInput)
-        label = f"{started.label} ({started.run})" if started else folder
-        planned = objects.head(f"{folder}/plan.json") is not None
-        runs.append((label, summary.state if summary else "under way" if planned else "planning", summary))
-    return runs
 
 
 if __name__ == "__main__":

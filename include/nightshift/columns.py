@@ -6,9 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nightshift.arrow import row_groups
 from nightshift.job import Job
 
 GROUP_ROWS = 1 << 20  # in a row group of answers in words: all of a shard
@@ -121,6 +124,16 @@ def answers_schema(job: Job) -> pa.Schema:
 def write_answers(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     """An answers file to be written: what repeats in it once, and without statistics, since lines are looked up by keys alone."""
     return pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=list(_repeating(schema)), write_statistics=False)
+
+
+def kept_lines(file: pq.ParquetFile, kept: npt.NDArray[np.bool_]) -> Iterator[pa.Table]:
+    """The lines of an answers file that are kept, in tables that memory holds, of which none is empty."""
+    seen = 0
+    for table in row_groups(file):
+        left = table.filter(pa.array(kept[seen : seen + table.num_rows]))
+        seen += table.num_rows
+        if left.num_rows:
+            yield left
 
 
 def _repeating(fields: Iterable[pa.Field], above: str = "") -> Iterator[str]:

@@ -203,17 +203,10 @@ def _largest_group(parquet: Any, wanted: Sequence[str]) -> int:
 
 def _together(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
     """Small batches as larger ones, of so many rows, or fewer where they are long."""
-    import pyarrow as pa
+    from nightshift.arrow import in_groups
 
-    group, count, size = list[pa.RecordBatch](), 0, 0
-    for batch in batches:
-        group.append(batch)
-        count, size = count + batch.num_rows, size + batch.nbytes
-        if count >= rows or size >= BATCH_BYTES:
-            yield from pa.Table.from_batches(group).combine_chunks().to_batches()
-            group, count, size = [], 0, 0
-    if group:
-        yield from pa.Table.from_batches(group).combine_chunks().to_batches()
+    for table in in_groups(batches, BATCH_BYTES, rows):
+        yield from table.combine_chunks().to_batches()
 
 
 def _without_view(array: pa.Array) -> pa.Array:

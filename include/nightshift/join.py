@@ -12,6 +12,7 @@ from nightshift.errors import CountsDisagree
 from nightshift.job import Job
 from nightshift.runs import Site
 from nightshift.shapes import Plan, Settled
+from nightshift.stores.answers import LAST_WORD, placed
 from nightshift.stores.database import literals
 
 if TYPE_CHECKING:
@@ -43,14 +44,12 @@ def join(site: Site, job: Job, folder: Path, database: duckdb.DuckDBPyConnection
     database.execute(f"CREATE VIEW rows AS SELECT * FROM read_parquet([{literals(rows)}], union_by_name = true)")
     database.execute(
         f"""CREATE VIEW everything AS
-            SELECT *, (list_position([{literals(files)}], filename)::BIGINT << 32) + file_row_number AS place,
-                   {{'file': filename, 'row': file_row_number}} AS line
-            FROM read_parquet([{literals(files)}], filename = true, file_row_number = true)
+            SELECT *, {{'file': filename, 'row': file_row_number}} AS line FROM ({placed(files)})
             WHERE stand_in IS NULL OR stand_in IN ({literals([job.spec.request.model, *job.spec.stand_ins])})"""
     )
     database.execute(
-        """CREATE TABLE chosen AS SELECT max_by(place, (outcome = 'succeeded', paid, answered_at, place >> 32)) AS place
-           FROM everything SEMI JOIN rows USING (request_key) GROUP BY request_key"""
+        f"""CREATE TABLE chosen AS SELECT {LAST_WORD} AS place
+            FROM everything SEMI JOIN rows USING (request_key) GROUP BY request_key"""
     )
     database.execute("CREATE VIEW lines AS SELECT * EXCLUDE (filename, file_row_number) FROM everything SEMI JOIN chosen USING (place)")
     database.execute("CREATE VIEW answers AS SELECT * EXCLUDE (place, line) FROM lines")

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nightshift.arrow import contents
+from nightshift.arrow import contents, in_groups
 
 Lengths = npt.NDArray[np.int64]
 BUCKET_BYTES = 16 << 20  # in memory at once; some copies of it are
@@ -25,7 +25,7 @@ MOST_BUCKETS = 512  # open files
 
 def in_order(rows: pa.RecordBatchReader, place: str, count: int, folder: Path) -> Iterator[pa.RecordBatch]:
     """Rows in the order of a column that says their place below `count`, without it."""
-    groups = _grouped(rows, BUCKET_BYTES)
+    groups = in_groups(rows, BUCKET_BYTES)
     begun = list(islice(groups, 1))
     if not begun:
         return
@@ -44,25 +44,12 @@ def _emptied(begun: list[pa.Table], others: Iterable[pa.Table]) -> Iterator[pa.T
     yield from others
 
 
-def _grouped(batches: Iterable[pa.RecordBatch], most: int) -> Iterator[pa.Table]:
-    """Batches in tables of some bytes each."""
-    group, size = list[pa.RecordBatch](), 0
-    for batch in batches:
-        group.append(batch)
-        size += batch.nbytes
-        if size >= most:
-            yield pa.Table.from_batches(group)
-            group, size = [], 0
-    if group:
-        yield pa.Table.from_batches(group)
-
-
 def _divided(tables: Iterable[pa.Table], place: str, rows: int, folder: Path) -> list[Path]:
     """Tables divided among files, each of which holds so many places; the files in the order of their places."""
     files = dict[int, pa.ipc.RecordBatchStreamWriter]()
     with ExitStack() as stack:
         for table in tables:
-            for part in _grouped(table.to_batches(), SPLIT_BYTES):
+            for part in in_groups(table.to_batches(), SPLIT_BYTES):
                 of = part.column(place).to_numpy() // rows
                 order = np.argsort(of, kind="stable")
                 sorted_part, of = part.take(pa.array(order)), of[order]

@@ -73,6 +73,12 @@ def progress_of(run: Run) -> Progress:
     )
 
 
+def state_of(run: Run) -> State:
+    """Where a run stands, without a look at its shards."""
+    plan, approved = (run.store.get_shape(run.key(name), Plan) for name in ("plan.json", "approved.json"))
+    return _state(plan, approved, run.store.get_shape(run.key("summary.json"), Summary))
+
+
 def _state(plan: Plan | None, approved: Plan | None, summary: Summary | None) -> State:
     if summary is not None:
         return summary.state

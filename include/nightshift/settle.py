@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nightshift.columns import GROUP_ROWS, rows_at_once, write_answers
+from nightshift.columns import GROUP_ROWS, kept_lines, rows_at_once, write_answers
 from nightshift.errors import CountsDisagree
 from nightshift.money.prices import long_above, tier_of
 from nightshift.runs import Site
@@ -132,12 +132,10 @@ def _write_kept(objects: Objects, shard: str, numbers: Iterable[int], kept: Mask
         for number in numbers:
             file = stack.enter_context(open_answers(objects, shard, number))
             writer = writer or stack.enter_context(write_answers(path, file.schema_arrow))
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, use_threads=False)
-                left = table.filter(pa.array(kept[seen : seen + table.num_rows]))
-                if left.num_rows:
-                    writer.write_table(left, rows_at_once(left.schema, GROUP_ROWS))
-                seen += table.num_rows
+            count = file.metadata.num_rows
+            for lines in kept_lines(file, kept[seen : seen + count]):
+                writer.write_table(lines, rows_at_once(lines.schema, GROUP_ROWS))
+            seen += count
 
 
 def usage_of(everything: pa.Table, above: int | None) -> Usage:

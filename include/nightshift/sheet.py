@@ -64,13 +64,11 @@ class Sheet:
 
     def hold(self, reply: Reply) -> Reply:
         """A reply whose line is added later: its text waits on local disk."""
-        text = self._texts.put(reply.text)
-        return reply if text is reply.text else replace(reply, text=text)
+        return _with_text(reply, self._texts.put(reply.text))
 
     def recall(self, reply: Reply) -> Reply:
         """A reply that was held, with its text."""
-        text = self._texts.get(reply.text)
-        return reply if text is reply.text else replace(reply, text=text)
+        return _with_text(reply, self._texts.get(reply.text))
 
     def add_all(self, found: Sequence[tuple[bytes, Reply]], outputs: pa.Array) -> None:
         """Add the lines of requests that were answered as they were asked, and whose answers are columns already."""
@@ -120,6 +118,10 @@ class Sheet:
             for part in self._parts():
                 writer.write_table(_with_origin(part, self._schema, self._origin), rows_at_once(self._schema, GROUP_ROWS))
         self._texts.close()
+
+
+def _with_text(reply: Reply, text: str | None) -> Reply:
+    return reply if text is reply.text else replace(reply, text=text)
 
 
 def _with_origin(own: pa.Table, schema: pa.Schema, origin: Mapping[str, Any]) -> pa.Table:

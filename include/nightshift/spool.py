@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nightshift.arrow import contents, whole
+from nightshift.arrow import contents, is_text, row_groups, whole
 from nightshift.contract import typed
 from nightshift.encode import Encoder, Request, Requests
 from nightshift.errors import InputUnreadable, RequestTooLarge
@@ -197,7 +197,7 @@ class Spool:
         """Of several rows under one id the first stays; the others ask nothing, which is found late. How many they are."""
         if not self._database.execute("SELECT 1 FROM spool GROUP BY id HAVING count(*) > 1 LIMIT 1").fetchall():
             return 0
-        is_first = np.zeros(self.rows, bool)
+        is_first = np.zeros(self.rows, bool)  # a byte a row, and only here: DuckDB joins and sorts whole rows in memory
         for batch in self._database.sql("SELECT min(ordinal) FROM spool GROUP BY id").to_arrow_reader(GROUP_ROWS):
             is_first[batch.column(0).to_numpy()] = True
         doubled = sum(self._mark(path, is_first) for path in self.slices)
@@ -209,7 +209,7 @@ class Spool:
         """Write into a row index which of its rows have the id of a row before them. How many they are."""
         marked, doubled = path.with_suffix(".marked"), 0
         with pq.ParquetFile(path) as index, pq.ParquetWriter(marked, index.schema_arrow, compression="zstd") as writer:
-            for rows in _row_groups(index):
+            for rows in row_groups(index):
                 is_late = pc.and_(rows.column("request_key").is_valid(), pa.array(~is_first[rows.column("ordinal").to_numpy()]))
                 for name, value in (("request_key", None), ("reason", "the id stands twice")):
                     at, field = rows.schema.get_field_index(name), rows.schema.field(name)
@@ -224,15 +224,11 @@ def _places_writer(path: Path) -> pq.ParquetWriter:
     return pq.ParquetWriter(path, SPOOLED, compression="none", use_dictionary=False, write_statistics=False)
 
 
-def _row_groups(file: pq.ParquetFile) -> Iterator[pa.Table]:
-    return (file.read_row_group(group, use_threads=False) for group in range(file.num_row_groups))
-
-
 def _with_first(path: Path, is_first: npt.NDArray[np.bool_]) -> Path:
     """The places of the requests of rows that are the first under their id."""
     kept = path.with_suffix(".first.parquet")
     with pq.ParquetFile(path) as places, _places_writer(kept) as writer:
-        for rows in _row_groups(places):
+        for rows in row_groups(places):
             writer.write_table(rows.filter(pa.array(is_first[rows.column("ordinal").to_numpy()])))
     path.unlink()
     return kept
@@ -307,19 +303,15 @@ def _some(values: Mapping[int, str], count: int) -> pa.Array:
 def _kept(job: Job, name: str, rows: Rows, made: Sequence[Any] | None, kind: pa.DataType) -> pa.Array:
     """A column carried along, in its type; a value that does not fit it is null (its row is rejected by the contract)."""
     array = rows.array(name) if made is None else None
-    if array is not None and (array.type.equals(kind) or (pa.types.is_string(array.type) and _is_text(kind))):
+    if array is not None and (array.type.equals(kind) or (pa.types.is_string(array.type) and is_text(kind))):
         return array.cast(kind)
     requirement = job.spec.input.require.get(name)
     values = rows.columns[name] if made is None else made
-    plain = list(values) if _is_text(kind) else [typed(value, requirement) for value in values]
+    plain = list(values) if is_text(kind) else [typed(value, requirement) for value in values]
     try:
         return pa.array(plain, kind)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         return pa.array([_fits(value, kind) for value in plain], kind)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _rounded(value: int) -> float | None:
@@ -335,6 +327,6 @@ def _fits(value: Any, kind: pa.DataType) -> Any:
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         if pa.types.is_floating(kind) and isinstance(value, int):
             return _rounded(value)
-        if not _is_text(kind):
+        if not is_text(kind):
             return None
         return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()

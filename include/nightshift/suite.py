@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nightshift.arrow import collector_paused
+from nightshift.arrow import collector_paused, is_text
 from nightshift.formats import rows_that_fit
 from nightshift.job import Expectation
 from nightshift.shapes import Check
@@ -156,7 +156,7 @@ class Parts:
     def _short(self, name: str) -> str:
         """A column in SQL, with what is as unique in place of long texts: DuckDB sorts long rows in memory only."""
         column = quoted(name)
-        if not pa.types.is_string(self.schema.field(name).type):
+        if not is_text(self.schema.field(name).type):
             return column
         return f"CASE WHEN strlen({column}) > {TOLD_APART} THEN md5({column}) ELSE {column} END AS {column}"
 
@@ -260,7 +260,7 @@ def run_suite(expectations: Sequence[Expectation], parts: Parts, id_column: str)
             each.whole(result, id_column)
     by_row = [each for each in seen if each.expectation.type in ROW_BY_ROW]
     if by_row:
-        named = {id_column}.union(*(_named(each.expectation) | _conditions(each.expectation, parts) for each in by_row))
+        named = {id_column}.union(*(_read_by(each.expectation, parts) for each in by_row))
         for frame in parts.in_turn(named):
             for each, result in zip(by_row, validate([each.expectation for each in by_row], frame), strict=True):
                 each.part(result, id_column)
@@ -269,7 +269,7 @@ def run_suite(expectations: Sequence[Expectation], parts: Parts, id_column: str)
 
 def _shown(expectation: Expectation, parts: Parts, id_column: str) -> pd.DataFrame:
     """What an expectation has to see that judges neither row by row nor by value."""
-    named = _named(expectation) | _conditions(expectation, parts)
+    named = _read_by(expectation, parts)
     if expectation.type in COLUMNS_ONLY:
         return parts.columns()
     if not named:
@@ -320,6 +320,11 @@ def _named(expectation: Expectation) -> set[str]:
         if name.startswith("column"):
             named |= {value} if isinstance(value, str) else set(value) if isinstance(value, list) else set()
     return named
+
+
+def _read_by(expectation: Expectation, parts: Parts) -> set[str]:
+    """The columns that an expectation has to see."""
+    return _named(expectation) | _conditions(expectation, parts)
 
 
 def _conditions(expectation: Expectation, parts: Parts) -> set[str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -16,7 +16,9 @@ from nightshift.pages import MEANING, measured_on, stated, usd
 from nightshift.shapes import OUTCOMES, Plan, Settled, Summary
 
 if TYPE_CHECKING:
+    from nightshift.drive import Watcher
     from nightshift.overviews import Comparison
+    from nightshift.providers.protocol import Snapshot
 
 people = Console(stderr=True, highlight=False)  # what happens on the way
 output = Console(highlight=False, width=None if sys.stdout.isatty() else 200)  # what a command was asked for; nobody folds a pipe
@@ -103,10 +105,9 @@ def plan_table(drafted: Plan) -> Table:
 
 
 @contextmanager
-def shown(*, quiet: bool) -> Iterator[Any]:
+def shown(*, quiet: bool) -> Iterator[Watcher]:
     """Progress bars on a terminal, and a line for what is new elsewhere."""
     from nightshift.drive import Watcher
-    from nightshift.providers.protocol import Snapshot
 
     if quiet or not people.is_terminal:
         yield Watcher() if quiet else _lines()
@@ -122,7 +123,7 @@ def shown(*, quiet: bool) -> Iterator[Any]:
     with Progress(*columns, console=people) as progress:
         bars: dict[str, TaskID] = {}
         shards: dict[str, tuple[int, bool]] = {}
-        totals = {"requests": 0}
+        totals, trouble = {"requests": 0}, _Trouble()
 
         def finish() -> None:
             for task in progress.tasks:
@@ -139,12 +140,11 @@ def shown(*, quiet: bool) -> Iterator[Any]:
         def planned(drafted: Plan) -> None:
             totals["requests"] = drafted.submitted + drafted.adopted
 
-        is_trouble = _trouble()
-
         def shard(key: str, seen: Snapshot | NightshiftError | Settled) -> None:
-            if is_trouble(seen):
+            if isinstance(seen, NightshiftError):
+                trouble.tell(seen)
                 return
-            assert not isinstance(seen, NightshiftError)
+            trouble.end()
             shards[key] = (seen.requests, True) if isinstance(seen, Settled) else (seen.done, False)
             done, finished = sum(count for count, _ in shards.values()), sum(1 for _, ended in shards.values() if ended)
             note = f"requests, {finished} shards settled"
@@ -154,35 +154,38 @@ def shown(*, quiet: bool) -> Iterator[Any]:
         finish()
 
 
-def _lines() -> Any:
+def _lines() -> Watcher:
     """What a log is told of a run: stages, shards that are settled, and trouble as long as it is new."""
     from nightshift.drive import Watcher
 
-    settled, is_trouble = set[str](), _trouble()
+    settled, trouble = set[str](), _Trouble()
 
     def stage(name: str) -> None:
         people.print(f"{name} …", style="dim")
 
-    def shard(key: str, seen: object) -> None:
-        if not is_trouble(seen) and isinstance(seen, Settled):
+    def shard(key: str, seen: Snapshot | NightshiftError | Settled) -> None:
+        if isinstance(seen, NightshiftError):
+            trouble.tell(seen)
+            return
+        trouble.end()
+        if isinstance(seen, Settled):
             settled.add(key)
             people.print(f"shard {key[:12]} is settled, {len(settled)} so far", style="dim")
 
     return Watcher(stage=stage, shard=shard)
 
 
-def _trouble() -> Callable[[object], bool]:
-    """Whether what was seen of a shard is trouble. It is told once, until it is over."""
-    told = set[str]()
+class _Trouble:
+    """What goes wrong with shards: told once, until it is over."""
 
-    def is_trouble(seen: object) -> bool:
-        if not isinstance(seen, NightshiftError):
-            told.clear()
-            return False
-        what = seen.owner if isinstance(seen, ShardHeld) else str(seen)
-        if what not in told:
-            told.add(what)
-            people.print(f"looking again: {seen}", style="dim", markup=False, soft_wrap=True)
-        return True
+    def __init__(self) -> None:
+        self._told: set[str] = set()
 
-    return is_trouble
+    def tell(self, error: NightshiftError) -> None:
+        what = error.owner if isinstance(error, ShardHeld) else str(error)
+        if what not in self._told:
+            self._told.add(what)
+            people.print(f"looking again: {error}", style="dim", markup=False, soft_wrap=True)
+
+    def end(self) -> None:
+        self._told.clear()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -22,13 +22,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nightshift.columns import vector_length, write_answers
+from nightshift.arrow import row_groups
+from nightshift.columns import kept_lines, vector_length, write_answers
 from nightshift.errors import InputMissing, RowInUse
-from nightshift.formats import rows_that_fit
 from nightshift.runs import Site, under_way, work_of
 from nightshift.shapes import Plan
-from nightshift.stores.answers import MERGED, is_merged
-from nightshift.stores.database import literals, open_database
+from nightshift.stores.answers import LAST_WORD, MERGED, is_merged, placed
+from nightshift.stores.database import open_database
 from nightshift.stores.objects import Found
 from nightshift.stores.shards import answers_key, key_of_line, keys_key, request_keys, requests_key
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 MERGE_AT = 8  # files of one fingerprint
 MERGE_BELOW = 128 << 20  # bytes: a larger file stays as it is
-ROWS_AT_ONCE, BYTES_AT_ONCE = 16_384, 8 << 20  # of answers
+PLACES_AT_ONCE = 1 << 14
 GRACE = timedelta(days=1)  # between a merge and the removal of what was merged: runs under way still read it
 BULK = re.compile(r"/(requests\.(jsonl|keys)|answers-\d+\.parquet|(slices|staged|quarantine)/[^/]+)$")  # what is large in a folder
 SOURCES = b"nightshift.sources"  # the merged files' names, in the metadata of the file that they were merged into
@@ -171,33 +171,21 @@ def _merge(site: Site, folder: str, files: Sequence[str]) -> None:
         merged = Path(scratch) / "merged.parquet"
         with write_answers(merged, schema) as writer:
             for path, kept in zip(paths, _best(database, paths), strict=True):
-                seen = 0
                 with pq.ParquetFile(path) as parquet:
-                    for table in _in_turn(parquet):
-                        writer.write_table(table.filter(pa.array(kept[seen : seen + table.num_rows])).cast(schema))
-                        seen += table.num_rows
+                    for lines in kept_lines(parquet, kept):
+                        writer.write_table(lines.cast(schema))
         site.store.put(f"{folder}/{MERGED}{name}.parquet", merged)
 
 
 def _best(database: duckdb.DuckDBPyConnection, paths: Sequence[Path]) -> list[npt.NDArray[np.bool_]]:
     """Which lines of each file stay. Found by narrow columns: whole lines are more than memory holds."""
     kept = [np.zeros(pq.read_metadata(path).num_rows, bool) for path in paths]
-    chosen = database.sql(
-        f"""SELECT max_by((list_position([{literals(paths)}], filename)::BIGINT << 32) + file_row_number,
-                          (outcome = 'succeeded', paid, answered_at))
-            FROM read_parquet([{literals(paths)}], filename = true, file_row_number = true) GROUP BY request_key, stand_in"""
-    )
-    for batch in chosen.to_arrow_reader(ROWS_AT_ONCE):
+    chosen = database.sql(f"SELECT {LAST_WORD} FROM ({placed(paths)}) GROUP BY request_key, stand_in")
+    for batch in chosen.to_arrow_reader(PLACES_AT_ONCE):
         places = batch.column(0).to_numpy()
         for number in np.unique(places >> 32).tolist():
             kept[number - 1][places[places >> 32 == number] & 0xFFFFFFFF] = True
     return kept
-
-
-def _in_turn(parquet: pq.ParquetFile) -> Iterator[pa.Table]:
-    """The lines of a file, as many at once as memory holds."""
-    at_once = rows_that_fit(parquet, parquet.schema_arrow.names, ROWS_AT_ONCE, BYTES_AT_ONCE)
-    return (pa.Table.from_batches([batch]) for batch in parquet.iter_batches(at_once))
 
 
 def _drop_older(site: Site, file: str, cutoff: datetime) -> int:
@@ -211,7 +199,7 @@ def _rewrite(site: Site, file: str, keeps: Keeps) -> int:
         parquet = pq.ParquetFile(path)
         left = 0
         with pq.ParquetWriter(kept, parquet.schema_arrow, compression="zstd") as writer:
-            for lines in _in_turn(parquet):
+            for lines in row_groups(parquet):
                 table = lines.filter(keeps(lines))
                 left += table.num_rows
                 writer.write_table(table)

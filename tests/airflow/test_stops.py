@@ -37,7 +37,7 @@ def status(world: World, shard: str) -> str:
     return world.rehearsal.provider().poll(move.receipt.batch_id).status
 
 
-def test_a_stopped_run_leaves_alone_what_another_has_adopted_until_that_has_ended(world, monkeypatch):
+def test_a_stopped_run_leaves_alone_what_another_has_adopted(world, monkeypatch):
     rows = reviews(8)
     first, [shard] = bought(world, world.write("a.jsonl", rows[:5]))
     second, adopted = bought(world, world.write("b.jsonl", rows[4::-1]))  # nothing of its own

@@ -154,8 +154,8 @@ def put_down(
     for succeeded in matching.successes(replies, rows_at_once(answers_schema(job), AT_ONCE)):
         for key, reply in _add_all(sheet, read, succeeded) if read else succeeded:
             put(key, judge(reply))
-    invalid = matching.twice.keys() & others.keys()
-    sheet.count_twice({key: further for key, further in matching.twice.items() if key not in invalid})
+    invalid = [key for key in matching.twice if key in others]  # in the order of the lines: repeating it writes the same
+    sheet.count_twice({key: further for key, further in matching.twice.items() if key not in others})
     for key in invalid:
         put(key, _better(others.pop(key), [sheet.recall(reply) for reply in matching.twice[key]], judge))
     others.update((key, judge(reply)) for key, reply in matching.failed.items())

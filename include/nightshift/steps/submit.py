@@ -244,9 +244,9 @@ def _write_requests(site: Site, shard: str, claim: Claim, folder: Path) -> Path:
     form = form_of(facts.endpoint)
     if not claim.after and claim.asked == facts.request_count and form.inputs_per_line == 1:
         return path
-    texts, rest = Texts(folder), folder / "rest.jsonl"
-    chosen = asked(site.store, facts, claim, texts.put)
-    with path.open("rb") as source, rest.open("wb") as target, closing(texts):
+    rest = folder / "rest.jsonl"
+    with closing(Texts(folder)) as texts, path.open("rb") as source, rest.open("wb") as target:
+        chosen = asked(site.store, facts, claim, texts.put)
         lines = (_line(line, chosen[key], form, texts) for line in source if (key := key_of_line(line)) in chosen)
         for group in shared_lines(chosen, form.inputs_per_line):
             target.write(_folded(list(islice(lines, len(group))), form))

@@ -18,12 +18,23 @@ import pyarrow.parquet as pq
 
 from nightshift.errors import InputChanged, InputMissing, StoreUnavailable
 from nightshift.shapes import PAID_OUTCOMES, Outcome, Plan, Wire
+from nightshift.stores.database import literals
 from nightshift.stores.ledger import Ledger
 from nightshift.stores.objects import Objects
 
 MERGED = "merged-"
 DONE = "done"
 NUMBERED = re.compile(rf"/(\d{{8}})\.(json|{DONE})$")
+
+
+LAST_WORD = "max_by(place, (outcome = 'succeeded', paid, answered_at, place >> 32))"  # a success, then a paid line, then the latest
+
+
+def placed(files: Sequence[Path]) -> str:
+    """SQL that reads answers files, each line with its `place`: the number of its file among them, from 1, above 32 bits of its own."""
+    listed = f"[{literals(files)}]"
+    return f"""SELECT *, (list_position({listed}, filename)::BIGINT << 32) + file_row_number AS place
+               FROM read_parquet({listed}, filename = true, file_row_number = true)"""
 
 
 class Reservation(Wire):
