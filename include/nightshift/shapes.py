@@ -122,7 +122,7 @@ class Estimate(Wire):
 
 
 class Measured(Wire):
-    """What the requests of a job have cost. Stored as `runs/<job>/measured.json`; every run that pays replaces it."""
+    """What the requests of a job have cost. Stored as `runs/<job>/measured.json`, in place of the one before."""
 
     model: str
     prompt_version: str
@@ -168,6 +168,7 @@ class Assembled(Wire):
     parts: tuple[str, ...]  # keys of staged Parquet files, in row order
     quarantine: tuple[str, ...]
     paid: tuple[Paid, ...]  # what this run bought, over all its shards
+    taken_over: int = 0  # requests in adopted shards that this run has sent, because their own run had not
     alarms: dict[str, int]
 
     @property
@@ -268,6 +269,7 @@ class Summary(Wire):
     outcomes: dict[Outcome, int]
     reasons: dict[str, dict[str, int]]
     requests: Counts
+    taken_over: int = 0  # of those that were adopted: sent by this run, because their own had not
     batches: int
     paid: int  # answers that this run paid for, over all attempts
     usage: Usage

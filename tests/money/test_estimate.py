@@ -9,8 +9,9 @@ import pytest
 
 from local import sample
 from nightshift.drive import begin, drive
-from nightshift.money.estimate import answer_bytes, measure
-from nightshift.shapes import Summary, Usage
+from nightshift.money.estimate import answer_bytes, is_worth_keeping, measure
+from nightshift.runs import Options
+from nightshift.shapes import Measured, Summary, Usage
 from tests.conftest import World, reviews
 
 SUMMARY = {
@@ -75,6 +76,39 @@ def test_a_run_that_pays_nothing_leaves_the_measure_alone(world):
     go(world, job, uri)
     before = world.site.store.get("runs/reviews/measured.json")
     assert go(world, job, uri).cost_usd.estimated == 0
+    assert world.site.store.get("runs/reviews/measured.json") == before
+
+
+def a_measure(answers: int, model: str = "m", prompt_version: str = "p") -> Measured:
+    ratio = Decimal(1)
+    return Measured(
+        model=model, prompt_version=prompt_version, answers=answers,
+        per_request=ratio, input_factor=ratio, cached_share=ratio, output_per_answer=ratio,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "is_sample", "kept"),
+    [
+        pytest.param(a_measure(3), None, True, True, id="the first"),
+        pytest.param(a_measure(100), a_measure(50_000), False, True, id="enough"),
+        pytest.param(a_measure(3), a_measure(50_000), False, False, id="a handful after many"),
+        pytest.param(a_measure(5), a_measure(4), False, True, id="a handful after a handful"),
+        pytest.param(a_measure(3, prompt_version="q"), a_measure(50_000), False, True, id="the job's prompt has changed"),
+        pytest.param(a_measure(200, "other"), a_measure(50_000), True, False, id="another model is being tried"),
+        pytest.param(a_measure(200), a_measure(300), True, True, id="a sample of the job as it is"),
+    ],
+)
+def test_a_measure_gives_way_to_what_tells_as_much(new, old, is_sample, kept):
+    assert is_worth_keeping(new, old, sample=is_sample) is kept
+
+
+def test_a_sample_of_another_model_leaves_the_jobs_measure_alone(world):
+    go(world, world.job(), world.write("a.jsonl", reviews(20)))
+    before = world.site.store.get("runs/reviews/measured.json")
+    other, uri = world.job(request={"model": "gpt-5.4-mini"}), world.write("b.jsonl", reviews(40))
+    sampled = begin(world.site, other, pattern=uri, dates={}, scheduled=False, options=Options(sample=30))
+    assert drive(world.site, sampled, ask=lambda run, plan: True).paid == 30
     assert world.site.store.get("runs/reviews/measured.json") == before
 
 

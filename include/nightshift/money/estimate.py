@@ -140,13 +140,25 @@ def _sum(values: Sequence[Decimal | None]) -> Decimal | None:
 
 
 def measured_before(store: Objects, job: Job) -> Measured | None:
-    """What the requests of a job's last paying run have cost; None before there was one."""
+    """What requests of a job have cost, by its last run that tells; None before there was one."""
     return store.get_shape(measured_key(job), Measured)
 
 
 def measured_key(job: Job) -> str:
-    """Where it stands; the next paying run replaces it."""
+    """Where it stands."""
     return f"runs/{job.name}/measured.json"
+
+
+def is_worth_keeping(new: Measured, old: Measured | None, *, sample: bool) -> bool:
+    """Whether a measure takes the place of the last one: the newest does, unless it tells less of the job's next run.
+
+    A handful of answers tells less than many did, and a sample of another model or prompt tells of what is only being tried.
+    """
+    if old is None:
+        return True
+    if (new.model, new.prompt_version) != (old.model, old.prompt_version):
+        return not sample
+    return new.answers >= min(old.answers, ENOUGH_ANSWERS)
 
 
 def measure(job: Job, requests: int, request_bytes: int, answers: int, usage: Usage) -> Measured | None:

@@ -16,7 +16,7 @@ from nightshift.join import join, reconcile, settled
 from nightshift.ordering import in_blocks, in_order
 from nightshift.runs import Run, Site
 from nightshift.shapes import OUTCOMES, Assembled, Outcome, Plan, Settled
-from nightshift.stores.database import open_database, quoted
+from nightshift.stores.database import literals, open_database, quoted
 from nightshift.vectors import LINE, with_vectors
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def assemble(site: Site, run: Run, plan: Plan) -> Assembled:
         parts = _stage(site, run, Path(folder), database.sql(_succeeded_query(run.job)), plan.rows, "staged")
         quarantine = _stage(site, run, Path(folder), database.sql(_quarantine_query(run.job)), plan.rows, "quarantine")
         reasons = _reasons(database)
+        taken_over = _taken_over(database, run, plan, shards)
     check_staged(outcomes, sum(rows for _, rows in parts), sum(rows for _, rows in quarantine))
     assembled = Assembled(
         outcomes=outcomes,
@@ -53,6 +54,7 @@ def assemble(site: Site, run: Run, plan: Plan) -> Assembled:
         parts=tuple(key for key, _ in parts),
         quarantine=tuple(key for key, _ in quarantine),
         paid=tuple(paid for each in shards for paid in each.paid if paid.run == run.uri),
+        taken_over=taken_over,
         alarms=_sum_alarms(shards),
     )
     return site.store.settle(run.key("assembled.json"), assembled)
@@ -141,6 +143,15 @@ def _reasons(database: duckdb.DuckDBPyConnection) -> dict[str, dict[str, int]]:
         if len(shown) < REASONS_SHOWN:
             shown[why] = count
     return reasons
+
+
+def _taken_over(database: duckdb.DuckDBPyConnection, run: Run, plan: Plan, shards: list[Settled]) -> int:
+    """How many requests in adopted shards only this run has paid for: what is not saved, however it was planned."""
+    sent = [each.shard for each in shards if each.shard in plan.adopted_shards and {paid.run for paid in each.paid} == {run.uri}]
+    if not sent:
+        return 0
+    [(count,)] = database.execute(f"SELECT count(*) FROM answers WHERE shard IN ({literals(sent)})").fetchall()
+    return min(int(count), plan.adopted)  # some of them may have been reused as well
 
 
 def _sum_alarms(settled: list[Settled]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from nightshift.approvals import approvals_of
 from nightshift.budgets import cost_of
 from nightshift.errors import CountsDisagree
 from nightshift.job import Job
-from nightshift.money.estimate import measure, measured_key
+from nightshift.money.estimate import is_worth_keeping, measure, measured_before, measured_key
 from nightshift.money.prices import tier_of
 from nightshift.pages import render_report
 from nightshift.partitions import quarantine_folder
@@ -70,7 +70,8 @@ def _measure(site: Site, run: Run, plan: Plan) -> None:
         sum(each.answers for each in paid),
         sum((each.usage for each in paid), Usage()),
     )
-    if measured is not None:
+    before, is_sample = measured_before(site.store, run.job), run.input.sample is not None
+    if measured is not None and is_worth_keeping(measured, before, sample=is_sample):
         site.store.put(measured_key(run.job), measured.model_dump_json(indent=1).encode())
 
 
@@ -113,6 +114,7 @@ def summarise(
             adopted=plan.adopted if plan else 0,
             submitted=plan.submitted if plan else 0,
         ),
+        taken_over=assembled.taken_over if assembled else 0,
         batches=sum(each.batches for each in paid),
         paid=sum(each.answers for each in paid),
         usage=sum((each.usage for each in paid), Usage()),
@@ -121,8 +123,8 @@ def summarise(
             estimated=_dollars(plan.estimate.usd) if plan else None,
             estimated_low=_dollars(plan.estimate.usd_low) if plan else None,
             estimated_high=_dollars(plan.estimate.usd_high) if plan else None,
-            actual=_dollars(cost_of(paid)) if assembled or paid else None,
-            saved=_dollars(plan.saved_usd) if plan else None,
+            actual=_dollars(cost_of(paid)) if assembled or paid or not _has_claimed(site, run, plan) else None,
+            saved=_dollars(_saved(plan, assembled)) if plan else None,
             by_tier={tier: _dollars(cost_of(own)) for tier in TIERS if (own := [each for each in paid if tier_of(each.provider) == tier])},
             basis=plan.estimate.basis if plan else "not planned",
         ),
@@ -137,10 +139,23 @@ def summarise(
     )
 
 
+def _saved(plan: Plan, assembled: Assembled | None) -> Decimal | None:
+    """What a plan has saved, less the share of the requests that were adopted and sent after all."""
+    spared = plan.duplicates + plan.reused + plan.adopted
+    if plan.saved_usd is None or assembled is None or not assembled.taken_over:
+        return plan.saved_usd
+    return plan.saved_usd * (spared - assembled.taken_over) / spared
+
+
 def paid_so_far(site: Site, run: Run, plan: Plan | None) -> tuple[Paid, ...]:
     """What a run that was not assembled has paid for, as far as its shards are settled: its report is all that tells of it."""
     words = (site.ledger.settled(shard) for shard in (plan.shards if plan else ()))
     return tuple(paid for word in words if word for paid in word.paid if paid.run == run.uri)
+
+
+def _has_claimed(site: Site, run: Run, plan: Plan | None) -> bool:
+    """Whether a run has claimed any attempt: where it has not, it has cost nothing, however it ended."""
+    return any(attempt.claim.run == run.uri for shard in (plan.shards if plan else ()) for attempt in site.ledger.attempts(shard))
 
 
 def _state(run: Run, audit: Audit | None, published: Published | None) -> Literal["published", "held", "failed", "planned"]:
