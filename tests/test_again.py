@@ -16,6 +16,7 @@ from nightshift.drive import begin, begin_again, drive
 from nightshift.errors import BatchLost, BatchUnknown, BudgetExceeded, InputMissing, JobInvalid, ShardHeld
 from nightshift.job import RETRYABLE
 from nightshift.job_file import redriven
+from nightshift.progress import latest
 from nightshift.runs import Options, approved_plan, load_run
 from nightshift.shapes import Summary
 from nightshift.steps.approve import approve, reserve
@@ -342,6 +343,7 @@ def test_a_redrive_of_nothing_and_of_nobody_is_told(world):
     first = go(world, world.job(), world.write("a.jsonl", reviews(3)))
     with pytest.raises(InputMissing, match="none of its rows ended as invalid"):
         again(world, first, "invalid")
+    assert [run.input.run for run in latest(world.site.store, "reviews", 9)] == [first.run], "a redrive of nothing leaves no run"
     with pytest.raises(InputMissing, match="no run is called 0000000000000000"):
         begin_again(world.site, "0" * 16, RETRYABLE, policy=lambda job: None)
     with pytest.raises(JobInvalid, match="did you mean 'invalid'"):
@@ -441,6 +443,19 @@ def test_an_adopter_with_room_in_its_budget_sends_what_nobody_has_sent(world):
     approve(world.site, abandoned, draft, ask=lambda: True)
     summary = go(world, world.job(policy={"budget_usd": 10}), world.write("b.jsonl", reviews(3)))
     assert (summary.requests.adopted, summary.paid, summary.outcomes["succeeded"]) == (3, 20, 3)
+    assert (summary.taken_over, summary.cost_usd.saved) == (3, 0), "what a run has sent itself is not saved"
+
+
+def test_what_the_run_that_reserved_it_has_sent_is_saved(world):
+    uri = world.write("a.jsonl", reviews(20))
+    owner, draft = planned(world, world.job(), uri, "owner")
+    [shard] = approve(world.site, owner, draft, ask=lambda: True).shards
+    adopter, drafted = planned(world, world.job(), uri, "adopter")
+    submit(world.site, owner, shard)
+    summary = drive(world.site, adopter, ask=lambda run, planned: True)
+    assert (summary.requests.adopted, summary.taken_over, summary.paid) == (20, 0, 0)
+    assert summary.cost_usd.saved == pytest.approx(float(drafted.saved_usd))
+    assert drafted.saved_usd > 0
 
 
 def test_an_adopters_deadline_and_retries_are_not_those_of_the_run_that_pays(world):

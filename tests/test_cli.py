@@ -152,7 +152,10 @@ def test_a_held_run_ends_with_3_and_its_json(world):
         pytest.param(
             ["run", "review_sentiment_nightly", "--ds", "yesterday", "--store", "file:///tmp/x"], "expected a date", id="bad date"
         ),
+        pytest.param(["plan", "review_sentiment", "--input", "ftp://x/a.csv", "--store", "file:///tmp/x"], "expected s3://", id="ftp"),
         pytest.param(["rehearse", "--fault", "eroded=1"], "errored", id="unknown fault"),
+        pytest.param(["rehearse", "--fault", "errored=7"], "--fault errored=7: Input should be less than", id="more than all"),
+        pytest.param(["rehearse", "--host", "203.0.113.1"], "--host 203.0.113.1 --port 8790:", id="nowhere to listen"),
         pytest.param(["rehearse", "--pace", "runing=1"], "runing", id="unknown pace"),
     ],
 )
@@ -164,9 +167,13 @@ def test_wrong_calls_are_told_what_to_mend(arguments, message):
 
 
 def test_no_key_at_all_is_told(world):
-    done = nightshift("run", file_of(world), "--input", world.write("in.jsonl", reviews(3)), "--store", f"file://{world.folder}/store")
+    uri, store = world.write("in.jsonl", reviews(3)), f"file://{world.folder}/store"
+    done = nightshift("run", file_of(world), "--input", uri, "--store", store, "--json")
     assert done.returncode == 2
     assert "Set OPENAI_API_KEY" in done.stderr
+    told = json.loads(done.stdout)
+    assert (told["published"], told["error"], told["transient"]) == (False, "AccessDenied", False)
+    assert "OPENAI_API_KEY" in told["problem"]
     assert "Traceback" not in done.stderr
 
 
@@ -191,7 +198,7 @@ def test_plan_sends_nothing_and_keeps_nothing(world):
         OPENAI_API_KEY="x",
     )
     assert done.returncode == 0, done.stderr
-    assert "in 1 shards" in done.stdout
+    assert "in 1 shard" in done.stdout
     assert [path for path in (world.folder / "store").rglob("*") if path.is_file()] == []
 
 
@@ -199,9 +206,9 @@ def test_status_and_report_show_a_run_afterwards(world):
     job, store = file_of(world), f"file://{world.folder}/store"
     done = nightshift("run", job, "--input", world.write("in.jsonl", reviews(3)), "--store", store, "--json", rehearsal=world.rehearsal)
     run = json.loads(done.stdout)["run"]
+    nightshift("run", job, "--input", f"file://{world.folder}/input/in.jsonl", "--store", store, "--sample", "2", rehearsal=world.rehearsal)
     listed = nightshift("status", job, "--store", store).stdout
-    assert run in listed
-    assert "published" in listed
+    assert [len(re.findall(word, listed)) for word in (run, "published", "published sample")] == [1, 2, 1]
     assert "3 submitted" in nightshift("report", job, run, "--store", store).stdout
     assert "No runs yet" in nightshift("status", job, "--store", f"file://{world.folder}/empty").stderr
     assert nightshift("report", job, "0" * 16, "--store", store).returncode == 2
@@ -292,6 +299,28 @@ def test_an_address_without_v1_is_told_and_leaves_a_report(world):
     [report] = (world.folder / "store").glob("runs/*/*/report.html")
     assert "Not known: the run ended before" in report.read_text()
     assert "adds up" not in report.read_text()
+
+
+def test_an_address_that_is_none_is_told_before_a_run_begins(world):
+    uri, store = world.write("a.jsonl", reviews(3)), f"file://{world.folder}/store"
+    done = nightshift("run", file_of(world), "--input", uri, "--store", store, rehearsal=world.rehearsal, OPENAI_BASE_URL="127.0.0.1:9")
+    assert (done.returncode, "OPENAI_BASE_URL" in done.stderr) == (2, True), done.stderr
+    assert [path for path in (world.folder / "store").rglob("*") if path.is_file()] == []
+
+
+def test_what_a_run_waits_for_is_told_at_once(world):
+    world.rehearsal.faults(create_500=1)
+    uri, store = world.write("a.jsonl", reviews(3)), f"file://{world.folder}/store"
+    done = nightshift("run", file_of(world), "--input", uri, "--store", store, rehearsal=world.rehearsal)
+    assert (done.returncode, "looking again: " in done.stderr) == (0, True), done.stderr
+
+
+@pytest.mark.parametrize("stream", ["1>&-", "2>&-", "1>&- 2>&-"])
+def test_a_closed_stream_stops_nothing(world, stream):
+    uri, store = world.write("a.jsonl", reviews(3)), f"file://{world.folder}/store"
+    command = f"{sys.executable} -m nightshift.cli run {file_of(world)} --input {uri} --store {store} {stream}"
+    assert subprocess.run(["sh", "-c", command], env=environment(world.rehearsal), timeout=120).returncode == 0
+    assert list((world.folder / "store").glob("results/*/*/_manifest.json"))
 
 
 def test_a_full_disk_is_told_in_a_line():

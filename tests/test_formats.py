@@ -107,6 +107,7 @@ def test_F15_a_line_without_end_is_one_bad_row():
         pytest.param(parquet(id=["1"], text=["a"]), "jsonl", None, "Parquet file under another name", id="parquet under another name"),
         pytest.param(parquet(id=["1"], txt=["a"]), "parquet", None, "no column 'text'; did you mean 'txt'?", id="parquet without a column"),
         pytest.param(b"id,txt\n1,a\n", "csv", None, "no column 'text'; did you mean 'txt'?", id="csv without a column"),
+        pytest.param(b"id;text\n1;a\n", "csv", None, "are its columns parted by ';', where a comma", id="csv with semicolons"),
         pytest.param(
             b'id,text\n1,a\n2,"open\n3,b\n4,c\n', "csv", None, "a quote that opens in the row at line 3", id="csv quote never closed"
         ),

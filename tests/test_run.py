@@ -26,6 +26,7 @@ from nightshift.errors import (
     QuotaExhausted,
     RequestTooLarge,
 )
+from nightshift.progress import latest
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.rehearsal.served import free_port
 from nightshift.runs import Site
@@ -343,6 +344,11 @@ def test_input_that_holds_no_row_is_held_with_a_report(world):
     assert (summary.state, summary.rows) == ("held", 0)
 
 
+def test_an_empty_object_is_told_as_one(world):
+    with pytest.raises(InputMissing, match=r"what matches it is empty \(.*in\.jsonl\)"):
+        go(world, world.job(), world.write("in.jsonl", b""))
+
+
 def test_a_request_that_fits_no_batch_is_told_before_anything_is_sent(world):
     with pytest.raises(RequestTooLarge, match=r"max_length under input\.require"):
         go(world, world.job(request={"limits": {"max_bytes": 600}}), world.write("in.jsonl", [{"id": "a", "text": "x" * 400, "stars": 1}]))
@@ -356,6 +362,8 @@ def test_the_budget_and_the_approval_stop_before_anything_is_sent(world):
     with pytest.raises(ApprovalNeeded):
         go(world, world.job(policy={"approve_above_usd": 0}), uri, approved=False)
     assert world.rehearsal.bill()["batches"] == 0
+    reports = [world.site.store.get_shape(run.key("summary.json"), Summary) for run in latest(world.site.store, "reviews", 2)]
+    assert [(each.state, each.cost_usd.actual) for each in reports] == [("failed", 0), ("failed", 0)], "it is known that nothing was sent"
     assert go(world, world.job(policy={"approve_above_usd": 0}), uri).published
 
 

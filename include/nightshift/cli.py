@@ -7,7 +7,6 @@ from nightshift.lean import leave  # isort: skip  first of all: what it sets is 
 import getpass
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from datetime import UTC, date, datetime, time, timedelta
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ import typer
 from rich.table import Table
 
 from nightshift import __version__
-from nightshift.errors import InputMissing, JobInvalid, NightshiftError
+from nightshift.errors import RUNS_ARE_LISTED, InputMissing, JobInvalid, NightshiftError, Transient
 from nightshift.job import Job, Policy, job_schema
 from nightshift.job_file import find_job, load_job, load_jobs, read_prompt, redriven, vary
 from nightshift.money.prices import farewells, price_at
@@ -62,6 +61,9 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except (NightshiftError, OSError) as error:  # OSError: a disk that is full, a folder that may not be written
+        if "--json" in sys.argv:
+            told = {"published": False, "error": type(error).__name__, "problem": str(error), "transient": isinstance(error, Transient)}
+            typer.echo(orjson.dumps(told).decode())
         people.print(f"[bold red]{type(error).__name__}[/]", end=" ")
         people.print(str(error), markup=False, soft_wrap=True)
         leave(error.exit_code if isinstance(error, NightshiftError) else 1)
@@ -274,11 +276,12 @@ def status(job: JobArgument, store: StoreOption = None, last: Annotated[int, typ
     for run in latest(objects, _job_name(job, settings), last):
         summary = objects.get_shape(run.key("summary.json"), Summary)
         if summary is None:
-            table.add_row(f"{run.input.label} ({run.input.run})", state_of(run))
+            begun = f"begun {run.input.started_at:%Y-%m-%d %H:%M}"
+            table.add_row(f"{run.input.label} ({run.input.run})", state_of(run), run.input.partition, "", "", "", "", begun)
         else:
             table.add_row(
                 f"{summary.label} ({summary.run})",
-                summary.state,
+                f"{summary.state} sample" if summary.sample else summary.state,
                 summary.partition,
                 f"{summary.rows:,}",
                 f"{summary.outcomes['succeeded']:,}",
@@ -308,7 +311,7 @@ def report(
     folder = run_folder(_job_name(job, settings), run)
     summary = objects.get_shape(f"{folder}/summary.json", Summary)
     if summary is None:
-        raise InputMissing(objects.uri_of(folder), "there is no such run, or it has not ended")
+        raise InputMissing(objects.uri_of(folder), "there is no such run, or it has not ended", RUNS_ARE_LISTED)
     objects.put(f"{folder}/report.html", render_report(summary).encode())
     show_summary(summary, output)
 
@@ -377,37 +380,25 @@ def periodic(
 def rehearse(
     state: Annotated[Path, typer.Option(help="folder of the server's state; it goes on from there")] = Path(".nightshift/rehearsal"),
     host: Annotated[str, typer.Option()] = "127.0.0.1",
-    port: Annotated[int, typer.Option()] = 8790,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8790,
     key: Annotated[str, typer.Option(help="the API key that it accepts")] = "sk-rehearsal",
     pace: Annotated[list[str] | None, typer.Option(help="seconds, such as running=5 or window=60")] = None,
     fault: Annotated[list[str] | None, typer.Option(help="faults, such as errored=0.05 or create_500_after_accept=1")] = None,
 ) -> None:
     """Serve the providers' APIs on this machine: no key, no cloud, a small real model, a bill, a menu of faults."""
     try:
-        import uvicorn
-
-        from nightshift.rehearsal.bedrock_server import ACCESS_KEY
-        from nightshift.rehearsal.engine import Pace
-        from nightshift.rehearsal.faults import Faults
-        from nightshift.rehearsal.server import build_app
+        from nightshift.rehearsal.served import serve_until_stopped
     except ImportError as error:
         raise JobInvalid(
             [f"The rehearsal server needs its extra ({error.name} is missing): pip install 'nightshift[rehearsal]'"]
         ) from error
-    try:
-        faults = Faults.model_validate(_pairs(fault))
-        paced = Pace(**{name: float(value) for name, value in _pairs(pace).items()})
-    except (ValueError, TypeError) as error:
-        known = f"Pace: {', '.join(each.name for each in fields(Pace))}\nFaults: {', '.join(Faults.model_fields)}"
-        raise JobInvalid([f"{error}\n{known}"]) from error
-    people.print(
-        f"Rehearsing OpenAI at http://{host}:{port}/v1 with key {key}, Bedrock at http://{host}:{port} with access key {ACCESS_KEY}; "
-        f"bill at http://{host}:{port}/rehearsal/bill",
-        highlight=False,
-        soft_wrap=True,
-    )
-    uvicorn.run(
-        build_app(state, key=key, pace=paced, faults=faults), host=host, port=port, log_level="warning", timeout_graceful_shutdown=3
+    serve_until_stopped(
+        state,
+        (host, port),
+        key=key,
+        paces=_pairs(pace),
+        faults=_pairs(fault),
+        told=lambda said: people.print(said, highlight=False, soft_wrap=True),
     )
 
 
@@ -461,7 +452,7 @@ def _day(text: str, option: str) -> datetime:
         raise JobInvalid([f"{option} {text}: expected a date such as 2026-11-22"]) from error
 
 
-def _pairs(given: list[str] | None) -> dict[str, Any]:
+def _pairs(given: list[str] | None) -> dict[str, str]:
     pairs = (pair.partition("=") for pair in given or [])
     return {name: value if equals else "1" for name, equals, value in pairs}
 

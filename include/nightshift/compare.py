@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nightshift.errors import InputMissing
+from nightshift.errors import RUNS_ARE_LISTED, InputMissing
 from nightshift.overviews import Comparison, Example, Field, FieldChange, Side
 from nightshift.pages import render_comparison
 from nightshift.partitions import MANIFEST, Manifest, results_folder
@@ -53,8 +53,8 @@ def _parts(site: Site, run: Run, folder: Path, name: str) -> str:
     """The run's published parts on local disk, as DuckDB names a list of files."""
     manifest = site.store.get_shape(f"{results_folder(run)}/{MANIFEST}", Manifest)
     if manifest is None or manifest.made_from != run.made_from:
-        why = "it has published nothing, or its partition was published anew since; run it again with a sample"
-        raise InputMissing(run.uri, why)
+        why = "it has published nothing, or its partition was published anew since"
+        raise InputMissing(run.uri, why, "Run it again with a sample: samples stay.")
     keys = [f"{results_folder(run)}/{part.name}" for part in manifest.parts]
     paths = [site.store.download(key, folder / f"{name}-{number}.parquet") for number, key in enumerate(keys)]
     return "[" + ", ".join(f"'{path}'" for path in paths) + "]"
@@ -63,7 +63,7 @@ def _parts(site: Site, run: Run, folder: Path, name: str) -> str:
 def _side(site: Site, run: Run, answered: int) -> Side:
     summary = site.store.get_shape(run.key("summary.json"), Summary)
     if summary is None:
-        raise InputMissing(run.uri, "it has not come to its end")
+        raise InputMissing(run.uri, "it has not come to its end", RUNS_ARE_LISTED)
     return Side(
         run=run.input.run,
         label=run.input.label,

@@ -124,10 +124,11 @@ def _settle(site: Site, run: Run, shard: str, watcher: Watcher, stop: Event, har
             watcher.shard(shard, held)
             _sleep(stop, min(max(held.seconds_left, 1.0), 30.0))
             continue
-        except Transient:
+        except Transient as error:
             failures += 1
             if failures == TRANSIENT_TRIES:
                 raise
+            watcher.shard(shard, error)
             _sleep(stop, TRANSIENT_PAUSE_SECONDS * 2 ** (failures - 1))
             continue
         if settled is not None:

@@ -69,12 +69,17 @@ class JobInvalid(Permanent):
         super().__init__("\n".join(self.problems))
 
 
-class InputMissing(Permanent):
-    """Nothing to read at the given URI."""
+RUNS_ARE_LISTED = "`nightshift status JOB` lists its runs."
 
-    def __init__(self, uri: str, why: str = "no object matches it") -> None:
+
+class InputMissing(Permanent):
+    """Nothing to read at the given URI. `advice`: what to do about it."""
+
+    def __init__(
+        self, uri: str, why: str = "no object matches it", advice: str = "Check the bucket, the key and the pattern; nothing was sent."
+    ) -> None:
         self.uri = uri
-        super().__init__(f"Nothing to read at {uri}: {why}. Check the bucket, the key and the pattern; nothing was sent.")
+        super().__init__(f"Nothing to read at {uri}: {why}. {advice}")
 
 
 class BucketMissing(Permanent):

@@ -39,6 +39,7 @@ SUFFIXES: dict[str, Format] = {
 }  # fmt: skip
 PACKED: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 ARROW_TYPES = {str: "string", int: "int64", float: "float64", bool: "bool"}  # that hold each value of a Python type as it is
+OTHER_DELIMITERS = (";", "\t", "|")  # of what calls itself CSV
 FILE_COLUMNS = ("uri", "name", "size", "etag")  # of a row that is an object of its own
 
 
@@ -141,7 +142,10 @@ def count_rows(file: IO[bytes], uri: str) -> int:
 def missing_column(uri: str, name: str, known: Sequence[str]) -> InputUnreadable:
     """The error for a column that a whole file lacks."""
     close = difflib.get_close_matches(name, known, n=1)
+    other = next((mark for mark in OTHER_DELIMITERS if len(known) == 1 and mark in known[0]), None)
     hint = f"; did you mean {close[0]!r}?" if close else ""
+    if other:
+        hint = f"; are its columns parted by {other!r}, where a comma is expected?"
     return InputUnreadable(uri, f"it has no column {name!r}{hint} (columns: {', '.join(known)})")
 
 

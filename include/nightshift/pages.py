@@ -129,6 +129,11 @@ def usd(value: float | Decimal | None) -> str:
     return f"${value:,.2f}" if value >= 1 else f"${value:.4f}"
 
 
+def plural(count: int, one: str, many: str | None = None) -> str:
+    """So many of something: 1 shard, 2 shards."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
 @cache
 def _template(name: str) -> Template:
     env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

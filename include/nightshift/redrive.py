@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from nightshift.errors import CountsDisagree, InputMissing
+from nightshift.errors import RUNS_ARE_LISTED, CountsDisagree, InputMissing
 from nightshift.job import Job, Policy
 from nightshift.join import join, reconcile, settled
 from nightshift.packing import IN_FLIGHT, REQUESTS, estimate_shards, freeze, groups, mark_answered, mark_in_flight, wanted_of, whole_lines
@@ -34,7 +34,7 @@ def find_run(store: Objects, name: str) -> Run:
     for folder in store.folders("runs"):
         if store.head(f"{folder}/{name}/input.json") is not None:
             return load_run(store, store.uri_of(f"{folder}/{name}"))
-    raise InputMissing(store.uri_of("runs"), f"no run is called {name}; `nightshift status JOB` lists them")
+    raise InputMissing(store.uri_of("runs"), f"no run is called {name}", RUNS_ARE_LISTED)
 
 
 def begin_redrive(
@@ -42,10 +42,13 @@ def begin_redrive(
 ) -> Run:
     """Begin to drive a run's failures again, or find it begun. `policy`: in place of that of the first run.
 
-    Raises InputMissing where the first run has not come as far as its outcomes.
+    Raises InputMissing where the first run has not come as far as its outcomes, and where none of its rows ended in one of these.
     """
-    if site.store.get_shape(original.key("assembled.json"), Assembled) is None:
-        raise InputMissing(original.uri, "its outcomes are not known yet: let it come to its end first")
+    assembled = site.store.get_shape(original.key("assembled.json"), Assembled)
+    if assembled is None:
+        raise InputMissing(original.uri, "its outcomes are not known yet", "Let it come to its end first.")
+    if not any(assembled.outcomes[outcome] for outcome in outcomes):
+        raise _nothing_to_drive(original, outcomes)
     job = original.job
     if policy is not None and policy != job.spec.policy:
         job = Job(
@@ -67,6 +70,10 @@ def begin_redrive(
         redrive=Redrive(run=original.input.run, outcomes=tuple(outcomes)),
     )
     return Run(site.store, site.store.settle(f"{run_folder(job.name, run)}/input.json", begun))
+
+
+def _nothing_to_drive(original: Run, outcomes: Sequence[Outcome]) -> InputMissing:
+    return InputMissing(original.uri, f"none of its rows ended as {' or '.join(outcomes)}", "There is nothing to drive again.")
 
 
 def draft_redrive(site: Site, run: Run) -> Plan:
@@ -97,7 +104,7 @@ def draft_redrive(site: Site, run: Run) -> Plan:
         counts = dict(database.execute("SELECT coalesce(known, ''), count(*) FROM requests GROUP BY 1").fetchall())
     submitted, adopted = counts.get("", 0), counts.get(IN_FLIGHT, 0)
     if not counts:
-        raise InputMissing(original.uri, f"none of its rows ended as {' or '.join(redrive.outcomes)}, so there is nothing to drive again")
+        raise _nothing_to_drive(original, redrive.outcomes)
     own = [settled(site, shard).answers for shard in before.shards]
     return before.model_copy(
         update={
@@ -120,8 +127,8 @@ def _check_kept(database: duckdb.DuckDBPyConnection, plan: Plan, original: Run) 
     try:
         reconcile(database, plan)
     except CountsDisagree as error:
-        why = f"not all of its answers are kept any more ({error}) Run the job again in place of a redrive"
-        raise InputMissing(original.uri, why) from error
+        why = f"not all of its answers are kept any more ({str(error).rstrip('.')})"
+        raise InputMissing(original.uri, why, "Run the job again in place of a redrive.") from error
 
 
 def _choose(database: duckdb.DuckDBPyConnection, outcomes: Sequence[Outcome]) -> None:
@@ -147,7 +154,7 @@ def _gather_lines(site: Site, folder: Path, database: duckdb.DuckDBPyConnection)
                         places.append((key, end, len(line), facts.request_bytes // facts.request_count))
                         end += len(line)
             if len(places) < len(chosen):
-                raise InputMissing(site.store.uri_of(requests_key(shard)), "it no longer holds all of its requests; run the job again")
+                raise InputMissing(site.store.uri_of(requests_key(shard)), "it no longer holds all of its requests", "Run the job again.")
             found = wanted_of(places)
             database.execute("INSERT INTO requests SELECT key, start, size, weight, NULL FROM found")
             del found

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from nightshift.errors import NightshiftError, ShardHeld
-from nightshift.pages import MEANING, measured_on, stated, usd
+from nightshift.pages import MEANING, measured_on, plural, stated, usd
 from nightshift.shapes import OUTCOMES, Plan, Settled, Summary
 
 if TYPE_CHECKING:
@@ -20,8 +20,16 @@ if TYPE_CHECKING:
     from nightshift.overviews import Comparison
     from nightshift.providers.protocol import Snapshot
 
-people = Console(stderr=True, highlight=False)  # what happens on the way
-output = Console(highlight=False, width=None if sys.stdout.isatty() else 200)  # what a command was asked for; nobody folds a pipe
+PIPE_WIDTH = 200
+
+
+def _width(stream: TextIO | None) -> int | None:
+    """A terminal tells its own; nobody folds a pipe, and a stream that was closed is none."""
+    return None if stream is not None and stream.isatty() else PIPE_WIDTH
+
+
+people = Console(stderr=True, highlight=False, width=_width(sys.stderr))  # what happens on the way
+output = Console(highlight=False, width=_width(sys.stdout))  # what a command was asked for
 
 
 def show_summary(summary: Summary, console: Console = people) -> None:
@@ -31,12 +39,14 @@ def show_summary(summary: Summary, console: Console = people) -> None:
     else:
         console.print(_outcome_table(summary))
     counts, cost = summary.requests, summary.cost_usd
-    batches = f" in {summary.batches} {'batch' if summary.batches == 1 else 'batches'}" if summary.batches else ""
+    batches = f" in {plural(summary.batches, 'batch', 'batches')}" if summary.batches else ""
     console.print(
         f"\nrequests  {counts.submitted:,} {'to submit' if summary.state == 'failed' else 'submitted'}{batches}, {counts.reused:,} reused, "
         f"{counts.adopted:,} adopted, {counts.duplicates:,} duplicates; {summary.paid:,} answers paid for",
         soft_wrap=True,
     )
+    if summary.taken_over:
+        console.print(f"          {summary.taken_over:,} of the adopted were sent by this run: nobody else had", soft_wrap=True)
     if counts.submitted == 0 and summary.paid == 0:
         console.print("          nothing had to be paid for: every request is answered, or in flight, elsewhere")
     console.print(f"cost      {usd(cost.actual)}, estimated {usd(cost.estimated)}, saved {usd(cost.saved)}")
@@ -91,8 +101,8 @@ def plan_table(drafted: Plan) -> Table:
         ("duplicates", f"{drafted.duplicates:,}", "rows that ask what another row asks"),
         ("requests", f"{drafted.unique:,}", "distinct"),
         ("  reused", f"{drafted.reused:,}", "answered and paid for earlier"),
-        ("  adopted", f"{drafted.adopted:,}", "in flight in another run"),
-        ("  to submit", f"{drafted.submitted:,}", f"in {len(drafted.shards) - len(drafted.adopted_shards)} shards"),
+        ("  adopted", f"{drafted.adopted:,}", "in another run's shards: it pays for them, unless it dies before it sends them"),
+        ("  to submit", f"{drafted.submitted:,}", f"in {plural(len(drafted.own_shards), 'shard')}"),
         ("input tokens", f"{estimate.input_tokens:,}", measured_on(estimate)),
         ("output tokens", f"{estimate.output_tokens:,}", f"at most {estimate.output_tokens_max:,}"),
         ("cost", usd(estimate.usd), f"{stated(estimate).partition(', ')[2]}"),

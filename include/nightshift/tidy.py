@@ -126,7 +126,8 @@ def forget(site: Site, job: str, ids: Collection[str]) -> Forgotten:
     plans = {folder: plan for folder in site.store.folders(f"runs/{job}") if (plan := _plan(site, folder))}
     keys = _requests_of(site, plans.values(), ids)
     if not keys:
-        raise InputMissing(site.store.uri_of(f"runs/{job}"), f"no run has asked anything about {', '.join(sorted(ids))}")
+        why = f"no run has asked anything about {', '.join(sorted(ids))}"
+        raise InputMissing(site.store.uri_of(f"runs/{job}"), why, "An id is taken as it stands in the input.")
     for folder in under_way(site.store, f"runs/{job}"):
         if folder in plans and _requests_of(site, [plans[folder]], ids):
             raise RowInUse(site.store.uri_of(folder))

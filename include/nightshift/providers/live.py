@@ -96,7 +96,7 @@ class OpenAIApi:
         import openai
 
         key = self._access.api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY
-        return openai.OpenAI(api_key=key, base_url=self._access.base_url, default_headers=dict(self._access.headers))
+        return openai.OpenAI(api_key=key, base_url=self._access.address, default_headers=dict(self._access.headers))
 
     @property
     def where(self) -> str:

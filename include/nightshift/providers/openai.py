@@ -7,7 +7,9 @@ idempotency for `batches.create` and by default repeats it up to three times, so
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from nightshift.errors import (
     BatchRejected,
     BatchUnknown,
     DownloadIncomplete,
+    JobInvalid,
     ModelNotFound,
     ProviderUnavailable,
     QuotaExhausted,
@@ -69,6 +72,15 @@ class OpenAIAccess:
     headers: tuple[tuple[str, str], ...] = ()
     http_client: httpx2.Client | None = None  # None: the SDK's own; another one for a proxy, or to see what goes over the wire
 
+    @property
+    def address(self) -> str | None:
+        """The base URL, as the SDK takes it. Raises JobInvalid where it is none: every call would fail as if the server were away."""
+        given = self.base_url or os.environ.get("OPENAI_BASE_URL")
+        if given is not None and not re.match(r"https?://[^/\s]+", given):
+            expected = "expected http://… or https://…; it is OPENAI_BASE_URL, in Airflow the connection's host"
+            raise JobInvalid([f"{given!r} is no address of an API: {expected}"])
+        return given
+
 
 class OpenAIBatches:
     """The provider `openai`."""
@@ -92,7 +104,7 @@ class OpenAIBatches:
             try:
                 self._sdk = openai.OpenAI(
                     api_key=self._access.api_key,
-                    base_url=self._access.base_url,
+                    base_url=self._access.address,
                     default_headers=dict(self._access.headers),
                     http_client=self._access.http_client,
                 )

@@ -35,15 +35,17 @@ def pin(site: Site, job: Job, patterns: str | Sequence[str]) -> Pinned:
     Raises InputMissing where nothing matches (of several patterns some may match nothing any more), and InputUnreadable where a format
     cannot be told or a Parquet footer is broken.
     """
-    pinned: dict[str, PinnedObject] = {}
+    pinned, empty = dict[str, PinnedObject](), list[str]()
     are_rows = job.spec.input.format == "files"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         bucket, key_pattern = site.open_input(pattern)
-        found = [item for item in matching(bucket, key_pattern) if (item.size or are_rows) and not item.key.endswith("/")]
-        for item in sorted(found, key=lambda item: item.key):
+        found = [item for item in matching(bucket, key_pattern) if not item.key.endswith("/")]
+        empty += [item.key for item in found if not (item.size or are_rows)]
+        for item in sorted((item for item in found if item.size or are_rows), key=lambda item: item.key):
             pinned.setdefault(bucket.uri_of(item.key), _pinned(bucket, item, job))
     if not pinned:
-        raise InputMissing(patterns if isinstance(patterns, str) else ", ".join(patterns))
+        wanted = patterns if isinstance(patterns, str) else ", ".join(patterns)
+        raise InputMissing(wanted, f"what matches it is empty ({', '.join(empty[:3])})") if empty else InputMissing(wanted)
     return Pinned(objects=tuple(pinned.values()))
 
 

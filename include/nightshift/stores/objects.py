@@ -31,7 +31,7 @@ from obstore.store import LocalStore, MemoryStore, from_url
 from pydantic import ValidationError
 
 from nightshift.aws import default_session, make_client
-from nightshift.errors import AccessDenied, BucketMissing, InputChanged, InputMissing, LedgerCorrupt, StoreUnavailable
+from nightshift.errors import AccessDenied, BucketMissing, InputChanged, InputMissing, JobInvalid, LedgerCorrupt, StoreUnavailable
 from nightshift.shapes import Wire
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ WHOLE_BYTES = 16 << 20  # of an object that is read in one request
 PARTS_AT_ONCE = 2  # of a large upload, 5 MiB each: the next is made while one is under way
 CLIENT = {"timeout": "120s", "connect_timeout": "5s"}
 RETRY = {"max_retries": 5}
+SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "https", "http")  # that obstore opens, beside local folders
 NO_BUCKET = "NoSuchBucket"
 DENIED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "AccessDenied", "403 Forbidden", "401 Unauthorized")
 
@@ -260,6 +261,8 @@ def open_objects(uri: str, session: boto3.Session | None = None, s3_config: Mapp
         return Objects(uri, LocalStore(folder))
     if parts.scheme == "memory":
         return Objects(uri, MemoryStore())
+    if parts.scheme not in SCHEMES:
+        raise JobInvalid([f"{uri}: expected s3://bucket/…, file:///folder/…, or one of {', '.join(f'{each}://' for each in SCHEMES[1:])}"])
     options: Any = {**CLIENT, "allow_http": True}
     with _translated(uri):
         config: Any = _s3_config(session, s3_config) if parts.scheme == "s3" else {}

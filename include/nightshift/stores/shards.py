@@ -20,6 +20,7 @@ from nightshift.stores.ledger import Attempt, Claim
 from nightshift.stores.objects import Buffer, Objects
 
 KEY_BYTES = 32
+WAS_REMOVED = "Was it removed by hand, or by a lifecycle rule of the bucket?"
 READ_ROWS = 256  # of answers in words, which may be long
 Hold = Callable[[str | None], str | None]
 Keys = npt.NDArray[np.bytes_]  # 32 bytes each
@@ -95,7 +96,7 @@ def open_answers(objects: Objects, shard: str, attempt: int) -> pq.ParquetFile:
     """The answers of one attempt, to be read in parts. Raises InputMissing."""
     file = objects.read(answers_key(shard, attempt))
     if file is None:
-        raise InputMissing(objects.uri_of(answers_key(shard, attempt)), "the ledger says that it was written")
+        raise InputMissing(objects.uri_of(answers_key(shard, attempt)), "the ledger says that it was written", WAS_REMOVED)
     return pq.ParquetFile(file, pre_buffer=False)
 
 
@@ -132,7 +133,7 @@ def frozen_keys(objects: Objects, shard: str) -> bytes:
     """The request keys of a shard one after another, 32 bytes each, in the order of its lines."""
     data = objects.get(keys_key(shard))
     if data is None:
-        raise InputMissing(objects.uri_of(keys_key(shard)), "a frozen shard has it")
+        raise InputMissing(objects.uri_of(keys_key(shard)), "a frozen shard has it", WAS_REMOVED)
     if len(data) % KEY_BYTES:
         raise LedgerCorrupt(keys_key(shard), f"{len(data)} bytes are no whole number of keys")
     return data
