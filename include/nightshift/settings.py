@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def read_settings(env: Mapping[str, str] = os.environ) -> Settings:
         report_to=tuple(each.strip() for each in env.get("NIGHTSHIFT_REPORT_TO", "").split(",") if each.strip()),
         monthly_budget_usd=_dollars(env, "NIGHTSHIFT_MONTHLY_BUDGET_USD"),
         prices=Path(prices) if prices else None,
-        scratch=Path(scratch) if scratch else None,
+        scratch=_folder(scratch, "NIGHTSHIFT_SCRATCH") if scratch else None,
     )
 
 
@@ -66,9 +67,18 @@ def _named(text: str, name: str) -> tuple[tuple[str, str], ...]:
 
 def _seconds(env: Mapping[str, str], name: str) -> float:
     try:
-        return float(env.get(name, "30"))
+        found = float(env.get(name, "30"))
     except ValueError as error:
         raise JobInvalid([f"{name}={env[name]!r}: expected a number of seconds"]) from error
+    if not 0 < found < math.inf:
+        raise JobInvalid([f"{name}={env[name]!r}: expected a number of seconds above 0"])
+    return found
+
+
+def _folder(text: str, name: str) -> Path:
+    if any(mark in text for mark in "*?["):
+        raise JobInvalid([f"{name}={text!r}: expected a folder without *, ? and [, which DuckDB would read as a pattern"])
+    return Path(text)
 
 
 def _width(text: str) -> int:

@@ -121,10 +121,17 @@ def test_a_run_of_few_shards_has_a_chain_for_each():
     assert chains(["a", "b"], 64) == ["a", "b"]
 
 
-@pytest.mark.parametrize("said", ["0", "-1", "many", "1.5", ""])
-def test_a_width_that_is_none_is_refused_and_named(said):
-    with pytest.raises(JobInvalid, match="NIGHTSHIFT_WIDTH"):
-        read_settings({"NIGHTSHIFT_WIDTH": said})
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        *(("NIGHTSHIFT_WIDTH", said) for said in ("0", "-1", "many", "1.5", "")),
+        *(("NIGHTSHIFT_POLL_SECONDS", said) for said in ("0", "-1", "often", "inf", "nan")),
+        ("NIGHTSHIFT_SCRATCH", "/scratch/a[1]"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_and_named(name, said):
+    with pytest.raises(JobInvalid, match=name):
+        read_settings({name: said})
 
 
 @pytest.fixture
