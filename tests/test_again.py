@@ -26,7 +26,7 @@ from nightshift.steps.plan import plan
 from nightshift.steps.submit import submit
 from nightshift.steps.wait import pauses
 from nightshift.stores.answers import Reservation
-from nightshift.stores.shards import pending
+from nightshift.stores.shards import pending, read_answers, request_keys
 from nightshift.tidy import forget
 from tests.conftest import World, make_world, reviews
 
@@ -417,6 +417,21 @@ def test_a_redrive_whose_answers_are_not_all_kept_is_told_before_it_pays(world):
     with pytest.raises(InputMissing, match="not all of its answers are kept"):
         again(world, first, "invalid")
     assert world.rehearsal.bill()["requests"] == 20
+
+
+def test_each_shard_of_a_redrive_knows_what_became_of_its_own_requests(world):
+    world.rehearsal.faults(invalid=0.6)
+    small = {"retry": {"invalid": 0}, "publish_at_least": 0, "max_requests_per_shard": 40}
+    first = go(world, world.job(policy=small), world.write("a.jsonl", reviews(100)))
+    world.rehearsal.faults()
+    policy = world.job(policy={**small, "max_requests_per_shard": 25, "retry": {"invalid": 1}}).spec.policy
+    second = again(world, first, "invalid", policy=policy)
+    assert second.outcomes["succeeded"] == 100
+    [redrive] = [run for run in latest(world.site.store, "reviews", 9) if run.input.redrive]
+    shards = approved_plan(redrive).own_shards
+    seeds = [set(read_answers(world.site.store, shard, 0, ["request_key"]).column("request_key").to_pylist()) for shard in shards]
+    assert seeds == [set(request_keys(world.site.store, shard)) for shard in shards]
+    assert (sum(map(len, seeds)), len(seeds)) == (first.outcomes["invalid"], -(-first.outcomes["invalid"] // 25))
 
 
 # ---- adopted shards

@@ -11,7 +11,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nightshift.arrow import row_groups
 from nightshift.job import Job
 
 GROUP_ROWS = 1 << 20  # in a row group of answers in words: all of a shard
@@ -127,13 +126,12 @@ def write_answers(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def kept_lines(file: pq.ParquetFile, kept: npt.NDArray[np.bool_]) -> Iterator[pa.Table]:
-    """The lines of an answers file that are kept, in tables that memory holds, of which none is empty."""
-    seen = 0
-    for table in row_groups(file):
-        left = table.filter(pa.array(kept[seen : seen + table.num_rows]))
-        seen += table.num_rows
-        if left.num_rows:
-            yield left
+    """The lines of an answers file that are kept, in tables that memory holds; row groups without any are not read."""
+    end = 0
+    for group in range(file.num_row_groups):
+        start, end = end, end + file.metadata.row_group(group).num_rows
+        if kept[start:end].any():
+            yield file.read_row_group(group, use_threads=False).filter(pa.array(kept[start:end]))
 
 
 def _repeating(fields: Iterable[pa.Field], above: str = "") -> Iterator[str]:

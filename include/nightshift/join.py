@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import duckdb
 
 
+KEEP_SIDES = "SET disabled_optimizers = 'join_order,build_side_probe_side'"  # what is held is the rows, never the long answers
+
+
 def settled(site: Site, shard: str) -> Settled:
     """The last word on a planned shard. Raises CountsDisagree where there is none."""
     found = site.ledger.settled(shard)

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from nightshift.arrow import whole
 from nightshift.errors import JobInvalid
@@ -27,7 +26,7 @@ from nightshift.runs import Site
 from nightshift.shapes import PAID_OUTCOMES, Estimate, Outcome, ProviderName, Shard, Variant
 from nightshift.stores.answers import AnswerStore
 from nightshift.stores.objects import Objects
-from nightshift.stores.shards import KEY_BYTES, keep_shard, key_bytes, request_keys, seed_of, shard_key, whom
+from nightshift.stores.shards import keep_shard, key_bytes, read_answers, request_keys, shard_key, whom
 
 if TYPE_CHECKING:
     import duckdb
@@ -155,9 +154,8 @@ def estimate_shards(store: Objects, job: Job, shards: Iterable[Shard]) -> Estima
     """What shards cost, as their requests are asked: anew, or again in the way that each says; in batches, or on demand."""
     estimates, measured = list[Estimate](), measured_before(store, job)
     for shard in shards:
-        seed = seed_of(store, shard)
-        again = [] if seed is None else map(Variant.model_validate_json, seed.column("again").to_pylist())
-        variants = bought(Counter(again) or Counter({Variant(): shard.request_count}), shard)
+        again = read_answers(store, shard.key, 0, ["again"]).column("again").to_pylist() if shard.seeded else []
+        variants = bought(Counter(map(Variant.model_validate_json, again)) or Counter({Variant(): shard.request_count}), shard)
         estimates += estimate_variants(job, variants, shard, measured)
     return sum_estimates(job, estimates)
 
@@ -182,13 +180,13 @@ def freeze(
     *,
     least: int,
     salt: str = "",
-    before: pa.Table | None = None,
+    before: Path | None = None,
     keep: bool = True,
 ) -> Shard:
     """Make a group a shard, once: one that is there already is the same shard.
 
-    `before`: what became of its requests, where it drives them again, and how each is asked now (`again`). A shard that is
-    settled is never sent again, so what is still wanted of it (its failures) becomes a shard of another name.
+    `before`: an answers file of what became of its requests and how each is asked now (`again`), where it drives them again. A shard
+    that is settled is never sent again, so what is still wanted of it (its failures) becomes a shard of another name.
     """
     keys = key_bytes(group.column("key"))
     shard = Shard(
@@ -203,17 +201,8 @@ def freeze(
         seeded=before is not None,
     )
     if keep and site.store.get_shape(f"shards/{shard.key}/shard.json", Shard) is None:
-        keep_shard(site.store, shard, _gather(lines, group), keys, _seed(lines.path, before, group))
+        keep_shard(site.store, shard, _gather(lines, group), keys, before)
     return shard
-
-
-def _seed(spool: Path, before: pa.Table | None, group: pa.Table) -> Path | None:
-    if before is None:
-        return None
-    path = spool.with_name("seed.parquet")
-    asked = pc.is_in(before.column("request_key"), group.column("key").cast(pa.binary(KEY_BYTES)))
-    pq.write_table(before.filter(asked), path, compression="zstd")
-    return path
 
 
 def _unsettled_key(site: Site, keys: bytes, salt: str) -> str:

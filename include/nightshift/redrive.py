@@ -10,22 +10,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from nightshift.arrow import in_groups
+from nightshift.columns import kept_lines, write_answers
 from nightshift.errors import RUNS_ARE_LISTED, CountsDisagree, InputMissing
 from nightshift.job import Job, Policy
-from nightshift.join import join, reconcile, settled
+from nightshift.join import KEEP_SIDES, join, reconcile, settled
 from nightshift.packing import IN_FLIGHT, REQUESTS, estimate_shards, freeze, groups, mark_answered, mark_in_flight, wanted_of, whole_lines
 from nightshift.runs import Redrive, Run, RunInput, Site, approved_plan, check_models, load_run, run_folder, salt_of
 from nightshift.shapes import Assembled, Outcome, Plan, Variant
 from nightshift.stores.answers import seen
-from nightshift.stores.database import open_database
+from nightshift.stores.database import literals, open_database
 from nightshift.stores.objects import Objects
-from nightshift.stores.shards import key_of_line, requests_key
+from nightshift.stores.shards import READ_ROWS, key_of_line, requests_key
 
 if TYPE_CHECKING:
     import duckdb
 
+GROUP_BYTES = 4 << 20  # in a row group of what is driven again: some copies of one are in memory
 MENDED: tuple[Outcome, ...] = ("succeeded",)  # what another run, or another redrive, may have made of a failure
 
 
@@ -90,14 +95,15 @@ def draft_redrive(site: Site, run: Run) -> Plan:
     with site.scratch() as folder, open_database(Path(folder)) as database:
         join(site, job, Path(folder), database, before)
         _check_kept(database, before, original)
-        _choose(database, redrive.outcomes)
+        database.execute(KEEP_SIDES)
+        failed = _choose(database, job, redrive.outcomes, Path(folder))
         lines = whole_lines(_gather_lines(site, Path(folder), database))
         files = answers.files()
         mended = mark_answered(database, answers, files, job.spec.stand_ins, MENDED)
         adopted_shards = mark_in_flight(site, database, in_flight)
         shards, limits = [], site.limits(job)
         for group in groups(database, job.spec.policy, limits, lines):
-            seed = _seed(database, job, group.column("key").to_pylist())
+            seed = _seed(database, failed, group)
             shards.append(
                 freeze(site, job.spec.request, before.fingerprint, lines, group, least=limits.least, salt=salt_of(run), before=seed)
             )
@@ -131,12 +137,26 @@ def _check_kept(database: duckdb.DuckDBPyConnection, plan: Plan, original: Run) 
         raise InputMissing(original.uri, why, "Run the job again in place of a redrive.") from error
 
 
-def _choose(database: duckdb.DuckDBPyConnection, outcomes: Sequence[Outcome]) -> None:
-    """The last word on every request that is driven again, as the table `failed`."""
-    database.execute(
-        "CREATE TABLE failed AS SELECT * FROM answers WHERE list_contains(?, outcome)",
-        [list(outcomes)],
-    )
+def _choose(database: duckdb.DuckDBPyConnection, job: Job, outcomes: Sequence[Outcome], folder: Path) -> Path:
+    """The last word on every request that is driven again, and how it is asked now, in a local file; its keys as the table `failed`."""
+    path = folder / "failed.parquet"
+    found = database.sql(f"SELECT * EXCLUDE (again) FROM answers WHERE outcome IN ({literals(outcomes)})").to_arrow_reader(READ_ROWS)
+    with write_answers(path, found.schema.append(pa.field("again", pa.string()))) as writer:
+        for lines in in_groups(found, GROUP_BYTES):
+            writer.write_table(lines.append_column("again", _again(job, lines)))
+    rows = f"read_parquet('{path}', file_row_number = true)"
+    database.execute(f"CREATE TABLE failed AS SELECT request_key, shard, file_row_number AS place FROM {rows}")
+    return path
+
+
+def _again(job: Job, lines: pa.Table) -> pa.Array:
+    """How requests are asked again, by what became of each."""
+    retry = job.spec.policy.retry
+    variants = [
+        retry.variant(line["outcome"], Variant(model=line["stand_in"], max_output_tokens=line["token_limit"]), job.token_limit)
+        for line in lines.select(["outcome", "stand_in", "token_limit"]).to_pylist()
+    ]
+    return pa.array([variant.model_dump_json(exclude_defaults=True) for variant in variants], pa.string())
 
 
 def _gather_lines(site: Site, folder: Path, database: duckdb.DuckDBPyConnection) -> Path:
@@ -161,16 +181,14 @@ def _gather_lines(site: Site, folder: Path, database: duckdb.DuckDBPyConnection)
     return spool
 
 
-def _seed(database: duckdb.DuckDBPyConnection, job: Job, keys: Sequence[bytes]) -> pa.Table:
-    """What became of some requests, with how each is asked now."""
-    found = pa.table({"request_key": pa.array(keys, pa.binary(32))})
-    table: pa.Table = database.sql("SELECT failed.* EXCLUDE (again) FROM failed SEMI JOIN found USING (request_key)").to_arrow_table()
+def _seed(database: duckdb.DuckDBPyConnection, failed: Path, group: pa.Table) -> Path:
+    """What became of the requests of a group, in a file of their own."""
+    found = group.select(["key"])
+    places = database.sql("SELECT place FROM failed SEMI JOIN found ON request_key = key").fetchnumpy()["place"]
     del found
-    asked_as = table.select(["outcome", "stand_in", "token_limit"]).to_pylist()
-    again = [
-        job.spec.policy.retry.variant(
-            line["outcome"], Variant(model=line["stand_in"], max_output_tokens=line["token_limit"]), job.token_limit
-        ).model_dump_json(exclude_defaults=True)
-        for line in asked_as
-    ]
-    return table.append_column("again", pa.array(again, pa.string()))
+    with pq.ParquetFile(failed) as file, write_answers(path := failed.with_name("seed.parquet"), file.schema_arrow) as writer:
+        kept = np.zeros(file.metadata.num_rows, bool)
+        kept[places] = True
+        for lines in kept_lines(file, kept):
+            writer.write_table(lines)
+    return path

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from nightshift.budgets import Budget, budgets_of
+from nightshift.columns import kept_lines, write_answers
 from nightshift.errors import ApprovalNeeded, BudgetExceeded
 from nightshift.packing import ANSWERED, IN_FLIGHT, estimate_shards, freeze, mark_answered, mark_in_flight, wanted_of, whole_lines
 from nightshift.pages import measured_on, stated, usd
@@ -24,7 +26,7 @@ from nightshift.shapes import PAID_OUTCOMES, Outcome, Plan, Shard
 from nightshift.stores.accounts import Account
 from nightshift.stores.answers import Reservation, seen
 from nightshift.stores.database import open_database
-from nightshift.stores.shards import key_of_line, request_keys, requests_key, seed_of
+from nightshift.stores.shards import key_of_line, open_answers, request_keys, requests_key
 
 if TYPE_CHECKING:
     import duckdb
@@ -187,10 +189,19 @@ def _without_known(site: Site, run: Run, folder: Path, database: duckdb.DuckDBPy
             start += len(line)
     if not places:
         return None
-    before = seed_of(site.store, shard)
-    return freeze(
-        site, run.job.spec.request, shard.fingerprint, lines, wanted_of(places), least=shard.least, salt=salt_of(run), before=before
-    )
+    group = wanted_of(places)
+    before = _seed(site, shard, group, folder / "seed.parquet") if shard.seeded else None
+    return freeze(site, run.job.spec.request, shard.fingerprint, lines, group, least=shard.least, salt=salt_of(run), before=before)
+
+
+def _seed(site: Site, shard: Shard, group: pa.Table, path: Path) -> Path:
+    """What became before of some of the requests that a shard drives again, as an answers file."""
+    with open_answers(site.store, shard.key, 0) as file, write_answers(path, file.schema_arrow) as writer:
+        keys = file.read(["request_key"], use_threads=False).column("request_key")
+        kept = pc.is_in(keys, group.column("key").cast(keys.type))
+        for lines in kept_lines(file, kept.to_numpy()):
+            writer.write_table(lines)
+    return path
 
 
 def question(run: Run, plan: Plan, *, with_sample: bool = True) -> str:

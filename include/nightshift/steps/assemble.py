@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from nightshift.columns import answers_schema, rows_at_once
 from nightshift.errors import CountsDisagree
 from nightshift.job import Job
-from nightshift.join import join, reconcile, settled
+from nightshift.join import KEEP_SIDES, join, reconcile, settled
 from nightshift.ordering import in_blocks, in_order
 from nightshift.runs import Run, Site
 from nightshift.shapes import OUTCOMES, Assembled, Outcome, Plan, Settled
@@ -42,7 +42,7 @@ def assemble(site: Site, run: Run, plan: Plan) -> Assembled:
         join(site, run.job, Path(folder), database, plan)
         reconcile(database, plan)
         outcomes = _outcomes(database)
-        database.execute("SET disabled_optimizers = 'join_order,build_side_probe_side'")  # what is held is the rows, never the long answers
+        database.execute(KEEP_SIDES)
         parts = _stage(site, run, Path(folder), database.sql(_succeeded_query(run.job)), plan.rows, "staged")
         quarantine = _stage(site, run, Path(folder), database.sql(_quarantine_query(run.job)), plan.rows, "quarantine")
         reasons = _reasons(database)

@@ -119,11 +119,6 @@ def _apart(keys: bytes) -> list[bytes]:
     return [keys[start : start + KEY_BYTES] for start in range(0, len(keys), KEY_BYTES)]
 
 
-def seed_of(objects: Objects, shard: Shard) -> pa.Table | None:
-    """What became of a shard's requests before it drives them again, one line per request; None where it asks them first."""
-    return read_answers(objects, shard.key, 0) if shard.seeded else None
-
-
 def request_keys(objects: Objects, shard: str) -> list[bytes]:
     """The request keys of a shard, in the order of its lines; a shard holds at most one batch's worth."""
     return _apart(frozen_keys(objects, shard))
