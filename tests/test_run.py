@@ -440,13 +440,15 @@ def test_drift_is_measured_against_the_last_published_run(world):
 
 def test_the_report_is_one_page_that_asks_nothing_of_the_network(world):
     world.rehearsal.faults(refused=0.2)
-    job = world.job(report={"charts": ["sentiment", "confidence"]}, policy={"publish_at_least": 0.1})
+    suite = [{"type": "expect_column_values_to_be_between", "kwargs": {"column": "confidence", "min_value": 0, "max_value": 1}}]
+    job = world.job(report={"charts": ["sentiment", "confidence"]}, policy={"publish_at_least": 0.1}, suite=suite)
     summary = go(world, job, world.write("in.jsonl", [*reviews(30), {"id": "<script>alert(1)</script>", "text": "", "stars": 1}]))
     page = world.site.store.get(world.site.store.key_of(summary.report)).decode()
     assert "<script" not in page
     assert "http" not in page.replace("http-equiv", "").replace(summary.report, "")
     assert "adds up to the rows read" in page
     assert f"{summary.outcomes['refused']:,}" in page
+    assert "min_value 0, max_value 1" in page
 
 
 def test_nulls_never_reach_the_model_through_a_filter(world):

@@ -182,6 +182,7 @@ class Check(Wire):
 
     expectation: str
     column: str | None
+    bounds: str = ""  # its other arguments, for people
     severity: Literal["critical", "warning", "info"]
     success: bool
     unexpected: int | None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 EXAMPLES = 5
+BOUNDS_SHOWN = 120  # characters of what an expectation asks for
+UNTOLD = ("column", "severity", "meta", "notes", "description")  # of its arguments
 PLACE = "place"  # of an expectation among others, noted in what Great Expectations keeps with it: results come in an order of their own
 ROWS_AT_ONCE, BYTES_AT_ONCE = 50_000, 4 << 20  # pandas and Great Expectations take several times as much
 SORT_MEMORY = "64MB"  # beside Great Expectations; what does not fit is sorted on local disk, of short rows only
@@ -235,12 +238,20 @@ class _Seen:
         return Check(
             expectation=self.expectation.type,
             column=self.expectation.column,
+            bounds=_bounds(self.expectation),
             severity=self.expectation.severity,
             success=self.success,
             unexpected=self.unexpected,
             examples=tuple(self.examples),
             detail=self.detail,
         )
+
+
+def _bounds(expectation: Expectation) -> str:
+    """What an expectation asks for, beside its column: its arguments, cut short."""
+    named = ((name, value) for name, value in expectation.kwargs.items() if name not in UNTOLD and value is not None)
+    told = ", ".join(f"{name} {orjson.dumps(value, default=str).decode()}" for name, value in named)
+    return told if len(told) <= BOUNDS_SHOWN else f"{told[:BOUNDS_SHOWN]}…"
 
 
 def run_suite(expectations: Sequence[Expectation], parts: Parts, id_column: str) -> tuple[Check, ...]:
