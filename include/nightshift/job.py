@@ -315,7 +315,9 @@ class Figure(Section):
 class ReportSpec(Section):
     """What the report shows beside the counts."""
 
-    drift: list[str] = Field(default_factory=list, description="answer fields compared with the last published run")
+    drift: list[str] = Field(
+        default_factory=list, description="answer fields compared with the last published run: 0 spread alike, 1 nothing in common"
+    )
     charts: list[str] = Field(default_factory=list, description="columns drawn as distributions")
     figures: list[Figure] = Field(default_factory=list, description="figures of the periodic report: {title, value, by, share}")
 
