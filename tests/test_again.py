@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nightshift.drive import begin, begin_again, drive
-from nightshift.errors import BatchLost, BatchUnknown, BudgetExceeded, InputMissing, JobInvalid, ShardHeld
+from nightshift.errors import BatchLost, BatchUnfinished, BatchUnknown, BudgetExceeded, InputMissing, JobInvalid, ShardHeld
 from nightshift.job import RETRYABLE
 from nightshift.job_file import redriven
 from nightshift.progress import latest
@@ -269,7 +269,7 @@ def test_F46_one_look_that_does_not_find_the_batch_is_forgotten_once_another_doe
     with pytest.raises(BatchUnknown):
         collect(world.site, run, shard)
     assert world.site.ledger.attempts(shard)[0].unknown
-    with pytest.raises(Exception, match="is still"):
+    with pytest.raises(BatchUnfinished, match="is still"):
         collect(world.site, run, shard)
     assert world.site.ledger.attempts(shard)[0].unknown is None
 

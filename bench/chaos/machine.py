@@ -34,7 +34,7 @@ from nightshift.steps.plan import plan
 from nightshift.steps.publish import publish
 from nightshift.steps.submit import submit
 from nightshift.stores.ledger import LEASE
-from nightshift.stores.objects import Objects
+from nightshift.stores.objects import Done, Objects
 
 NOON = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 ROWS = 14
@@ -142,18 +142,9 @@ class Watched(Objects):
         super().__init__("memory://", store)
         self._life = life
 
-    def create(self, key: str, data: bytes) -> bool:
+    def _change(self, verb: str, key: str, act: Callable[[], Done]) -> Done:
         self._life.effect()
-        return super().create(key, data)
-
-    def put(self, key: str, data: bytes | Path) -> None:
-        self._life.effect()
-        super().put(key, data)
-
-    def delete(self, keys: list[str]) -> None:
-        if keys:
-            self._life.effect()
-        super().delete(keys)
+        return super()._change(verb, key, act)
 
 
 class InMemory:

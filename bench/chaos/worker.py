@@ -34,7 +34,7 @@ from nightshift.providers.live import LiveServer, OpenAIApi
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.providers.protocol import Provider
 from nightshift.runs import Site, utc_now
-from nightshift.stores.objects import Objects, open_input, open_objects
+from nightshift.stores.objects import Done, Objects, open_input, open_objects
 
 NAMED_ANEW = re.compile(r"^(live/[^/]+|bedrock/[^/]+/out)/.+")  # what has another name in every life
 
@@ -61,7 +61,7 @@ class Effects:
     def __init__(self, log: Path, die_at: str | None) -> None:
         self._log, self._die_at, self._seen = log.open("a"), die_at, {}
 
-    def around(self, name: str, act: Callable[[], Any]) -> Any:
+    def around(self, name: str, act: Callable[[], Done]) -> Done:
         """Do something to the world, unless death comes before it or right after it."""
         named = self._name(name)
         self._at(f"before {named}")
@@ -96,15 +96,9 @@ class MortalObjects(Objects):
         super().__init__(objects.uri, objects._store)
         self._effects = effects
 
-    def create(self, key: str, data: bytes) -> bool:
-        return bool(self._effects.around(f"create {key}", lambda: super(MortalObjects, self).create(key, data)))
-
-    def put(self, key: str, data: bytes | Path) -> None:
-        self._effects.around(f"put {_same(key)}", lambda: super(MortalObjects, self).put(key, data))
-
-    def delete(self, keys: list[str]) -> None:
-        if keys:
-            self._effects.around(f"delete {_same(keys[0])}", lambda: super(MortalObjects, self).delete(keys))
+    def _change(self, verb: str, key: str, act: Callable[[], Done]) -> Done:
+        name = key if verb == "create" else _same(key)
+        return self._effects.around(f"{verb} {name}", lambda: super(MortalObjects, self)._change(verb, key, act))
 
 
 def mortal_client(effects: Effects) -> httpx2.Client:

@@ -137,7 +137,7 @@ def _high(estimate: Estimate) -> Decimal:
 def _refuse_full(site: Site, shard: str, budget: Budget, found: Booked | Full, usd: Decimal) -> None:
     if isinstance(found, Full):
         if _may_pass(found, site.now()):
-            raise ShardHeld(shard, f"{budget.name}: until others in flight are paid", site.poll_seconds)
+            raise ShardHeld(shard, f"{budget.name} has no room until others in flight are paid", site.poll_seconds)
         raise BudgetExceeded(usd, budget.limit, budget.name, found.total)
 
 

@@ -12,6 +12,7 @@ NightshiftError
 │   ├── ModelNotFound             the provider does not offer this model
 │   ├── RequestTooLarge           one request alone is over the limit for a whole batch
 │   ├── BatchRejected             the provider refused the batch; nothing ran
+│   │   └── CallRefused           it refused a call, and so took no batch
 │   ├── ShardsFailed              shards that share a task with others cannot be settled
 │   ├── BatchLost                 the provider no longer knows a batch that it took from us
 │   ├── WrongPlace                a shard was sent elsewhere than this connection leads
@@ -31,7 +32,7 @@ NightshiftError
     ├── StoreUnavailable          the object store did not answer
     ├── DownloadIncomplete        fewer bytes came than the provider announced
     ├── RowInUse                  a run under way counts on the answer that is to be forgotten
-    ├── ShardHeld                 another attempt is at this shard right now
+    ├── ShardHeld                 a shard waits: for who is at it, for the provider's queue, or for room in a budget
     ├── SubmissionInDoubt         a create call was sent and its answer never came
     └── Interrupted               stopped in the middle; the same call goes on from there
 """
@@ -153,6 +154,14 @@ class BatchRejected(Permanent):
         shown = "; ".join(self.reasons[:3]) or "no reason given"
         more = f" (and {len(self.reasons) - 3} more)" if len(self.reasons) > 3 else ""
         super().__init__(f"The provider rejected batch {batch_id}: {shown}{more}. Nothing ran and nothing is billed.")
+
+
+class CallRefused(BatchRejected):
+    """The provider refused a call, and so no batch came of it."""
+
+    def __init__(self, where: str, why: str) -> None:
+        self.batch_id, self.reasons = "", (why,)
+        Permanent.__init__(self, f"{where} refused the call: {why.rstrip('.')}. Nothing ran and nothing is billed.")
 
 
 class ShardsFailed(Permanent):
@@ -320,11 +329,11 @@ class RowInUse(Transient):
 
 
 class ShardHeld(Transient):
-    """Another attempt holds a fresh claim on this shard."""
+    """A shard cannot be sent now: somebody is at it, the provider's queue is full, or a budget has no room yet."""
 
-    def __init__(self, shard: str, owner: str, seconds_left: float) -> None:
-        self.shard, self.owner, self.seconds_left = shard, owner, seconds_left
-        super().__init__(f"Shard {shard[:12]} is being submitted by {owner}; its claim lapses in {seconds_left:.0f} s.")
+    def __init__(self, shard: str, why: str, seconds_left: float) -> None:
+        self.shard, self.why, self.seconds_left = shard, why, seconds_left
+        super().__init__(f"Shard {shard[:12]} waits: {why}. Looked at again in {seconds_left:.0f} s.")
 
 
 class SubmissionInDoubt(Transient):

@@ -192,7 +192,7 @@ class _Trouble:
         self._told: set[str] = set()
 
     def tell(self, error: NightshiftError) -> None:
-        what = error.owner if isinstance(error, ShardHeld) else str(error)
+        what = error.why if isinstance(error, ShardHeld) else str(error)
         if what not in self._told:
             self._told.add(what)
             people.print(f"looking again: {error}", style="dim", markup=False, soft_wrap=True)

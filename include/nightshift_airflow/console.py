@@ -1,18 +1,18 @@
 # FastAPI reads the annotations of what is defined here: no `from __future__ import annotations`.
 """The console: tabs in Airflow's UI that show a run's progress, cost and reuse, and its report once it is written."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity
 from airflow.api_fastapi.core_api.security import requires_access_dag
-from fastapi import Depends, FastAPI, Query
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.responses import HTMLResponse
 
 from nightshift.errors import NightshiftError
 from nightshift.pages import render_progress
 from nightshift.progress import latest, progress_of
 from nightshift.runs import Run, load_run
-from nightshift.stores.objects import Objects
 from nightshift_airflow.site import folder_of, open_store
 
 LATEST = 60  # runs of a job that its tab shows
@@ -27,11 +27,7 @@ def build_app() -> FastAPI:
 
     @app.get("/runs", dependencies=allowed, response_class=HTMLResponse)
     def runs(dag_id: Annotated[str, Query()]) -> Any:
-        return _page(
-            f"{dag_id}: latest runs",
-            "No run of this DAG has begun, or it is no Nightshift job.",
-            lambda store: latest(store, dag_id, LATEST),
-        )
+        return _page(f"{dag_id}: latest runs", latest(open_store(), dag_id, LATEST), NO_RUNS)
 
     @app.get("/run", dependencies=allowed, response_class=HTMLResponse)
     def run(dag_id: Annotated[str, Query()], run_id: Annotated[str, Query()]) -> Any:
@@ -40,18 +36,16 @@ def build_app() -> FastAPI:
         report = store.get(f"{folder}/report.html")
         if report is not None:
             return HTMLResponse(report)
-        return _page(run_id, NOTHING, lambda store: _one(store, folder))
+        begun = store.head(f"{folder}/input.json") is not None
+        return _page(run_id, [load_run(store, store.uri_of(folder))] if begun else [], NOTHING)
+
+    @app.exception_handler(NightshiftError)
+    def unavailable(request: Request, error: NightshiftError) -> HTMLResponse:
+        return HTMLResponse(render_progress("Nightshift", [], str(error)), status_code=503)
 
     return app
 
 
-def _one(store: Objects, folder: str) -> list[Run]:
-    return [load_run(store, store.uri_of(folder))] if store.head(f"{folder}/input.json") else []
-
-
-def _page(title: str, otherwise: str, find: Any) -> HTMLResponse:
-    try:
-        found = [progress_of(run) for run in find(open_store())]
-    except NightshiftError as error:
-        return HTMLResponse(render_progress(title, [], str(error)), status_code=503)
+def _page(title: str, runs: Iterable[Run], otherwise: str) -> HTMLResponse:
+    found = [progress_of(run) for run in runs]
     return HTMLResponse(render_progress(title, found, "" if found else otherwise))

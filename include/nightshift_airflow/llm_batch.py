@@ -138,7 +138,7 @@ class BedrockBatchAdapter(BatchAdapter):
         for attempt in search.doubtful:
             self._check_place(attempt)
         if not self._site.ledger.take_lease(name, search.lapsed, Lease(owner=self._site.owner, since=self._site.now())):
-            raise ShardHeld(name, "another worker", LEASE.total_seconds())
+            raise ShardHeld(name, "another worker holds its claim", LEASE.total_seconds())
         tokens = {attempt.claim.token: attempt.number for attempt in search.doubtful}
         receipt = self._client.find(list(tokens), search.doubtful[0].claim.claimed_at)
         return None if receipt is None else self._site.ledger.record_receipt(name, tokens[receipt.token], receipt)
@@ -160,7 +160,7 @@ class BedrockBatchAdapter(BatchAdapter):
             asked=count,
         )
         if not ledger.claim(name, number, claim):
-            raise ShardHeld(name, "another worker", LEASE.total_seconds())
+            raise ShardHeld(name, "another worker holds its claim", LEASE.total_seconds())
         with refusals_recorded(self._site, name, number, count, attempts):
             holding = Holding(self._site, name, Attempt(number=number, claim=claim))
             receipt = self._client.create(uploaded, model, token, labels, holding)

@@ -15,14 +15,14 @@ RETRY_DELAY = timedelta(seconds=20)  # doubles
 
 
 class ByErrorClass(RetryPolicy):
-    """Permanent: fail now. Held by another worker: come back when its claim lapses. Anything else: Airflow's own backoff."""
+    """Permanent: fail now. Held: come back when that may be over. Anything else: Airflow's own backoff."""
 
     def evaluate(self, exception: BaseException, try_number: int, max_tries: int, context: Any = None) -> RetryDecision:
         """See RetryPolicy; runs in the worker."""
         if isinstance(exception, Permanent):
             return RetryDecision.fail(f"{type(exception).__name__}: somebody has to mend something first")
         if isinstance(exception, ShardHeld):
-            return RetryDecision.retry(timedelta(seconds=max(exception.seconds_left, 1.0)), "another worker holds the claim")
+            return RetryDecision.retry(timedelta(seconds=max(exception.seconds_left, 1.0)), exception.why)
         return RetryDecision.default()
 
     def serialize(self) -> dict[str, Any]:

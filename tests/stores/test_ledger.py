@@ -58,7 +58,7 @@ TAKEN_OVER = Lease(owner="worker 2", since=LATER)
     ("attempts", "now", "move"),
     [
         pytest.param([], NOON, Send(1), id="never seen"),
-        pytest.param([attempt()], NOON, Hold(NOON + LEASE, "worker 1"), id="in hand"),
+        pytest.param([attempt()], NOON, Hold(NOON + LEASE, "worker 1 holds its claim"), id="in hand"),
         pytest.param([attempt()], LATER, Search(2, attempt(), (attempt(),)), id="died between claim and receipt"),
         pytest.param([attempt(), attempt(2)], LATER, Search(3, attempt(2), (attempt(), attempt(2))), id="the searcher died as well"),
         pytest.param([attempt(taken=True)], LATER, Attach(attempt(taken=True), receipt()), id="taken by the provider"),
@@ -89,7 +89,12 @@ TAKEN_OVER = Lease(owner="worker 2", since=LATER)
             Search(3, attempt(2), (attempt(2),)),
             id="only attempts in doubt are searched for",
         ),
-        pytest.param([attempt(leases=(TAKEN_OVER,))], LATER, Hold(LATER + LEASE, "worker 2"), id="its lease was renewed or taken over"),
+        pytest.param(
+            [attempt(leases=(TAKEN_OVER,))],
+            LATER,
+            Hold(LATER + LEASE, "worker 2 holds its claim"),
+            id="its lease was renewed or taken over",
+        ),
         pytest.param(
             [attempt(leases=(TAKEN_OVER,))],
             LATER + LEASE,

@@ -68,8 +68,8 @@ def submit(site: Site, run: Run, shard: str) -> Receipt | None:
             return _find(site, run, shard, search) or _send(site, run, shard, number, attempts)
         case Send(attempt=number):
             if not attempts and not may_pay(site, run, shard):
-                owner = "the run that has reserved it (what it costs does not fit into what this run may spend unasked)"
-                raise ShardHeld(shard, owner, OWNER_PAUSE.total_seconds())
+                why = "the run that has reserved it is to send it (what it costs does not fit into what this run may spend unasked)"
+                raise ShardHeld(shard, why, OWNER_PAUSE.total_seconds())
             return _send(site, run, shard, number, attempts)
 
 
@@ -124,7 +124,7 @@ def _find(site: Site, run: Run, shard: str, search: Search) -> Receipt | None:
         providers[attempt.claim.provider] = open_where(site, run, shard, attempt)
         places.setdefault(attempt.claim.provider, []).append(attempt)
     if not site.ledger.take_lease(shard, search.lapsed, Lease(owner=site.owner, since=site.now())):
-        raise ShardHeld(shard, "another worker", LEASE.total_seconds())
+        raise ShardHeld(shard, "another worker holds its claim", LEASE.total_seconds())
     for name, attempts in places.items():
         tokens = {attempt.claim.token: attempt.number for attempt in attempts}
         receipt = providers[name].find(list(tokens), attempts[0].claim.claimed_at)
@@ -143,7 +143,7 @@ def _send(site: Site, run: Run, shard: str, number: int, attempts: list[Attempt]
         uploaded = provider.upload(claim.token, path)
         claim = claim.model_copy(update={"claimed_at": site.now()})
         if not site.ledger.claim(shard, number, claim):
-            raise ShardHeld(shard, "another worker", LEASE.total_seconds())
+            raise ShardHeld(shard, "another worker holds its claim", LEASE.total_seconds())
         labels = {"shard": shard[:12], "job": run.job.name, "attempt": str(number), "work": work_of(shard, claim)}
         with refusals_recorded(site, shard, number, claim.asked, attempts):
             holding = Holding(site, shard, Attempt(number=number, claim=claim))
@@ -229,7 +229,7 @@ def refusals_recorded(site: Site, shard: str, attempt: int, count: int, before: 
         settle_attempts(site, shard, site.ledger.attempts(shard))
         if is_stuck(before, site.now()):
             raise
-        raise ShardHeld(shard, "the provider's full queue", QUEUE_PAUSE.total_seconds()) from error
+        raise ShardHeld(shard, "the provider's queue is full", QUEUE_PAUSE.total_seconds()) from error
     except (Permanent, Transient) as error:
         ended = Ended(how="refused", status="refused", ended_at=site.now(), remaining=count, reasons=(str(error)[:500],))
         site.ledger.record_end(shard, attempt, ended)

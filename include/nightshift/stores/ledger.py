@@ -165,7 +165,7 @@ def next_move(attempts: Sequence[Attempt], *, now: datetime) -> Move:
             return Hold(until, "the provider's queue is full") if now < until else Send(last.number + 1)
         return Send(last.number + 1)
     if now < last.lapses_at:
-        return Hold(last.lapses_at, last.holder)
+        return Hold(last.lapses_at, f"{last.holder} holds its claim")
     return Search(last.number + 1, last, tuple(attempt for attempt in attempts if attempt.receipt is None and attempt.ended is None))
 
 

@@ -1,15 +1,15 @@
 """The object store behind one small interface: S3, GCS, Azure and local folders through obstore.
 
-Objects are created, found, read, and (results only) replaced; never edited. A failed look never means "not there":
-only the store's own 404 does.
+Objects are created, found and read, and a few that say what stands now are replaced; none is edited. A failed look never means
+"not there": only the store's own 404 does.
 """
 
 from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore as AnyStore
 
 Shape = TypeVar("Shape", bound=Wire)
+Done = TypeVar("Done")
 Buffer = bytes | memoryview
 READ_AHEAD = 4 << 20  # bytes per request of a sequential read: large enough that round trips vanish, small enough to stay flat
 WHOLE_BYTES = 16 << 20  # of an object that is read in one request
@@ -78,22 +79,23 @@ class Objects:
 
     def create(self, key: str, data: bytes | Path) -> bool:
         """Write an object that must not exist yet (`If-None-Match: *`). False: somebody else's is there."""
-        with _translated(self.uri_of(key)):
+
+        def write() -> bool:
             try:
                 obstore.put(self._store, key, data, mode="create", use_multipart=False)
             except (AlreadyExistsError, PreconditionError):
                 return False
-        return True
+            return True
+
+        return self._change("create", key, write)
 
     def put(self, key: str, data: bytes | Path) -> None:
         """Write or replace an object. For content-addressed names and the one manifest that commits a partition."""
-        with _translated(self.uri_of(key)):
-            obstore.put(self._store, key, data, max_concurrency=PARTS_AT_ONCE)
+        self._change("put", key, lambda: obstore.put(self._store, key, data, max_concurrency=PARTS_AT_ONCE))
 
     def stream(self, key: str, pieces: Iterable[Buffer]) -> None:
         """Write or replace an object from pieces that are made on the way; readers see it when it is whole. Memory: some pieces."""
-        with _translated(self.uri_of(key)):
-            obstore.put(self._store, key, iter(pieces), max_concurrency=PARTS_AT_ONCE)
+        self._change("put", key, lambda: obstore.put(self._store, key, iter(pieces), max_concurrency=PARTS_AT_ONCE))
 
     def get(self, key: str) -> bytes | None:
         """The bytes of a small object, or None when the store says that there is none."""
@@ -168,17 +170,22 @@ class Objects:
 
     def copy(self, key: str, target: str) -> None:
         """Copy an object inside the store, which moves no byte through here; what stands at the target is replaced."""
-        with _translated(self.uri_of(key)):
-            obstore.copy(self._store, key, target)
+        self._change("put", target, lambda: obstore.copy(self._store, key, target))
 
     def delete(self, keys: list[str]) -> None:
         """Remove objects; those that are gone already do not matter."""
+
+        def remove() -> None:
+            with suppress(NotFoundError, FileNotFoundError):
+                obstore.delete(self._store, keys)
+
         if keys:
-            with _translated(self.uri):
-                try:
-                    obstore.delete(self._store, keys)
-                except (NotFoundError, FileNotFoundError):
-                    return
+            self._change("delete", keys[0], remove)
+
+    def _change(self, verb: str, key: str, act: Callable[[], Done]) -> Done:
+        """Do what changes the store: everything that does goes through here. `verb`: create, put or delete; `key`: of the first object."""
+        with _translated(self.uri_of(key)):
+            return act()
 
     def download(self, key: str, path: Path) -> Path:
         """Stream an object into a local file."""
