@@ -89,11 +89,6 @@ def jinja_orjson(folder: Path, out: Path) -> None:
     _rendered(folder, out, lambda request: orjson.dumps(request))
 
 
-def jinja_json(folder: Path, out: Path) -> None:
-    """The usual way with the standard library: `template.render` and `json.dumps` per row."""
-    _rendered(folder, out, lambda request: json.dumps(request, ensure_ascii=False, separators=(",", ":")).encode())
-
-
 def _rendered(folder: Path, out: Path, dumps: Callable[[dict[str, Any]], bytes]) -> None:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -197,7 +192,7 @@ def copy(folder: Path, out: Path) -> None:
 
 
 YARDSTICKS: Sequence[Callable[[Path, Path], None]] = (
-    read, copy, preescaped, jinja_orjson, jinja_json, outer_typed, json_jsonschema,
+    read, copy, preescaped, jinja_orjson, outer_typed, json_jsonschema,
 )  # fmt: skip
 
 

@@ -71,6 +71,8 @@ def test_the_example_jobs_are_valid(path):
         pytest.param("name: reviews\n", "", "reviews.yaml:1: name: missing, but required", id="missing key"),
         pytest.param("s3://bucket/in", "bucket/in", "reviews.yaml:3: input.uri: expected a URI", id="no scheme"),
         pytest.param("min_length: 1", "min_lenght: 1", "reviews.yaml:6: input.require.text.min_lenght: unknown key; did you mean 'min_length'?", id="in a free name"),
+        pytest.param("keep: [stars]", "keep: [stars]\nreport: {figures: [{titel: x, value: 1}]}", "report.figures.0.titel: unknown key; did you mean 'title'?", id="in a list"),
+        pytest.param("name: reviews\n", "name: reviews\non_upload: {uri: 's3://b/i/*', queu: x}\n", "on_upload.queu: unknown key; did you mean 'queue'?", id="beside a short form"),
         pytest.param("min_length: 1", "min_length: many", "reviews.yaml:6: input.require.text.min_length", id="wrong type"),
         pytest.param("prompts/p.md", "prompts/q.md", "reviews.yaml:10: request.prompt: prompts/q.md: no such file; did you mean 'prompts/p.md'?", id="missing prompt"),
         pytest.param("keep: [stars]", "keep: [sentiment]", "reviews.yaml:13: output.keep: 'sentiment' is an input column and an answer field", id="name taken twice"),

@@ -11,7 +11,7 @@ from nightshift.pages import render_comparison
 from nightshift.partitions import MANIFEST, Manifest, results_folder
 from nightshift.runs import Run, Site, run_id
 from nightshift.shapes import Summary
-from nightshift.stores.database import open_database, quoted
+from nightshift.stores.database import literals, open_database, quoted
 from nightshift.stores.objects import dump_json
 
 if TYPE_CHECKING:
@@ -50,14 +50,14 @@ def compare(site: Site, old: Run, new: Run) -> Comparison:
 
 
 def _parts(site: Site, run: Run, folder: Path, name: str) -> str:
-    """The run's published parts on local disk, as DuckDB names a list of files."""
+    """The run's published parts on local disk, as they stand in SQL."""
     manifest = site.store.get_shape(f"{results_folder(run)}/{MANIFEST}", Manifest)
     if manifest is None or manifest.made_from != run.made_from:
         why = "it has published nothing, or its partition was published anew since"
         raise InputMissing(run.uri, why, "Run it again with a sample: samples stay.")
     keys = [f"{results_folder(run)}/{part.name}" for part in manifest.parts]
     paths = [site.store.download(key, folder / f"{name}-{number}.parquet") for number, key in enumerate(keys)]
-    return "[" + ", ".join(f"'{path}'" for path in paths) + "]"
+    return f"[{literals(paths)}]"
 
 
 def _side(site: Site, run: Run, answered: int) -> Side:

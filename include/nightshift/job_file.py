@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import orjson
 import yaml
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from nightshift.errors import JobInvalid
 from nightshift.formats import FILE_COLUMNS
-from nightshift.job import RETRYABLE, Expectation, Job, JobFile, Requirement
+from nightshift.job import RETRYABLE, Expectation, Job, JobFile
 from nightshift.prompts import PromptInvalid, parse_prompt
 from nightshift.providers.bedrock_forms import MAKERS_THAT_SEE, maker_of
 from nightshift.runs import interval_dates, prompt_key, render_dates
@@ -277,14 +277,17 @@ def _known_names(loc: tuple[str, ...]) -> list[str]:
     """The keys that the contract knows below a location of the job file."""
     model: type[BaseModel] = JobFile
     for part in loc:
-        found = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
-        if found is None:
-            return list(Requirement.model_fields)  # below a free name, such as a column of input.require
-        annotation: Any = found.annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            annotation = Requirement
-        model = annotation
+        field = next((each for name, each in model.model_fields.items() if part in (name, each.alias)), None)
+        if field is not None:  # else a place in a list, or a free name such as a column of input.require
+            model = _section_in(field.annotation) or model
     return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The mapping that a key's type holds, in a list, by free names, or beside a short form."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
 
 
 def _nearest(word: str, known: list[str]) -> str:

@@ -115,7 +115,7 @@ def _figures(site: Site, job: Job, summaries: list[Summary]) -> Iterator[tuple[F
             for figure in job.spec.report.figures:
                 yield _undrawn(job.name, figure, error), None
             return
-        database.execute(f"SET allowed_directories = ['{folder}']")  # a figure's SQL sees the results and nothing else
+        database.execute(f"SET allowed_directories = [{literals([folder])}]")  # a figure's SQL sees the results and nothing else
         database.execute("SET enable_external_access = false")
         database.execute("SET lock_configuration = true")
         for figure in job.spec.report.figures:

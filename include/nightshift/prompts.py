@@ -75,7 +75,6 @@ class Prompt:
 
     system: Part | None
     user: Part
-    front_matter: dict[str, Any]
     version: str  # 12 hex digits
 
     @property
@@ -115,7 +114,7 @@ def _refusing_null(filter_: Callable[..., Any]) -> Callable[..., Any]:
 def parse_prompt(source: str) -> Prompt:
     """A prompt from its file's text. Raises PromptInvalid with the line to mend."""
     source = source.replace("\r\n", "\n").removeprefix("\ufeff")
-    front, body, offset = _split_front_matter(source)
+    body, offset = _without_front_matter(source)
     env = environment()
     parts: dict[str, Part] = {}
     for role, text, line in _split_roles(body, offset):
@@ -129,7 +128,7 @@ def parse_prompt(source: str) -> Prompt:
     if not any(part.variables for part in parts.values()):
         raise PromptInvalid(offset + 1, "the prompt reads no column, so every row would ask the same; use {{ column }}")
     version = hashlib.sha256(source.encode()).hexdigest()[:12]
-    return Prompt(system=parts.get("system"), user=parts["user"], front_matter=front, version=version)
+    return Prompt(system=parts.get("system"), user=parts["user"], version=version)
 
 
 def _pieces(env: Environment, template: nodes.Template) -> Iterator[str | Printed | Rendered]:
@@ -185,17 +184,18 @@ def _said(template: Template, line: int) -> str:
     return said
 
 
-def _split_front_matter(source: str) -> tuple[dict[str, Any], str, int]:
+def _without_front_matter(source: str) -> tuple[str, int]:
+    """The text after the front matter, which is for people, and the number of lines before it."""
     found = FRONT_MATTER.match(source)
     if not found:
-        return {}, source, 0
+        return source, 0
     try:
         front = yaml.safe_load(found[1]) or {}
     except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
         raise PromptInvalid(1, f"front matter is not YAML: {error}") from error
     if not isinstance(front, dict):
         raise PromptInvalid(1, "front matter has to be a YAML mapping")
-    return front, source[found.end() :], found[0].count("\n")
+    return source[found.end() :], found[0].count("\n")
 
 
 def _split_roles(body: str, offset: int) -> list[tuple[str, str, int]]:

@@ -144,7 +144,7 @@ def _choose(database: duckdb.DuckDBPyConnection, job: Job, outcomes: Sequence[Ou
     with write_answers(path, found.schema.append(pa.field("again", pa.string()))) as writer:
         for lines in in_groups(found, GROUP_BYTES):
             writer.write_table(lines.append_column("again", _again(job, lines)))
-    rows = f"read_parquet('{path}', file_row_number = true)"
+    rows = f"read_parquet({literals([path])}, file_row_number = true)"
     database.execute(f"CREATE TABLE failed AS SELECT request_key, shard, file_row_number AS place FROM {rows}")
     return path
 

@@ -26,8 +26,8 @@ import orjson
 from nightshift.aws import default_session, make_client
 from nightshift.errors import (
     AccessDenied,
-    BatchRejected,
     BatchUnknown,
+    CallRefused,
     InputMissing,
     JobInvalid,
     ModelNotFound,
@@ -320,7 +320,7 @@ class BedrockJobs:
         try:
             with self._errors():
                 self._control.stop_model_invocation_job(jobIdentifier=batch_id)
-        except (BatchRejected, ProviderUnavailable):
+        except (CallRefused, ProviderUnavailable):
             self.poll(batch_id)
 
     def clean(self, token: str, batch_id: str | None) -> None:
@@ -429,11 +429,11 @@ def translated(where: str, passing: Sequence[str] = ()) -> Iterator[None]:
             raise QueueFull(where, message) from error
         if status in (408, 429) or status >= 500 or code in PASSING_CODES:
             raise ProviderUnavailable(where, f"{code}: {message}") from error
-        raise BatchRejected("-", [message]) from error
+        raise CallRefused(where, message) from error
     except credential_errors() as error:
         raise AccessDenied("AWS", f"{error} Set AWS_* variables or a profile; inside Airflow, the connection.") from error
     except ParamValidationError as error:
-        raise BatchRejected("-", [str(error).partition("\n")[2] or str(error)]) from error
+        raise CallRefused(where, str(error).partition("\n")[2] or str(error)) from error
     except BotoCoreError as error:
         raise ProviderUnavailable(where, f"{type(error).__name__}: {str(error)[:300]}") from error
 

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from nightshift.errors import (
     AccessDenied,
-    BatchRejected,
     BatchUnknown,
+    CallRefused,
     DownloadIncomplete,
     JobInvalid,
     ModelNotFound,
@@ -135,8 +135,8 @@ class OpenAIBatches:
             with path.open("rb") as file, self._errors():
                 return self._client.files.create(file=(f"nightshift-{token}.jsonl", file, "application/jsonl"), purpose="batch").id
         except openai.NotFoundError as error:
-            why = f"{self.where} has no files API ({_message(error)}); does the address of the API end in /v1?"
-            raise BatchRejected("-", [why]) from error
+            why = f"it has no files API ({_message(error)}); does the address of the API end in /v1?"
+            raise CallRefused(self.where, why) from error
 
     def create(
         self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool], window: timedelta = WINDOW
@@ -168,7 +168,7 @@ class OpenAIBatches:
                 metadata={TOKEN: token, **labels},
             )
         except openai.NotFoundError as error:
-            raise BatchRejected("-", [f"{self.where} has no batch API ({_message(error)})"]) from error
+            raise CallRefused(self.where, f"it has no batch API ({_message(error)})") from error
         except openai.APIStatusError as error:
             if error.status_code >= 500 or error.status_code == 408:
                 return look_after_doubt(self, token, started, error, self._sleep)
@@ -304,7 +304,7 @@ class OpenAIBatches:
         try:
             with self._errors():
                 self._client.batches.cancel(batch_id)
-        except (openai.NotFoundError, BatchRejected, ProviderUnavailable):
+        except (openai.NotFoundError, CallRefused, ProviderUnavailable):
             self.poll(batch_id)
 
     def clean(self, token: str, batch_id: str | None) -> None:
@@ -329,7 +329,7 @@ class OpenAIBatches:
         except openai.APIStatusError as error:
             if error.status_code >= 500 or error.status_code in (408, 409, 425):
                 raise ProviderUnavailable(self.where, f"HTTP {error.status_code}: {_message(error)}") from error
-            raise BatchRejected("-", [_message(error)]) from error
+            raise CallRefused(self.where, _message(error)) from error
         except openai.APIConnectionError as error:
             raise ProviderUnavailable(self.where, f"cannot connect ({error.__cause__ or error}).") from error
         except (openai.OpenAIError, httpx2.HTTPError, json.JSONDecodeError) as error:

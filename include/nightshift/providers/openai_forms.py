@@ -36,7 +36,6 @@ class Error(msgspec.Struct, gc=False):
 class Message(msgspec.Struct, gc=False):
     content: str | None = None
     refusal: str | None = None
-    tool_calls: list[Any] | None = None
 
 
 class Choice(msgspec.Struct, gc=False):
