@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 
 # Of glibc's mallopt; see `man mallopt`.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-LARGE, KEPT = (
-    32 << 20,
-    64 << 20,
-)  # bytes: what is mapped by itself, as large as glibc allows; and how much may lie free before it is returned
+# Bytes: what is mapped by itself, as large as glibc allows; and how much may lie free before it is returned.
+LARGE, KEPT = 32 << 20, 64 << 20
 
 
 class _Refusing:

@@ -219,7 +219,7 @@ class RetrySpec(Section):
     filtered: Retry = Retry(times=0)
     errored: Retry = Retry(times=2)
     expired: Retry = Retry(times=2)
-    cancelled: Retry = Field(Retry(times=2), description="stopped by a person, and then gone on with; not by the deadline")
+    cancelled: Retry = Field(Retry(times=2), description="cancelled by a person, and then resumed; not cancelled by the deadline")
     missing: Retry = Retry(times=2)
     lost: int = Field(0, ge=0, le=5, description="batches that the provider no longer knows; sending them again may pay twice")
 

@@ -27,9 +27,8 @@ class Settings:
     bedrock_role_arn: str | None  # NIGHTSHIFT_BEDROCK_ROLE_ARN, the role that Bedrock reads and writes S3 as
     bedrock_files: str | None  # NIGHTSHIFT_BEDROCK_FILES, the S3 folder of its requests and results; None = the store
     bedrock_events: str | None  # NIGHTSHIFT_BEDROCK_EVENTS, the URL of an SQS queue with its job events; None = waits only look
-    reports: tuple[
-        tuple[str, str], ...
-    ]  # NIGHTSHIFT_REPORTS, DAG id and cron of each periodic report: "periodic_report=@weekly; daily=@daily"
+    # NIGHTSHIFT_REPORTS, DAG id and cron of each periodic report: "periodic_report=@weekly; daily=@daily"
+    reports: tuple[tuple[str, str], ...]
     report_to: tuple[str, ...]  # NIGHTSHIFT_REPORT_TO, Airflow connections that periodic reports are sent to
     monthly_budget_usd: Decimal | None  # NIGHTSHIFT_MONTHLY_BUDGET_USD, outside Airflow: what all jobs of a connection may spend
     prices: Path | None  # NIGHTSHIFT_PRICES, a CSV file whose prices count in place of the table's

@@ -1,6 +1,6 @@
 """The model behind the rehearsal servers: VADER, a sentiment lexicon, answering in the JSON Schema that the request asks for.
 
-It is a lexicon and not an LLM: it reads the last user message, ignores instructions, and knows English only (other
+It is a lexicon and not an LLM: it reads the first user message, ignores instructions, and knows English only (other
 languages come out neutral). Embeddings are feature hashing of words and their pairs.
 """
 

@@ -1,8 +1,9 @@
 """The ledger: what was claimed, taken and ended for every attempt of a shard, as write-once objects.
 
 An attempt is a few objects under `shards/<shard>/`: `claim-<n>` before the paid call, `lease-<n>-<k>` each time its claim
-is renewed or taken over, `receipt-<n>` after the call, `ended-<n>` once nothing more will come of it. Nothing is edited,
-so what to do next follows from what is there: `next_move` is a pure function of the facts and the time.
+is renewed or taken over, `receipt-<n>` after the call, `ended-<n>` once nothing more will come of it. None of these is edited,
+so what to do next follows from what is there: `next_move` is a pure function of the facts and the time. `unknown-<n>` says since
+when the provider does not know the attempt's batch, and goes once it does.
 """
 
 from __future__ import annotations
