@@ -12,7 +12,6 @@ from nightshift.partitions import MANIFEST, Manifest, results_folder
 from nightshift.runs import Run, Site, run_id
 from nightshift.shapes import Summary
 from nightshift.stores.database import literals, open_database, quoted
-from nightshift.stores.objects import dump_json
 
 if TYPE_CHECKING:
     import duckdb
@@ -44,7 +43,7 @@ def compare(site: Site, old: Run, new: Run) -> Comparison:
             examples=tuple(example for name in fields for example in _examples(database, both, identifier, name))[:EXAMPLES_SHOWN],
             page=site.store.uri_of(f"{key}.html"),
         )
-    site.store.put(f"{key}.json", dump_json(found.model_dump(mode="json")))
+    site.store.put_shape(f"{key}.json", found)
     site.store.put(f"{key}.html", render_comparison(found).encode())
     return found
 

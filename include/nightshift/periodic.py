@@ -18,7 +18,7 @@ from nightshift.partitions import MANIFEST, Manifest
 from nightshift.runs import Site
 from nightshift.shapes import OUTCOMES, Outcome, Summary
 from nightshift.stores.database import literals, open_database, quoted
-from nightshift.stores.objects import Objects, dump_json
+from nightshift.stores.objects import Objects
 
 if TYPE_CHECKING:
     import duckdb
@@ -49,7 +49,7 @@ def write_periodic(site: Site, jobs: Sequence[Job], *, name: str, since: datetim
     site.store.put(f"{folder}/runs.csv", _csv(_flat(line) for line in report.lines))
     for file, table in tables.items():
         site.store.put(f"{folder}/{file}", table)
-    site.store.put(f"{folder}/report.json", dump_json(report.model_dump(mode="json")))
+    site.store.put_shape(f"{folder}/report.json", report)
     site.store.put(f"{folder}/report.html", render_periodic(report).encode())
     return report
 

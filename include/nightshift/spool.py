@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nightshift.arrow import contents, is_text, row_groups, whole
+from nightshift.columns import SCALARS, UNFIT
 from nightshift.contract import typed
 from nightshift.encode import Encoder, Request, Requests
 from nightshift.errors import InputUnreadable, RequestTooLarge
@@ -40,7 +41,6 @@ RowsRead = Callable[[int], None]  # is told how many so far
 REQUEST_BYTES = 16 << 20  # of requests that are made at once
 RELEASE_BYTES = 32 << 20  # of the spool, after which what malloc has free is returned: long texts leave wide holes
 GROUP_ROWS, GROUP_BYTES = 1 << 14, 4 << 20  # of a row index that are written at once
-DECLARED = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
 SPOOLED = pa.schema(
     [
         ("ordinal", pa.int64()),
@@ -264,7 +264,7 @@ def _batch(columns: Iterable[Any], schema: pa.Schema) -> pa.RecordBatch:
 
 def slice_schema(job: Job, known: Mapping[str, pa.DataType]) -> pa.Schema:
     """Columns of a row index: the row's place, its id, its request or why it has none, and the columns carried along."""
-    declared = {name: DECLARED[requirement.type] for name, requirement in job.spec.input.require.items()}
+    declared = {name: SCALARS[requirement.type] for name, requirement in job.spec.input.require.items()}
     kept = [(f"keep_{name}", known.get(name) or declared.get(name) or pa.string()) for name in job.kept]
     fixed = [
         ("ordinal", pa.int64()), ("id", pa.string()), ("request_key", pa.binary(KEY_BYTES)), ("reason", pa.string()), ("raw", pa.string()),
@@ -310,7 +310,7 @@ def _kept(job: Job, name: str, rows: Rows, made: Sequence[Any] | None, kind: pa.
     plain = list(values) if is_text(kind) else [typed(value, requirement) for value in values]
     try:
         return pa.array(plain, kind)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+    except UNFIT:
         return pa.array([_fits(value, kind) for value in plain], kind)
 
 
@@ -324,7 +324,7 @@ def _rounded(value: int) -> float | None:
 def _fits(value: Any, kind: pa.DataType) -> Any:
     try:
         return pa.scalar(value, kind).as_py()
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+    except UNFIT:
         if pa.types.is_floating(kind) and isinstance(value, int):
             return _rounded(value)
         if not is_text(kind):

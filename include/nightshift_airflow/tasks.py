@@ -224,7 +224,7 @@ def note_problem(context: Any) -> None:
 def keep_problem(site: Site, run: Run, task_id: str, error: BaseException) -> None:
     """Write what a task has failed with, over what was there."""
     problem = Problem(task=task_id, error=type(error).__name__, message=str(error)[:2000])
-    site.store.put(run.key("problem.json"), problem.model_dump_json().encode())
+    site.store.put_shape(run.key("problem.json"), problem)
 
 
 def run_dates(context: Any, timezone: str) -> dict[str, Any]:

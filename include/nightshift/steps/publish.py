@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import orjson
-
 from nightshift.errors import RunHeld
 from nightshift.partitions import MANIFEST, Manifest, Part, quarantine_folder, results_folder
 from nightshift.runs import Run, Site
@@ -57,7 +55,7 @@ def _swap(site: Site, run: Run, folder: str, staged: tuple[str, ...], assembled:
         model=run.job.spec.request.model,
         made_from=run.made_from,
     )
-    site.store.put(f"{folder}/{MANIFEST}", orjson.dumps(manifest.model_dump(mode="json"), option=orjson.OPT_INDENT_2))
+    site.store.put_shape(f"{folder}/{MANIFEST}", manifest)
     old = {part.name for part in replaced.parts} if replaced else set()
     found = [item for item in site.store.scan(folder) if item.key.rpartition("/")[0] == folder]
     site.store.delete([item.key for item in found if is_swept(item, manifest, old, site.now().timestamp())])

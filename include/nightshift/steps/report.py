@@ -20,7 +20,6 @@ from nightshift.partitions import quarantine_folder
 from nightshift.runs import Run, Site
 from nightshift.shapes import OUTCOMES, Assembled, Audit, Cost, Counts, Paid, Plan, Published, Summary, Tier, Usage, Wire
 from nightshift.stores.database import literals, open_database, quoted
-from nightshift.stores.objects import dump_json
 
 if TYPE_CHECKING:
     import duckdb
@@ -49,12 +48,12 @@ def report(site: Site, run: Run, *, published: Published | None, problem: str | 
     last = _last_published(site, run)
     summary = summarise(site, run, plan, assembled, audit, published, problem, figures, last).model_copy(update={"error": error})
     check_sums(summary)
-    store.put(run.key("summary.json"), dump_json(summary.model_dump(mode="json")))
+    store.put_shape(run.key("summary.json"), summary)
     store.put(run.key("report.html"), render_report(summary).encode())
     if plan and assembled and not run.input.redrive:  # a redrive asks otherwise, and says nothing of the next run
         _measure(site, run, plan)
     if published and run.input.sample is None:
-        store.put(f"runs/{run.job.name}/last-published.json", LastPublished(run=run.input.run).model_dump_json().encode())
+        store.put_shape(f"runs/{run.job.name}/last-published.json", LastPublished(run=run.input.run))
     return summary
 
 
@@ -72,7 +71,7 @@ def _measure(site: Site, run: Run, plan: Plan) -> None:
     )
     before, is_sample = measured_before(site.store, run.job), run.input.sample is not None
     if measured is not None and is_worth_keeping(measured, before, sample=is_sample):
-        site.store.put(measured_key(run.job), measured.model_dump_json(indent=1).encode())
+        site.store.put_shape(measured_key(run.job), measured)
 
 
 def summarise(

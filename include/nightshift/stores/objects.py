@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import obstore
-import orjson
 from obstore.exceptions import (
     AlreadyExistsError,
     BaseError,
@@ -122,7 +121,11 @@ class Objects:
 
     def create_shape(self, key: str, shape: Wire) -> bool:
         """Write a shape that must not exist yet. False: one is there."""
-        return self.create(key, shape.model_dump_json(indent=1).encode())
+        return self.create(key, _json(shape))
+
+    def put_shape(self, key: str, shape: Wire) -> None:
+        """Write or replace a shape."""
+        self.put(key, _json(shape))
 
     def get_shape(self, key: str, shape: type[Shape]) -> Shape | None:
         """The shape stored under a key, or None when there is none. Raises LedgerCorrupt on anything else."""
@@ -391,6 +394,5 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0][:300]
 
 
-def dump_json(data: object) -> bytes:
-    """JSON as people and tools read it."""
-    return orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY)
+def _json(shape: Wire) -> bytes:
+    return shape.model_dump_json(indent=1).encode()
