@@ -48,6 +48,10 @@ def planned(world: World, job, uri: str, name: str):
     return run, plan(world.site, run)
 
 
+def answers_in(world: World) -> set[str]:
+    return {found.key for found in world.site.store.scan("answers") if found.key.endswith(".parquet")}
+
+
 def answers_of(world: World, summary: Summary) -> list[dict]:
     """The published rows, with the model that answered."""
     folder = world.site.store.key_of(summary.results)
@@ -432,6 +436,31 @@ def test_each_shard_of_a_redrive_knows_what_became_of_its_own_requests(world):
     seeds = [set(read_answers(world.site.store, shard, 0, ["request_key"]).column("request_key").to_pylist()) for shard in shards]
     assert seeds == [set(request_keys(world.site.store, shard)) for shard in shards]
     assert (sum(map(len, seeds)), len(seeds)) == (first.outcomes["invalid"], -(-first.outcomes["invalid"] // 25))
+
+
+def test_what_one_redrive_has_mended_another_one_does_not_take_back(world):
+    world.rehearsal.faults(refused=0.3, invalid=0.4)
+    first = go(world, world.job(policy={"publish_at_least": 0, "retry": {"invalid": 0}}), world.write("a.jsonl", reviews(40)))
+    world.rehearsal.faults()
+    second = again(world, first, "refused")
+    assert second.outcomes["succeeded"] == first.outcomes["succeeded"] + first.outcomes["refused"]
+    assert again(world, first, "invalid").outcomes["succeeded"] == 40
+
+
+@pytest.mark.parametrize("order", [("0", "f"), ("f", "0")], ids=["the failures first", "the successes first"])
+def test_a_later_run_takes_what_a_redrive_has_mended_wherever_it_stands(world, order):
+    world.rehearsal.faults(invalid=0.5)
+    job, store = world.job(policy={"publish_at_least": 0, "retry": {"invalid": 0}}), world.site.store
+    first = go(world, job, world.write("a.jsonl", reviews(20)))
+    [failures] = answers_in(world)
+    world.rehearsal.faults()
+    again(world, first, "invalid")
+    [successes] = answers_in(world) - {failures}
+    for key, mark in zip((failures, successes), order, strict=True):
+        store.copy(key, f"{key.rpartition('/')[0]}/{mark * 64}.parquet")
+    store.delete([failures, successes])
+    third = go(world, job, world.write("b.jsonl", reviews(21)))
+    assert (third.outcomes["succeeded"], third.requests.reused, third.paid) == (21, 20, 1)
 
 
 # ---- adopted shards

@@ -12,6 +12,7 @@ import pytest
 
 from nightshift.drive import begin, drive
 from nightshift.errors import InputMissing, QuotaExhausted, RowInUse
+from nightshift.runs import Options
 from nightshift.shapes import Summary
 from nightshift.steps.approve import approve
 from nightshift.steps.discover import discover
@@ -34,6 +35,26 @@ def later(world: World, **delta: float):
 
 def answers_files(world: World) -> list[str]:
     return [found.key for found in world.site.store.scan("answers") if found.key.endswith(".parquet")]
+
+
+def test_what_a_run_counts_on_that_waits_for_its_approval_is_not_forgotten_under_it(world):
+    job = world.job()
+    go(world, job, world.write("a.jsonl", reviews(5)))
+    waiting = discover(world.site, job, pattern=world.write("b.jsonl", reviews(6)), label="w", run="w", dates={})
+    planned = plan(world.site, waiting)
+    with pytest.raises(RowInUse, match="waits for approval"):
+        forget(world.site, "reviews", ["r3"])
+    assert tidy(replace(world.site, now=lambda: datetime.now(UTC) + timedelta(hours=2)), keep=timedelta(hours=1)).dropped == 0
+    assert approve(world.site, waiting, planned, ask=lambda: True).reused == 5
+    assert drive(world.site, waiting, ask=lambda run, planned: True).outcomes["succeeded"] == 6
+
+
+def test_forget_names_the_samples_that_show_a_row(world):
+    job, uri = world.job(), world.write("a.jsonl", reviews(5))
+    sampled = drive(
+        world.site, begin(world.site, job, pattern=uri, dates={}, scheduled=False, options=Options(sample=5)), ask=lambda run, planned: True
+    )
+    assert forget(world.site, "reviews", ["r3"]).published == (sampled.results,)
 
 
 @pytest.fixture

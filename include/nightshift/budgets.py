@@ -99,8 +99,9 @@ def settle_attempts(site: Site, shard: str, attempts: Sequence[Attempt]) -> None
     bookings = _bookings(site, shard) if over else []
     for attempt in over if bookings else ():
         cost = _cost(site, shard, attempt) if attempt in distinct(attempts) else Decimal(0)
-        for booking in bookings:
-            Account(site.store, booking.account).settle(_name(shard, booking.run, attempt.number), cost, now=site.now())
+        for booking in bookings:  # who has booked and was not quick enough to claim pays nothing
+            paid = cost if booking.run == attempt.claim.run else Decimal(0)
+            Account(site.store, booking.account).settle(_name(shard, booking.run, attempt.number), paid, now=site.now())
 
 
 def _cost(site: Site, shard: str, attempt: Attempt) -> Decimal | None:

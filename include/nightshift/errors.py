@@ -325,7 +325,9 @@ class RowInUse(Transient):
 
     def __init__(self, run: str) -> None:
         self.run = run
-        super().__init__(f"{run} is under way and counts on a row that is to be forgotten. Let it come to its end, then forget the row.")
+        super().__init__(
+            f"{run} is under way, or waits for approval, and counts on a row that is to be forgotten. Let it come to its end first."
+        )
 
 
 class ShardHeld(Transient):

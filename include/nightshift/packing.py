@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Places = npt.NDArray[np.int64]
 ANSWERED, IN_FLIGHT = "answered", "in flight"
+FAILED = "failed"  # answered, and only as a failure so far
 BATCH_REQUESTS = 1 << 14  # chosen requests that are fetched at once
 GATHER_BYTES = 1 << 20  # of the spool that are read at once, and of lines that are made of them
 WANTED = pa.schema([("key", pa.binary()), ("start", pa.int64()), ("size", pa.int32()), ("weight", pa.int32())])
@@ -60,16 +61,21 @@ def mark_answered(
     models: Collection[str],
     outcomes: Collection[Outcome] = PAID_OUTCOMES,
 ) -> list[str]:
-    """Mark the requests that somebody has paid for, with one of these outcomes; the answer files that hold them."""
+    """Mark the requests that somebody has paid for, with one of these outcomes; the answer files that hold them.
+
+    A failure counts until a success is found, in whichever file: what a redrive has mended stays mended.
+    """
     used = []
     for file in files:
-        database.execute("CREATE OR REPLACE TEMP TABLE paid (key BLOB)")
+        database.execute("CREATE OR REPLACE TEMP TABLE paid (key BLOB, succeeded BOOLEAN)")
         for batch in answers.paid_keys(file, models, outcomes):
             found = pa.Table.from_batches([batch])  # DuckDB finds it by its name in this scope
             database.execute("INSERT INTO paid SELECT * FROM found")
             del found
-        if _mark(database, "paid", ANSWERED):
+        succeeded = _mark(database, "SELECT key FROM paid WHERE succeeded", ANSWERED, f"known IS NULL OR known = '{FAILED}'")
+        if _mark(database, "SELECT key FROM paid WHERE NOT succeeded", FAILED) + succeeded:
             used.append(file)
+    database.execute(f"UPDATE requests SET known = '{ANSWERED}' WHERE known = '{FAILED}'")
     return used
 
 
@@ -81,13 +87,14 @@ def mark_in_flight(site: Site, database: duckdb.DuckDBPyConnection, shards: Iter
         found = pa.table({"key": pa.array(request_keys(site.store, shard), pa.binary(32))})
         database.execute("INSERT INTO flying SELECT * FROM found")
         del found
-        if _mark(database, "flying", IN_FLIGHT):
+        if _mark(database, "SELECT key FROM flying", IN_FLIGHT):
             used.append(shard)
     return used
 
 
-def _mark(database: duckdb.DuckDBPyConnection, table: str, word: str) -> int:
-    database.execute(f"UPDATE requests SET known = '{word}' WHERE known IS NULL AND key IN (SELECT key FROM {table})")
+def _mark(database: duckdb.DuckDBPyConnection, keys: str, word: str, which: str = "known IS NULL") -> int:
+    """Mark those of some requests of which that can be said; how many there were."""
+    database.execute(f"UPDATE requests SET known = '{word}' WHERE ({which}) AND key IN ({keys})")
     return int(database.fetchall()[0][0])
 
 

@@ -22,7 +22,7 @@ from nightshift.join import KEEP_SIDES, join, reconcile, settled
 from nightshift.packing import IN_FLIGHT, REQUESTS, estimate_shards, freeze, groups, mark_answered, mark_in_flight, wanted_of, whole_lines
 from nightshift.runs import Redrive, Run, RunInput, Site, approved_plan, check_models, load_run, run_folder, salt_of
 from nightshift.shapes import Assembled, Outcome, Plan, Variant
-from nightshift.stores.answers import seen
+from nightshift.stores.answers import AnswerStore, seen
 from nightshift.stores.database import literals, open_database
 from nightshift.stores.objects import Objects
 from nightshift.stores.shards import READ_ROWS, key_of_line, requests_key
@@ -100,6 +100,7 @@ def draft_redrive(site: Site, run: Run) -> Plan:
         lines = whole_lines(_gather_lines(site, Path(folder), database))
         files = answers.files()
         mended = mark_answered(database, answers, files, job.spec.stand_ins, MENDED)
+        mended += _mended_elsewhere(database, answers, files, job)
         adopted_shards = mark_in_flight(site, database, in_flight)
         shards, limits = [], site.limits(job)
         for group in groups(database, job.spec.policy, limits, lines):
@@ -126,6 +127,16 @@ def draft_redrive(site: Site, run: Run) -> Plan:
             "seen": seen(files, in_flight),
         }
     )
+
+
+def _mended_elsewhere(database: duckdb.DuckDBPyConnection, answers: AnswerStore, files: Sequence[str], job: Job) -> list[str]:
+    """The files that hold what became better of the failures that are not driven again: they stay as well as they are."""
+    database.execute("ALTER TABLE requests RENAME TO driven")
+    database.execute("CREATE TABLE requests AS SELECT request_key AS key, NULL::VARCHAR AS known FROM words WHERE outcome <> 'succeeded'")
+    found = mark_answered(database, answers, files, job.spec.stand_ins, MENDED)
+    database.execute("DROP TABLE requests")
+    database.execute("ALTER TABLE driven RENAME TO requests")
+    return found
 
 
 def _check_kept(database: duckdb.DuckDBPyConnection, plan: Plan, original: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -146,13 +147,21 @@ def approved_plan(run: Run) -> Plan:
     return stored
 
 
-def under_way(store: Objects, prefix: str) -> list[str]:
-    """The folders of runs below a prefix that are approved and have not come as far as their outcomes."""
-    names: dict[str, set[str]] = {}
+def under_way(store: Objects, prefix: str, planned_after: datetime | None = None) -> list[str]:
+    """The folders of runs below a prefix that are approved and have not come as far as their outcomes.
+
+    `planned_after`: with those that were planned since then, and wait for their approval.
+    """
+    written: dict[str, dict[str, float]] = {}
     for found in store.scan(prefix):
         folder, _, name = found.key.rpartition("/")
-        names.setdefault(folder, set()).add(name)
-    return [folder for folder, inside in names.items() if "approved.json" in inside and "assembled.json" not in inside]
+        written.setdefault(folder, {})[name] = found.modified
+    since = planned_after.timestamp() if planned_after else math.inf
+
+    def waits(inside: Mapping[str, float]) -> bool:
+        return "summary.json" not in inside and inside.get("plan.json", -math.inf) >= since
+
+    return [folder for folder, inside in written.items() if "assembled.json" not in inside and ("approved.json" in inside or waits(inside))]
 
 
 def awaited_elsewhere(run: Run) -> frozenset[str]:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 MERGE_AT = 8  # files of one fingerprint
 MERGE_BELOW = 128 << 20  # bytes: a larger file stays as it is
 PLACES_AT_ONCE = 1 << 14
+WAITS_FOR_APPROVAL = timedelta(days=1)  # as long as a question stays open
 GRACE = timedelta(days=1)  # between a merge and the removal of what was merged: runs under way still read it
 BULK = re.compile(r"/(requests\.(jsonl|keys)|answers-\d+\.parquet|(slices|staged|quarantine)/[^/]+)$")  # what is large in a folder
 SOURCES = b"nightshift.sources"  # the merged files' names, in the metadata of the file that they were merged into
@@ -82,7 +83,7 @@ def tidy(site: Site, *, keep: timedelta | None) -> Tidied:
         if cutoff is not None:
             dropped += sum(_drop_older(site, found.key, cutoff) for found in files if found.key not in {*old, *needed})
         removed += len(old)
-    emptied = 0 if cutoff is None else _empty_older(site, cutoff)
+    emptied = 0 if cutoff is None else _empty_older(site, cutoff, needed)
     if cutoff is not None:
         _drop_work(site, cutoff)
     return Tidied(merged=merged, removed=removed, dropped=dropped, emptied=emptied)
@@ -128,7 +129,7 @@ def forget(site: Site, job: str, ids: Collection[str]) -> Forgotten:
     if not keys:
         why = f"no run has asked anything about {', '.join(sorted(ids))}"
         raise InputMissing(site.store.uri_of(f"runs/{job}"), why, "An id is taken as it stands in the input.")
-    for folder in under_way(site.store, f"runs/{job}"):
+    for folder in under_way(site.store, f"runs/{job}", site.now() - WAITS_FOR_APPROVAL):
         if folder in plans and _requests_of(site, [plans[folder]], ids):
             raise RowInUse(site.store.uri_of(folder))
     shards = [shard for shard in dict.fromkeys(shard for plan in plans.values() for shard in plan.shards) if _holds(site, shard, keys)]
@@ -142,12 +143,13 @@ def forget(site: Site, job: str, ids: Collection[str]) -> Forgotten:
 
 
 def _needed(site: Site) -> frozenset[str]:
-    """The answers files that runs under way count on: they are approved, and not assembled yet."""
+    """What runs under way count on: answers files, and the folders of their row indexes, which may be those of an earlier run."""
     needed: set[str] = set()
-    for plan in (_plan(site, folder) for job in site.store.folders("runs") for folder in under_way(site.store, job)):
-        if plan:
+    for folder in under_way(site.store, "runs", site.now() - WAITS_FOR_APPROVAL):
+        if plan := _plan(site, folder):
             answers = site.answers(plan.fingerprint)
             needed.update(answers.kept([*plan.answers, *map(answers.file_of, plan.shards)]))
+            needed.update(key.rpartition("/slices/")[0] for key in plan.slices)
     return frozenset(needed)
 
 
@@ -212,8 +214,8 @@ def _rewrite(site: Site, file: str, keeps: Keeps) -> int:
         return int(gone)
 
 
-def _empty_older(site: Site, cutoff: datetime) -> int:
-    """Remove the bulk of shards and runs that ended before the cutoff; how many were emptied."""
+def _empty_older(site: Site, cutoff: datetime, needed: Collection[str]) -> int:
+    """Remove the bulk of shards and runs that ended before the cutoff, but for what runs under way count on; how many were emptied."""
     emptied = 0
     for last_word, root in (("settled.json", "shards"), ("assembled.json", "runs")):
         ended = {found.key.rpartition("/")[0] for found in site.store.scan(root) if _is_older(found, last_word, cutoff)}
@@ -221,7 +223,7 @@ def _empty_older(site: Site, cutoff: datetime) -> int:
         for found in site.store.scan(root):
             if match := BULK.search(found.key):
                 bulk.setdefault(found.key[: match.start()], []).append(found.key)
-        for folder in sorted(ended & bulk.keys()):
+        for folder in sorted((ended & bulk.keys()) - set(needed)):
             site.store.delete(bulk[folder])
             emptied += 1
     return emptied
@@ -232,7 +234,7 @@ def _is_older(found: Found, name: str, cutoff: datetime) -> bool:
 
 
 def _plan(site: Site, folder: str) -> Plan | None:
-    return site.store.get_shape(f"{folder}/approved.json", Plan)
+    return site.store.get_shape(f"{folder}/approved.json", Plan) or site.store.get_shape(f"{folder}/plan.json", Plan)
 
 
 def _requests_of(site: Site, plans: Iterable[Plan], ids: Collection[str]) -> set[bytes]:
@@ -241,9 +243,9 @@ def _requests_of(site: Site, plans: Iterable[Plan], ids: Collection[str]) -> set
     wanted = pa.array(sorted(ids), pa.string())
     for file in dict.fromkeys(key for plan in plans for key in plan.slices):
         if site.store.head(file) is not None:
-            table = pq.read_table(site.store.open(file), columns=["id", "request_key"])
-            found = table.filter(pc.is_in(table.column("id"), wanted)).column("request_key").to_pylist()
-            keys |= {key for key in found if key is not None}
+            for batch in pq.ParquetFile(site.store.open(file)).iter_batches(columns=["id", "request_key"], use_threads=False):
+                found = batch.filter(pc.is_in(batch.column("id"), wanted)).column("request_key").to_pylist()
+                keys |= {key for key in found if key is not None}
     return keys
 
 
@@ -251,11 +253,11 @@ def _showing(site: Site, job: str, keys: Collection[bytes]) -> tuple[str, ...]:
     """The partitions of a job that show what some requests were answered."""
     hexed = pa.array([key.hex() for key in keys], pa.string())
     shown = []
-    for root in ("results", "quarantine"):
+    for root in ("results", "quarantine", "samples"):
         for found in site.store.scan(f"{root}/{job}"):
             if found.key.endswith(".parquet"):
-                column = pq.read_table(site.store.open(found.key), columns=["_request_key"]).column("_request_key")
-                if pc.any(pc.is_in(column, hexed)).as_py():
+                batches = pq.ParquetFile(site.store.open(found.key)).iter_batches(columns=["_request_key"], use_threads=False)
+                if any(pc.any(pc.is_in(batch.column(0), hexed)).as_py() for batch in batches):
                     shown.append(site.store.uri_of(found.key.rpartition("/")[0]))
     return tuple(dict.fromkeys(shown))
 

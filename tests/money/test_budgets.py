@@ -17,6 +17,7 @@ from nightshift.shapes import Summary
 from nightshift.steps.approve import approve
 from nightshift.steps.discover import discover
 from nightshift.steps.plan import plan
+from nightshift.steps.submit import submit
 from nightshift.stores.accounts import Account, Booked, Full
 from nightshift.stores.ledger import Attempt, Claim, Ended
 from nightshift.stores.objects import open_objects
@@ -111,6 +112,27 @@ def test_a_months_budget_counts_what_was_paid_and_stops_what_does_not_fit_before
         go(world, limited, world.write("c.jsonl", texts(100, 200)))
     assert world.rehearsal.bill()["requests"] == 200
     assert go(world, limited, world.write("d.jsonl", texts(20, 300))).published, "what fits goes on"
+
+
+def test_who_has_booked_and_was_not_quick_enough_to_claim_is_charged_nothing(world):
+    """While one run uploads, another one that has adopted its shard claims it."""
+    job = world.job(policy={"monthly_budget_usd": 1})
+    one, other = (begin(world.site, job, pattern=world.write(f"{name}.jsonl", texts(50)), dates={}, scheduled=False) for name in "ab")
+    [shard], _ = (approve(world.site, run, plan(world.site, run), ask=lambda: True).shards for run in (one, other))
+    provider = world.site.open_provider(job.spec.request)
+    upload = provider.upload
+
+    def overtaken(token, path):
+        provider.upload = upload
+        submit(world.site, other, shard)
+        return upload(token, path)
+
+    provider.upload = overtaken
+    with pytest.raises(ShardHeld):
+        submit(world.site, one, shard)
+    costs = [drive(world.site, run, ask=lambda run, planned: True).cost_usd.actual for run in (one, other)]
+    account = Account(world.site.store, f"spending/{world.site.now():%Y-%m}/job-reviews")
+    assert costs == [0, pytest.approx(float(account.total), abs=1e-5)]
 
 
 def test_a_new_month_is_a_new_budget(world):

@@ -77,7 +77,7 @@ class AnswerStore:
         raise StoreUnavailable(self._objects.uri_of(self._folder), "its answers files are being replaced; this is tried again")
 
     def paid_keys(self, file: str, models: Collection[str], outcomes: Collection[Outcome] = PAID_OUTCOMES) -> Iterator[pa.RecordBatch]:
-        """Request keys in one answers file that hold a paid answer: batches of one column `request_key`.
+        """Request keys in one answers file that hold a paid answer: batches of `request_key`, and whether it `succeeded`.
 
         An answer that another model gave in place of the one asked counts only where `models` names that model. A file that
         is rewritten meanwhile is read again; one that is gone was merged into another, which is listed as long as it is.
@@ -93,7 +93,10 @@ class AnswerStore:
         parquet = pq.ParquetFile(self._objects.open(file, etag=etag), pre_buffer=False)
         for batch in parquet.iter_batches(columns=["request_key", "outcome", "stand_in"], use_threads=False):
             wanted = pc.and_(pc.is_in(batch.column("outcome"), outcomes), pc.is_in(batch.column("stand_in"), models))
-            yield batch.filter(wanted).select(["request_key"])
+            paid = batch.filter(wanted)
+            yield pa.RecordBatch.from_arrays(
+                [paid.column("request_key"), pc.equal(paid.column("outcome"), "succeeded")], names=["request_key", "succeeded"]
+            )
 
     def reservations(self) -> tuple[dict[int, Reservation], int]:
         """The reservations that may still have shards under way, by number, and the number that comes next."""
