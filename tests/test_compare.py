@@ -48,6 +48,18 @@ def test_the_same_run_twice_differs_in_nothing(world):
     assert found.examples == ()
 
 
+def test_a_field_whose_type_has_changed_is_compared_as_text(world, monkeypatch):
+    uri, found = world.write("in.jsonl", reviews(4)), []
+    for kind, value in (("number", "1.5"), ("string", '"low"')):
+        schema = {"type": "object", "properties": {"score": {"type": kind}}, "required": ["score"], "additionalProperties": False}
+        monkeypatch.setattr("nightshift.rehearsal.model.answer", lambda text, asked, value=value: f'{{"score": {value}}}')
+        run = begin(world.site, world.job(schema=schema), pattern=uri, dates={}, scheduled=False, options=Options(sample=4))
+        found.append(run)
+        assert drive(world.site, run, ask=lambda run, planned: True).published
+    [field] = compare(world.site, *found).fields
+    assert (field.changed, field.changes[0].old, field.changes[0].new) == (4, "1.5", "low")
+
+
 def test_a_run_that_has_published_nothing_cannot_be_compared(world):
     world.rehearsal.faults(errored=1.0)
     held = go(world, world.job(policy={"retry": {"errored": 0}}), world.write("in.jsonl", reviews(3)))

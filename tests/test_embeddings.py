@@ -17,7 +17,7 @@ from nightshift.rehearsal import model, openai_desk
 from nightshift.rehearsal.engine import error_body
 from nightshift.shapes import Summary, Variant
 from nightshift.stores.shards import Left, shared_lines
-from nightshift.vectors import with_vectors
+from nightshift.vectors import LINE, with_vectors
 from tests.conftest import World, make_world, reviews
 
 SMALL = {"model": "text-embedding-3-small", "endpoint": "/v1/embeddings", "parameters": {"dimensions": 64}}
@@ -106,7 +106,7 @@ def test_vectors_are_found_wherever_their_lines_are(tmp_path, monkeypatch):
         pq.write_table(pa.table({"output": pa.array(rows, kind)}), tmp_path / f"{number}.parquet", row_group_size=8)
     wanted = [(number, i) for i in (49, 1, 20, 8, 9, 33) for number in (2, 0, 1)]
     line = pa.array([{"file": str(tmp_path / f"{number}.parquet"), "row": i} for number, i in wanted])
-    batch = pa.record_batch({"id": pa.array(range(len(wanted))), "_line": line})
+    batch = pa.record_batch({"id": pa.array(range(len(wanted))), LINE: line})
     [found] = with_vectors(pa.RecordBatchReader.from_batches(batch.schema, [batch]), 3)
     assert found.column("embedding").to_pylist() == [[number, i, 0.5] if i % 7 else [0, 0, 0] for number, i in wanted]
 

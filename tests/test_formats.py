@@ -107,6 +107,7 @@ def test_F15_a_line_without_end_is_one_bad_row():
         pytest.param(parquet(id=["1"], text=["a"]), "jsonl", None, "Parquet file under another name", id="parquet under another name"),
         pytest.param(parquet(id=["1"], txt=["a"]), "parquet", None, "no column 'text'; did you mean 'txt'?", id="parquet without a column"),
         pytest.param(b"id,txt\n1,a\n", "csv", None, "no column 'text'; did you mean 'txt'?", id="csv without a column"),
+        pytest.param("id;t\xe4xt\n1;a\n".encode("latin-1"), "csv", None, "columns: id;t\ufffdxt", id="csv whose header is not UTF-8"),
         pytest.param(b"id;text\n1;a\n", "csv", None, "are its columns parted by ';', where a comma", id="csv with semicolons"),
         pytest.param(
             b'id,text\n1,a\n2,"open\n3,b\n4,c\n', "csv", None, "a quote that opens in the row at line 3", id="csv quote never closed"
@@ -207,6 +208,14 @@ def test_rows_that_are_long_come_few_at_once(fmt):
     batches = list(read_rows(io.BytesIO(packed), "s3://b/k", fmt, None, ("id",)))
     assert [text for batch in batches for text in batch.columns["id"]] == texts
     assert all(batch.count <= 11 for batch in batches)
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.string_view()), pa.large_list(pa.string_view()), pa.struct([("a", pa.string_view())])])
+def test_rows_can_be_taken_out_of_columns_that_hold_views(kind):
+    values = [{"a": "x"}, None, {"a": "z"}] if pa.types.is_struct(kind) else [["x"], None, ["z"]]
+    data = parquet(id=pa.array(["a", "b", "c"]), text=pa.array(values, kind))
+    [batch] = read_rows(io.BufferedReader(io.BytesIO(data)), "s3://b/k", "parquet", None, ("id", "text"))
+    assert list(batch.at([2, 1]).columns["text"]) == [values[2], None]
 
 
 @pytest.mark.parametrize("kind", [pa.string_view(), pa.binary_view()])

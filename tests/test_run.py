@@ -21,6 +21,7 @@ from nightshift.errors import (
     BudgetExceeded,
     InputMissing,
     InputUnreadable,
+    JobInvalid,
     ModelNotFound,
     ProviderUnavailable,
     QuotaExhausted,
@@ -461,6 +462,38 @@ def test_nulls_never_reach_the_model_through_a_filter(world):
     summary = go(world, job, world.write("in.jsonl", rows))
     assert summary.reasons["rejected"] == {"the prompt prints a null (text)": 1}
     assert summary.outcomes["succeeded"] == 1
+
+
+def test_a_schema_with_references_has_the_columns_of_what_it_refers_to(world, monkeypatch):
+    """As pydantic writes them: an enum, an optional one, a model, a list of models."""
+    mood = {"enum": ["good", "bad"], "type": "string"}
+    point = {"type": "object", "properties": {"score": {"type": "integer"}, "again": {"$ref": "#/$defs/Point"}}, "required": ["score"]}
+    fields = {
+        "mood": {"$ref": "#/$defs/Mood"},
+        "other": {"anyOf": [{"$ref": "#/$defs/Mood"}, {"type": "null"}]},
+        "maybe": {"enum": ["x", None]},
+        "old": {"allOf": [{"$ref": "#/$defs/Mood"}], "description": "as older ones write it"},
+        "points": {"type": "array", "items": {"$ref": "#/$defs/Point"}},
+    }
+    schema = {"type": "object", "properties": fields, "required": list(fields), "$defs": {"Mood": mood, "Point": point}}
+    answer = {"mood": "good", "other": None, "maybe": "x", "old": "bad", "points": [{"score": 1, "again": {"score": 2}}]}
+    monkeypatch.setattr("nightshift.rehearsal.model.answer", lambda text, asked: json.dumps(answer))
+    summary = go(world, world.job(schema=schema), world.write("in.jsonl", reviews(2)))
+    found = {name: results(world, summary)[0][name] for name in fields}
+    assert found == {**answer, "points": [{"score": 1, "again": '{"score":2}'}]}, "what refers to itself is text"
+
+
+def test_a_schema_that_requires_what_it_does_not_describe_is_told(world):
+    schema = {"type": "object", "properties": {"category": {"type": "string"}}, "required": ["categry"]}
+    with pytest.raises(JobInvalid, match="required names 'categry', which is no property; did you mean 'category'"):
+        world.job(schema=schema)
+
+
+@pytest.mark.parametrize("name", ["_line", "_place"])
+def test_columns_of_other_tools_can_be_kept(world, name):
+    rows = [{**row, name: i} for i, row in enumerate(reviews(3))]
+    summary = go(world, world.job(output={"keep": [name]}), world.write("in.jsonl", rows))
+    assert [row[name] for row in results(world, summary)] in ([0, 1, 2], ["0", "1", "2"])
 
 
 def test_an_answer_that_fits_no_column_is_invalid_alone(world, monkeypatch):

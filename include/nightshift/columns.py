@@ -78,7 +78,7 @@ def output_type(job: Job) -> pa.DataType:
     """The struct that an answer of a job fills: the fields of its schema, or a vector of fixed length."""
     if job.dimensions is not None:
         return pa.struct([("embedding", pa.list_(pa.float32(), job.dimensions))])
-    return answer_type(job.answer_schema)
+    return answer_type(job.answer_shape)
 
 
 def rows_at_once(schema: pa.Schema, rows: int) -> int:
@@ -161,6 +161,6 @@ def _single_type(schema: Mapping[str, Any]) -> str | None:
         if isinstance(only, str) and only in SCALARS:
             return only
     values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
+    if isinstance(values, list) and {type(value) for value in values} in ({str}, {str, type(None)}):
         return "string"
     return None

@@ -26,9 +26,12 @@ def compare(site: Site, old: Run, new: Run) -> Comparison:
     identifier, fields = job.spec.input.id, [name for name in job.fields if name in new.job.fields]
     key = f"samples/{job.name}/compare-{run_id(old.input.run, new.input.run)}"
     with site.scratch() as folder, open_database(Path(folder)) as database:
-        for name, run in (("old", old), ("new", new)):
-            parts = _parts(site, run, Path(folder), name)
-            database.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet({parts})")
+        parts = {name: _parts(site, run, Path(folder), name) for name, run in (("old", old), ("new", new))}
+        types = [_types(database, each) for each in parts.values()]
+        told = [name for name in (identifier, *fields) if len({each[name] for each in types}) > 1]  # their type has changed: as texts
+        replaced = f"REPLACE ({', '.join(f'{quoted(name)}::VARCHAR AS {quoted(name)}' for name in told)})" if told else ""
+        for name, each in parts.items():
+            database.execute(f"CREATE VIEW {name} AS SELECT * {replaced} FROM read_parquet({each})")
         both = f"old JOIN new ON old.{quoted(identifier)} = new.{quoted(identifier)}"
         [(common,)] = database.execute(f"SELECT count(*) FROM {both}").fetchall()
         counts = [database.execute(f"SELECT count(*) FROM {name}").fetchall()[0][0] for name in ("old", "new")]
@@ -46,6 +49,10 @@ def compare(site: Site, old: Run, new: Run) -> Comparison:
     site.store.put_shape(f"{key}.json", found)
     site.store.put(f"{key}.html", render_comparison(found).encode())
     return found
+
+
+def _types(database: duckdb.DuckDBPyConnection, parts: str) -> dict[str, str]:
+    return dict(database.execute(f"SELECT column_name, column_type FROM (DESCRIBE FROM read_parquet({parts}))").fetchall())
 
 
 def _parts(site: Site, run: Run, folder: Path, name: str) -> str:

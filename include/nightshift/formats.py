@@ -214,12 +214,29 @@ def _together(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Recor
 
 
 def _without_view(array: pa.Array) -> pa.Array:
-    """A column of views as the plain one that it is: Arrow can take no rows out of views."""
+    """A column with plain values in place of views, however deep they stand: Arrow can take no rows out of views."""
+    plain = _plain_type(array.type)
+    return array if plain.equals(array.type) else array.cast(plain)
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
     import pyarrow as pa
 
-    if pa.types.is_string_view(array.type):
-        return array.cast(pa.string())
-    return array.cast(pa.binary()) if pa.types.is_binary_view(array.type) else array
+    if pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_binary_view(kind):
+        return pa.binary()
+    if pa.types.is_list(kind):
+        return pa.list_(_plain_field(kind.value_field))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_plain_field(kind.value_field))
+    if pa.types.is_struct(kind):
+        return pa.struct([_plain_field(field) for field in kind])
+    return kind
+
+
+def _plain_field(field: pa.Field) -> pa.Field:
+    return field.with_type(_plain_type(field.type))
 
 
 class _Lists(Mapping[str, Sequence[Any]]):
@@ -389,7 +406,7 @@ def _csv(file: IO[bytes], uri: str, wanted: Sequence[str]) -> Iterator[Rows]:
     header = [name.strip() for name in header]
     for name in wanted:
         if name not in header:
-            raise missing_column(uri, name, header)
+            raise missing_column(uri, name, [ESCAPED_BYTE.sub("\ufffd", each) for each in header])
     doubled = sorted({name for name in header if header.count(name) > 1 and name in wanted})
     if doubled:
         raise InputUnreadable(uri, f"column {doubled[0]!r} stands twice in its header")

@@ -15,6 +15,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, field_validator, model_validator
 
 from nightshift.prompts import Prompt, parse_prompt
+from nightshift.schemas import inlined
 from nightshift.shapes import Compression, Endpoint, Format, Outcome, ProviderName, Variant, Wire
 
 RETRYABLE: tuple[Outcome, ...] = ("invalid", "truncated", "refused", "filtered", "errored", "expired", "cancelled", "missing")
@@ -412,6 +413,11 @@ class Job(Wire):
     def prompt(self) -> Prompt:
         """The compiled prompt."""
         return parse_prompt(self.prompt_source)
+
+    @cached_property
+    def answer_shape(self) -> dict[str, Any] | None:
+        """The answer's schema as its columns are made of it: with what it refers to in place of the references."""
+        return None if self.answer_schema is None else inlined(self.answer_schema, self.answer_schema)
 
     @cached_property
     def digest(self) -> str:

@@ -16,10 +16,11 @@ from pydantic import BaseModel, ValidationError
 
 from nightshift.errors import JobInvalid
 from nightshift.formats import FILE_COLUMNS
-from nightshift.job import RETRYABLE, Expectation, Job, JobFile
+from nightshift.job import DIMENSIONS, RETRYABLE, Expectation, Job, JobFile
 from nightshift.prompts import PromptInvalid, parse_prompt
 from nightshift.providers.bedrock_forms import MAKERS_THAT_SEE, maker_of
 from nightshift.runs import interval_dates, prompt_key, render_dates
+from nightshift.schemas import inlined, unmet
 from nightshift.shapes import Outcome
 from nightshift.stores.objects import Objects
 
@@ -71,7 +72,7 @@ def load_job(path: Path) -> Job:
     except PromptInvalid as error:
         problems.append(f"{_part_path(path, spec.request.prompt)}:{error.line}: {error}")
     job = Job(spec=spec, prompt_source=prompt_source, answer_schema=answer_schema, expectations=expectations)
-    problems += problems or [f"{path}:{_line(tree, keys)}: {'.'.join(keys)}: {why}" for keys, why in _contradictions(job)]
+    problems = problems or [f"{path}:{_line(tree, keys)}: {'.'.join(keys)}: {why}" for keys, why in _contradictions(job)]
     if problems:
         raise JobInvalid(problems)
     return job
@@ -96,14 +97,20 @@ def vary(job: Job, *, model: str | None = None, prompt_source: str | None = None
     return varied
 
 
-def read_prompt(store: Objects, path: Path, name: str) -> str:
-    """A prompt by the version that an earlier run has asked with (12 hex digits), or by its file as a job names it. Raises JobInvalid."""
+def read_prompt(store: Objects, path: Path, name: str, *, within: bool = False) -> str:
+    """A prompt by the version that an earlier run has asked with (12 hex digits), or by its file as a job names it. Raises JobInvalid.
+
+    `within`: only of the folders beside the jobs. Who may start a run may not read what else lies on a worker's disk.
+    """
     if VERSION.fullmatch(name):
         kept = store.get(prompt_key(name))
         if kept is None:
             raise JobInvalid([f"no run has asked with version {name} of a prompt: name a version of a report, or a prompt file"])
         return kept.decode()
     part = _part_path(path, name)
+    home = path.parent.parent.resolve()
+    if within and not part.resolve().is_relative_to(home):
+        raise JobInvalid([f"{name}: not one of the prompts beside the jobs: {', '.join(prompt_files(path))}"])
     try:
         return part.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
@@ -223,6 +230,10 @@ def _wrong_embedding(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
     asked, told = job.spec.request.parameters.get("dimensions"), job.spec.output.dimensions
     if asked is not None and told is not None and asked != told:
         yield ("output", "dimensions"), f"{told} is not what request.parameters.dimensions asks for, {asked}; remove it"
+    known = DIMENSIONS.get(job.spec.request.model)
+    if asked is None and None not in (told, known) and told != known:
+        why = f"{job.spec.request.model} answers with {known} numbers; ask for {told} by request.parameters.dimensions, or remove it"
+        yield ("output", "dimensions"), why
     if job.spec.stand_ins:
         yield ("policy", "retry"), "the vectors of two models do not compare; remove the other model"
 
@@ -268,7 +279,13 @@ def _problem(path: Path, tree: yaml.Node, problem: Mapping[str, Any]) -> str:
         return f"{where}: missing, but required"
     if problem["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-        return f"{where}: expected one of {', '.join(choices)}, found {problem['input']!r}{_nearest(str(problem['input']), choices)}"
+        return (
+            f"{where}: expected one of {', '.join(choices)}, found {problem['input']!r}{_nearest(str(problem['input']).lower(), choices)}"
+        )
+    if problem["type"] in ("list_type", "tuple_type") and isinstance(problem["input"], str):
+        return f"{where}: expected a list, such as [{problem['input']}]"
+    if loc == ("name",) and problem["type"] == "string_pattern_mismatch":
+        return f"{where}: expected a small letter and then small letters, digits and underscores, found {problem['input']!r}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{where}: {message}; found {problem['input']!r}"
 
@@ -350,6 +367,7 @@ def _load_schema(path: Path, text: str | None, problems: list[str]) -> dict[str,
     if not isinstance(schema, dict) or schema.get("type") != "object" or not schema.get("properties"):
         problems.append(f"{path}:1: the answer has to be an object with properties: each becomes a column of the results")
         return None
+    problems += [f"{path}:1: {why}" for why in unmet(inlined(schema, schema))]
     return schema
 
 
@@ -360,11 +378,11 @@ def _load_suite(path: Path, text: str | None, problems: list[str]) -> tuple[Expe
         suite = yaml.load(text, Loader=YAML)  # noqa: S506 — a safe one
         lines = suite["expectations"]
         return tuple(Expectation.model_validate(line) for line in lines)
+    except ValidationError as error:
+        first = error.errors()[0]
+        problems.append(f"{path}: expectation: {'.'.join(map(str, first['loc']))}: {first['msg']}; found {first['input']!r}")
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         problems.append(f"{path}:1: not valid YAML: {str(error).splitlines()[0]}")
     except (TypeError, KeyError):
         problems.append(f"{path}:1: expected a mapping with a list under `expectations`")
-    except ValidationError as error:
-        first = error.errors()[0]
-        problems.append(f"{path}: expectation {'.'.join(map(str, first['loc']))}: {first['msg']}")
     return ()

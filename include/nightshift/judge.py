@@ -31,7 +31,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 def judge_for(job: Job) -> Callable[[Reply], Answer]:
     """The function that validates a reply under the job's schema; parsing and validating happen once, here."""
-    schema = job.answer_schema
+    schema, shape = job.answer_schema, job.answer_shape
     if job.dimensions is not None:
         return partial(_judge_vector, job.dimensions)
     if schema is None:
@@ -39,7 +39,7 @@ def judge_for(job: Job) -> Callable[[Reply], Answer]:
     import jsonschema_rs
 
     validator = jsonschema_rs.validator_for(schema)
-    is_valid, loads, fitted = validator.is_valid, orjson.loads, needs_fitting(schema)
+    is_valid, loads, fitted = validator.is_valid, orjson.loads, needs_fitting(shape)
 
     def judge(reply: Reply) -> Answer:
         if reply.outcome != "succeeded":
@@ -52,7 +52,7 @@ def judge_for(job: Job) -> Callable[[Reply], Answer]:
             why = next(iter(validator.iter_errors(value))).message[:300]
             return Answer(reply=replace(reply, outcome="invalid", reason=f"breaks the schema: {why}"))
         try:
-            output = fit(value, schema) if fitted else value
+            output = fit(value, shape) if fitted else value
         except (TypeError, RecursionError) as error:
             return Answer(reply=replace(reply, outcome="invalid", reason=f"fits no column: {error}"))
         return Answer(reply=reply, output=output)
@@ -64,7 +64,7 @@ def reader_for(job: Job) -> Read | None:
     """The function that reads many answers at once; None where each has to be judged by itself."""
     if job.dimensions is not None:
         return None
-    return read_texts if job.answer_schema is None else reader_of(job.answer_schema)
+    return read_texts if job.answer_shape is None else reader_of(job.answer_shape)
 
 
 def _judge_vector(dimensions: int, reply: Reply) -> Answer:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-LINE = "_line"  # the column that says where a row's answer is: {file, row}
+LINE = "_nightshift_line"  # the column that says where a row's answer is: {file, row}
 COLUMN = "embedding"
 GROUPS_KEPT = 4  # row groups in memory: rows mostly come in the order of their lines
 

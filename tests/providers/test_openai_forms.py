@@ -121,6 +121,10 @@ def test_bodies_carry_the_schema_and_the_endpoints_own_names():
     assert asked["text"]["format"] == {"type": "json_schema", "name": "answer", "strict": True, "schema": schema}
 
 
+def closed(**properties) -> dict:
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
 @pytest.mark.parametrize(
     ("schema", "strict"),
     [
@@ -128,6 +132,11 @@ def test_bodies_carry_the_schema_and_the_endpoints_own_names():
         ({"type": "object", "properties": {"a": {}}, "required": ["a"]}, False),
         ({"type": "object", "properties": {"a": {}}, "additionalProperties": False}, False),
         ({"type": "array", "items": {"type": "object", "properties": {"a": {}}}}, False),
+        (closed(a={"type": "object", "additionalProperties": {"type": "string"}}), False),
+        (closed(a={"anyOf": [{"type": "object", "properties": {"b": {}}}, {"type": "null"}]}), False),
+        (closed(a={"anyOf": [closed(b={}), {"type": "null"}]}), True),
+        ({**closed(a={"$ref": "#/$defs/A"}), "$defs": {"A": {"type": "object", "properties": {"b": {}}}}}, False),
+        ({**closed(a={"$ref": "#/$defs/A"}), "$defs": {"A": closed(b={})}}, True),
     ],
 )
 def test_strict_is_only_asked_where_it_is_accepted(schema, strict):

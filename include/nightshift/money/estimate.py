@@ -81,9 +81,9 @@ def _usage(requests: int, input_tokens: int, cached_tokens: int, output_tokens: 
 
 def expected_answer_tokens(job: Job, limit: int) -> Decimal:
     """How long an answer is, as far as the schema tells; in free words, a part of the limit."""
-    if job.answer_schema is None:
+    if job.answer_shape is None:
         return limit * ANSWERED_SHARE
-    return answer_bytes(job.answer_schema) / BYTES_PER_TOKEN
+    return answer_bytes(job.answer_shape) / BYTES_PER_TOKEN
 
 
 def answer_bytes(schema: Any) -> Decimal:

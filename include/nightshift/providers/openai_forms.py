@@ -309,15 +309,18 @@ def _named(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_strict(schema: Mapping[str, Any]) -> bool:
-    """Whether a schema is in the subset that `strict: true` accepts: closed objects with every property required."""
-    properties = schema.get("properties")
-    if isinstance(properties, Mapping):
-        if schema.get("additionalProperties") is not False or set(schema.get("required", ())) != set(properties):
+    """Whether a schema is in the subset that `strict: true` accepts: closed objects with every property required, wherever they stand."""
+    properties, kind = schema.get("properties"), schema.get("type")
+    if isinstance(properties, Mapping) or kind == "object" or (isinstance(kind, list) and "object" in kind):
+        named = properties if isinstance(properties, Mapping) else {}
+        if schema.get("additionalProperties") is not False or set(schema.get("required", ())) != set(named):
             return False
-        if not all(is_strict(inner) for inner in properties.values() if isinstance(inner, Mapping)):
-            return False
-    items = schema.get("items")
-    return is_strict(items) if isinstance(items, Mapping) else True
+    if "patternProperties" in schema or "allOf" in schema or "oneOf" in schema:
+        return False
+    below = [schema.get("items"), *schema.get("anyOf", ())]
+    for name in ("properties", "$defs", "definitions"):
+        below += (schema.get(name) or {}).values()
+    return all(is_strict(inner) for inner in below if isinstance(inner, Mapping))
 
 
 def _varied(body: dict[str, Any], variant: Variant, answer: str | None, reason: str | None, *, turns: str, limit: str) -> dict[str, Any]:

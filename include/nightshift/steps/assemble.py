@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PART_ROWS = 500_000
 GROUP_ROWS, GROUP_BYTES = 16_384, 16 << 20  # of a row group, at most
 READ_ROWS = 2048  # that come from DuckDB at once: answers may be long
-PLACE = "_place"  # the column that a query has for the order of its rows
+PLACE = "_nightshift_place"  # the column that a query has for the order of its rows
 REASONS_SHOWN = 8
 
 

@@ -212,14 +212,18 @@ def _distribution(database: duckdb.DuckDBPyConnection, column: str, kind: str) -
         )
         return {"kind": "histogram", "bars": [[f"{low + i * width:.2f}", counts.get(i, 0)] for i in range(10)], "total": total}
     value = f"unnest({name})" if kind.startswith("list") else name
-    found = database.execute(
-        f"SELECT v::VARCHAR, count(*) AS n FROM (SELECT {value} AS v FROM results) WHERE v IS NOT NULL GROUP BY 1 ORDER BY n DESC, 1"
-    ).fetchall()
-    bars = [[label, count] for label, count in found[:CHART_BARS]]
+    values = f"(SELECT {value} AS v FROM results)"
+    bars = [
+        [label, count]
+        for label, count in database.execute(
+            f"SELECT v::VARCHAR, count(*) AS n FROM {values} WHERE v IS NOT NULL GROUP BY 1 ORDER BY n DESC, 1 LIMIT {CHART_BARS}"
+        ).fetchall()
+    ]
+    [(total,)] = database.execute(f"SELECT count(v) FROM {values}").fetchall()
+    rest = total - sum(count for _, count in bars)
     if kind.startswith("int"):
         bars.sort(key=lambda bar: int(bar[0]))
-    rest = sum(count for _, count in found[CHART_BARS:])
-    return {"kind": "shares", "bars": [*bars, *([["(others)", rest]] if rest else [])], "total": sum(count for _, count in found)}
+    return {"kind": "shares", "bars": [*bars, *([["(others)", rest]] if rest else [])], "total": total}
 
 
 def _drift(column: str, figures: Mapping[str, dict[str, Any]], last: Summary | None) -> float | None:
