@@ -282,6 +282,20 @@ def test_validate_tells_of_a_name_that_airflow_refuses(world):
     assert (done.returncode, "Airflow takes this job from reviews.yaml" in done.stderr) == (0, True)
 
 
+def test_validate_tells_of_expectations_that_nobody_can_apply(world):
+    in_set = {"type": "expect_column_values_to_be_in_set", "kwargs": {"column": "sentiment", "value_set": ["positive"]}}
+    wrong = [
+        {**in_set, "type": "expect_column_values_to_be_in_sett"},
+        {**in_set, "kwargs": {"column": "sentiment", "values": ["positive"]}},
+        {"type": "expect_column_values_to_match_regex", "kwargs": {"column": "sentiment", "regex": "["}},
+        {**in_set, "kwargs": {**in_set["kwargs"], "mostly": 95}},
+    ]
+    done = nightshift("validate", file_of(world, suite=[in_set, *wrong]))
+    assert done.returncode == 2
+    told = done.stderr.splitlines()
+    assert [len([line for line in told if word in line]) for word in ("be_in_sett", "value_set", "'[' is no regular", "mostly")] == [1] * 4
+
+
 def test_validate_tells_of_a_model_without_a_price(world):
     assert "price" not in nightshift("validate", file_of(world)).stderr
     done = nightshift("validate", file_of(world, request={"model": "gpt-9-turbo"}))

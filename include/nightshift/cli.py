@@ -82,9 +82,13 @@ def version(show: Annotated[bool, typer.Option("--version", help="print the vers
 @app.command()
 def validate(job: JobArgument) -> None:
     """Check a job file and everything that it names."""
+    from nightshift.suite import unusable
+
     path = find_job(job, read_settings().jobs)
     loaded = load_job(path)
     spec = loaded.spec
+    if problems := [f"{spec.output.expectations}: {why}" for why in unusable(loaded.expectations)]:
+        raise JobInvalid(problems)
     people.print(
         f"[green]ok[/] {loaded.name}: {spec.request.model} at {spec.request.endpoint}, prompt {loaded.prompt.version}", highlight=False
     )

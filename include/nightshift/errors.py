@@ -71,6 +71,7 @@ class JobInvalid(Permanent):
 
 
 RUNS_ARE_LISTED = "`nightshift status JOB` lists its runs."
+NAMED_IN_BRACKETS = "A run's name is the 16 hex digits that `nightshift status JOB` shows in brackets."
 
 
 class InputMissing(Permanent):
@@ -221,12 +222,14 @@ class ApprovalNeeded(Permanent):
 
     exit_code = 4
 
-    def __init__(self, estimate: Decimal | None, limit: Decimal) -> None:
+    def __init__(self, estimate: Decimal | None, limit: Decimal, said: str = "") -> None:
+        """`said`: what became of the question, where somebody was asked."""
         self.estimate, self.limit = estimate, limit
         cost = "at an unknown cost (no price for this model)" if estimate is None else f"at ${estimate:.4f}"
+        advice = "Approve it (--yes on the command line, the task `approve` in Airflow)"
         super().__init__(
-            f"The run is estimated {cost}; policy.approve_above_usd lets ${limit:.4f} pass without asking. "
-            "Approve it (--yes on the command line, the task `approve` in Airflow); nothing was sent."
+            f"{said}{'. ' if said else ''}The run is estimated {cost}; policy.approve_above_usd lets ${limit:.4f} pass without asking. "
+            f"{'Clear the task `approve` to be asked again' if said else advice}; nothing was sent."
         )
 
 
@@ -243,14 +246,18 @@ class RunHeld(Permanent):
         )
 
 
+GO_ON = "Mend it and clear the failed tasks; what was paid for is found again."
+BEGIN_ANEW = "Nothing was sent. Mend it, then start a new run or clear all tasks of this one: it keeps to what it began with."
+
+
 class RunFailed(Permanent):
     """A step failed before anything was published; what was paid for is kept."""
 
     exit_code = 1
 
-    def __init__(self, why: str, report: str | None) -> None:
+    def __init__(self, why: str, report: str | None, advice: str = GO_ON) -> None:
         where = f" Report: {report}" if report else ""
-        super().__init__(f"Not published: {why}. Mend it and clear the failed tasks; what was paid for is found again.{where}")
+        super().__init__(f"Not published: {why.rstrip('.')}. {advice}{where}")
 
 
 class CountsDisagree(Permanent):

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from nightshift.errors import JobInvalid
 from nightshift.formats import FILE_COLUMNS
 from nightshift.job import DIMENSIONS, RETRYABLE, Expectation, Job, JobFile
+from nightshift.money.prices import makes_embeddings
 from nightshift.prompts import PromptInvalid, parse_prompt
 from nightshift.providers.bedrock_forms import MAKERS_THAT_SEE, maker_of
 from nightshift.runs import interval_dates, prompt_key, render_dates
@@ -190,6 +191,10 @@ def _wrong_places(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("request", "endpoint"), f"{request.endpoint} is an endpoint of Bedrock; set provider: bedrock, or live to ask it on demand"
     if request.provider == "bedrock" and not request.is_on_bedrock:
         yield ("request", "endpoint"), f"{request.endpoint} is an endpoint of OpenAI; Bedrock knows converse and invoke"
+    vectors = "invoke" if request.is_on_bedrock else "/v1/embeddings"
+    for model in (request.model, *spec.stand_ins):
+        if makes_embeddings(model) and not request.is_embedding:
+            yield ("request", "model"), f"{model!r} answers with a vector; set endpoint: {vectors}"
     makers = {model: maker_of(model) for model in (request.model, *spec.stand_ins)} if request.endpoint == "invoke" else {}
     for model, maker in makers.items():
         if maker is None:

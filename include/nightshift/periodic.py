@@ -93,7 +93,7 @@ def _line(job: str, model: str, prompt_version: str, group: list[Summary]) -> Li
         paid=sum(each.paid for each in group),
         input_tokens=sum(each.usage.input_tokens for each in group),
         output_tokens=sum(each.usage.output_tokens for each in group),
-        cost_usd=total_usd(each.cost_usd.actual if each.paid or each.cost_usd.actual is not None else 0.0 for each in group),
+        cost_usd=total_usd(each.cost_usd.actual for each in group),
         saved_usd=total_usd(each.cost_usd.saved or 0.0 for each in group),
     )
 

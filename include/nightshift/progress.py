@@ -26,6 +26,7 @@ class Progress(Wire):
     partition: str
     started_at: datetime
     state: State
+    sample: int | None  # rows that it was asked to stay with
     rows: int | None  # None: not planned yet
     requests: int  # that this run needs answers to, with those that it reuses
     answered: int  # of them: reused, or in shards that are settled
@@ -57,6 +58,7 @@ def progress_of(run: Run) -> Progress:
         partition=run.input.partition,
         started_at=run.input.started_at,
         state=_state(plan, approved, summary),
+        sample=run.input.sample,
         rows=plan.rows if plan else None,
         requests=plan.unique if plan else 0,
         answered=min(plan.unique, reused + sum(word.requests for word in words)) if plan else 0,

@@ -22,6 +22,7 @@ ASSIGNING = (
     nodes.Assign, nodes.AssignBlock, nodes.Block, nodes.Import, nodes.FromImport, nodes.Include, nodes.Macro, nodes.Extends,
     nodes.EvalContextModifier, nodes.ScopedEvalContextModifier,
 )  # fmt: skip
+LIKE_A_ROLE = re.compile(r"(system|user|usr|assistant|developer)[ \t]*:", re.IGNORECASE)
 FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
@@ -202,6 +203,9 @@ def _split_roles(body: str, offset: int) -> list[tuple[str, str, int]]:
     """(role, template text, 1-based line of its first line) in file order."""
     marks = list(ROLE_LINE.finditer(body))
     if not marks:
+        if found := LIKE_A_ROLE.match(body.lstrip()):
+            why = f"{found[0].strip()!r} begins no part; a part begins with `system:` or `user:` on a line of its own"
+            raise PromptInvalid(offset + 1, why)
         return [("user", body.strip("\n"), offset + 1)]
     if body[: marks[0].start()].strip():
         raise PromptInvalid(offset + 1, "text before the first `system:` or `user:` line belongs to no part")

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from nightshift.arrow import in_groups
 from nightshift.columns import kept_lines, write_answers
-from nightshift.errors import RUNS_ARE_LISTED, CountsDisagree, InputMissing
+from nightshift.errors import NAMED_IN_BRACKETS, CountsDisagree, InputMissing
 from nightshift.job import Job, Policy
 from nightshift.join import KEEP_SIDES, join, reconcile, settled
 from nightshift.packing import IN_FLIGHT, REQUESTS, estimate_shards, freeze, groups, mark_answered, mark_in_flight, wanted_of, whole_lines
@@ -39,7 +39,7 @@ def find_run(store: Objects, name: str) -> Run:
     for folder in store.folders("runs"):
         if store.head(f"{folder}/{name}/input.json") is not None:
             return load_run(store, store.uri_of(f"{folder}/{name}"))
-    raise InputMissing(store.uri_of("runs"), f"no run is called {name}", RUNS_ARE_LISTED)
+    raise InputMissing(store.uri_of("runs"), f"no run is called {name}", NAMED_IN_BRACKETS)
 
 
 def begin_redrive(

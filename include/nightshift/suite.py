@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -254,6 +254,33 @@ def _bounds(expectation: Expectation) -> str:
     return told if len(told) <= BOUNDS_SHOWN else f"{told[:BOUNDS_SHOWN]}…"
 
 
+def unusable(expectations: Sequence[Expectation]) -> Iterator[str]:
+    """What Great Expectations would say of a suite's lines that can never be applied, before anything is paid for. Imports it: seconds."""
+    if expectations:
+        build = _builder()
+        for each in expectations:
+            try:
+                build(each, 0)
+                for pattern in (each.kwargs.get("regex"), *(each.kwargs.get("regex_list") or ())):
+                    re.compile(pattern or "")
+            except re.error as error:
+                yield f"{each.type}: {pattern!r} is no regular expression: {error}"
+            except Exception as error:  # noqa: BLE001 — of whichever pydantic it is built with
+                told: list[Mapping[str, Any]] = getattr(error, "errors", list)()
+                why = "; ".join(f"{one['loc'][-1]}: {one['msg']}" for one in told)
+                yield f"{each.type}: {why or str(error).splitlines()[0]}"
+
+
+def _builder() -> Callable[[Expectation, int], Any]:
+    """Great Expectations, imported: (expectation, its place) -> what it applies."""
+    os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
+    logging.getLogger("great_expectations._docs_decorators").addFilter(lambda record: record.levelno > logging.INFO)  # 216 lines at import
+    with collector_paused():  # a million objects, and all of them stay
+        import great_expectations  # noqa: F401
+        from great_expectations.expectations.registry import get_expectation_impl
+    return lambda each, place: get_expectation_impl(each.type)(**each.kwargs | {"meta": {PLACE: place}})
+
+
 def run_suite(expectations: Sequence[Expectation], parts: Parts, id_column: str) -> tuple[Check, ...]:
     """Apply a suite to a dataset; rows that break it are named by their id.
 
@@ -290,12 +317,9 @@ def _shown(expectation: Expectation, parts: Parts, id_column: str) -> pd.DataFra
 
 def _validator(id_column: str) -> Any:
     """Great Expectations, set up: (expectations, frame) -> the result of each, as a dict."""
-    os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
-    logging.getLogger("great_expectations._docs_decorators").addFilter(lambda record: record.levelno > logging.INFO)  # 216 lines at import
-    with collector_paused():  # a million objects, and all of them stay
-        import great_expectations as gx
-        from great_expectations.exceptions.exceptions import GreatExpectationsError
-        from great_expectations.expectations.registry import get_expectation_impl
+    build = _builder()
+    import great_expectations as gx
+    from great_expectations.exceptions.exceptions import GreatExpectationsError
 
     context = gx.get_context(mode="ephemeral")
     quiet: Any = {"globally": False, "metric_calculations": False}  # else tqdm fills the task's log
@@ -310,7 +334,7 @@ def _validator(id_column: str) -> Any:
 
     def validate(expectations: Sequence[Expectation], frame: pd.DataFrame) -> list[Mapping[str, Any]]:
         try:
-            built = [get_expectation_impl(each.type)(**each.kwargs | {"meta": {PLACE: i}}) for i, each in enumerate(expectations)]
+            built = [build(each, place) for place, each in enumerate(expectations)]
             batch = definition.get_batch(batch_parameters={"dataframe": frame})
             # All at once: a frame is hashed whole for each validation, and what two expectations ask for is computed for each.
             found: Any = batch.validate(gx.ExpectationSuite(name="all", expectations=built), result_format=shown).results

@@ -76,8 +76,9 @@ class ApproveRun(ApprovalOperator):
         except (HITLRejectException, HITLTimeoutError) as error:
             if number is not None:
                 grants.settle(number, Answer(usd=None, by=person, at=site.now(), note=note))
-            _record(run, planned, "timed_out" if isinstance(error, HITLTimeoutError) else "refused", person, site.now(), note, number)
-            raise _needed(run, planned) from error
+            is_late = isinstance(error, HITLTimeoutError)
+            _record(run, planned, "timed_out" if is_late else "refused", person, site.now(), note, number)
+            raise _needed(run, planned, "Nobody has answered in time" if is_late else _refusal(person, note)) from error
         if number is not None:
             granted = dollars(given["up_to_usd"], "up_to_usd") if given.get("up_to_usd") else planned.estimate.usd or Decimal(0)
             answer = grants.settle(number, Answer(usd=granted, by=person, at=site.now(), note=note))
@@ -98,7 +99,7 @@ class ApproveRun(ApprovalOperator):
                 return _chains(site, run, planned, is_approved=True)
         if isinstance(step, Refused):
             _record(run, planned, "refused", step.answer.by, site.now(), step.answer.note, step.number)
-            raise _needed(run, planned)
+            raise _needed(run, planned, _refusal(step.answer.by, step.answer.note))
         if isinstance(step, Ask):
             if step.number == grants.asked_by(run.uri):
                 return self._ask(context, run, planned, self._for_all(context, planned))
@@ -168,9 +169,12 @@ def _chains(site: Site, run: Run, planned: Plan, *, is_approved: bool) -> list[s
     return chains(approve(site, run, planned, ask=lambda: is_approved).shards, most)
 
 
-def _needed(run: Run, planned: Plan) -> ApprovalNeeded:
-    policy = run.job.spec.policy
-    return ApprovalNeeded(planned.estimate.usd, policy.approve_above_usd or policy.budget_usd or Decimal(0))
+def _needed(run: Run, planned: Plan, said: str) -> ApprovalNeeded:
+    return ApprovalNeeded(planned.estimate.usd, run.job.spec.policy.approve_above_usd or Decimal(0), said)
+
+
+def _refusal(person: str, note: str) -> str:
+    return f"{person} has refused it{f': {note}' if note else ''}"
 
 
 def _person(event: dict[str, Any]) -> str:

@@ -17,7 +17,10 @@ from nightshift_airflow.site import folder_of, open_store
 
 LATEST = 60  # runs of a job that its tab shows
 NO_RUNS = "No run of this DAG has begun, or it is no Nightshift job."
-NOTHING = "Nothing has begun: there was nothing to do, the interval stands as it was made before, or this is no run of a Nightshift job."
+NOTHING = (
+    "Nothing has begun. Where the task discover has failed, its log says why; where it was skipped, there was nothing to do, or the "
+    "interval stands as it was made before. Or this is no run of a Nightshift job."
+)
 
 
 def build_app() -> FastAPI:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -138,6 +139,10 @@ def broken_job_dag(path: Path, error: JobInvalid) -> DAG:
     return dag
 
 
+def _dollars(amount: Decimal | None, otherwise: str, before: str = "") -> str:
+    return otherwise if amount is None else f"{before}{amount} USD"
+
+
 def _doc(spec: JobFile) -> str:
     """What a person finds under the DAG's docs button."""
     starts = " and ".join(
@@ -157,7 +162,7 @@ def _doc(spec: JobFile) -> str:
         "| task | does |\n|---|---|\n"
         "| discover | pins the input objects |\n| plan | renders, hashes, collapses duplicates, reuses paid answers, packs shards |\n"
         "| approve | compares the estimate with the budget "
-        f"({policy.budget_usd or 'none'} USD; asks above {policy.approve_above_usd or 'nothing'}) |\n"
+        f"({_dollars(policy.budget_usd, 'none')}; {_dollars(policy.approve_above_usd, 'never asks', 'asks above ')}) |\n"
         "| shard.submit → wait → collect | one provider batch per shard, paid once; in wide runs several shards share a chain of tasks |\n"
         "| assemble | one outcome per row |\n"
         "| audit | Great Expectations on the staged results |\n"

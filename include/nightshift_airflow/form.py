@@ -28,7 +28,7 @@ def form_of(spec: JobFile, path: Path) -> dict[str, Param]:
         "model": Param(
             request.model,
             type="string",
-            enum=list(dict.fromkeys([request.model, *spec.stand_ins, *models_of(vendor)])),
+            enum=list(dict.fromkeys([request.model, *spec.stand_ins, *models_of(vendor, embedding=request.is_embedding)])),
             title="Model",
             description="asked in place of the job's; the answers of two models are never mixed up",
         ),

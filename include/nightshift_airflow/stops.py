@@ -17,8 +17,9 @@ from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from airflow.utils.session import create_session
 from sqlalchemy import select
 
-from nightshift.errors import NightshiftError
+from nightshift.errors import Interrupted, NightshiftError
 from nightshift.runs import Run, Site, approved_plan, awaited_elsewhere
+from nightshift.steps.report import report
 from nightshift.steps.submit import open_where
 from nightshift.stores.ledger import Attach, next_move
 from nightshift_airflow.site import folder_of, open_store, run_at
@@ -28,6 +29,7 @@ log = structlog.get_logger(__name__)
 STOPPED_STATES = ["failed", "skipped", "removed", "upstream_failed"]
 CLEARED_OR_STOPPED_SECONDS = 3.0  # until the state of a task that a person acted on can be told
 CANCELLED_AT_ONCE = 8
+STOPPED = "it was stopped, and its batches are cancelled; what they have answered is paid, and found again when its tasks are cleared"
 _places = BoundedSemaphore(4)  # runs: a person may mark hundreds at once
 
 
@@ -52,8 +54,17 @@ def cancel_stopped_run(dag_id: str, run_id: str) -> None:
         if store.head(f"{folder}/approved.json"):
             with _places:
                 cancel_batches(store.uri_of(folder), None, "API server")
+        if store.head(f"{folder}/input.json"):
+            _report(store.uri_of(folder))
     except NightshiftError as error:
         log.warning("The API server cannot cancel batches of a stopped run; those that no task cancels run to their end", error=str(error))
+
+
+def _report(run_uri: str) -> None:
+    """Say of a run that was stopped that it was: none of its tasks is left to do so."""
+    site, run = run_at(run_uri, "API server")
+    if all(site.store.head(run.key(name)) is None for name in ("summary.json", "assembled.json")):
+        report(site, run, published=None, problem=STOPPED, error=Interrupted.__name__)
 
 
 def cancel_batches(run_uri: str, shards: Iterable[str] | None, owner: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,14 @@ from airflow.sdk import task
 from airflow.sdk.exceptions import AirflowSkipException
 
 from nightshift.budgets import cost_of
-from nightshift.errors import InputMissing, JobInvalid, RunFailed, RunHeld, ShardsFailed, UpToDate
+from nightshift.errors import BEGIN_ANEW, GO_ON, InputMissing, JobInvalid, RunFailed, RunHeld, ShardsFailed, UpToDate, is_permanent
 from nightshift.job import Job
 from nightshift.job_file import load_job, read_prompt, redriven, vary
 from nightshift.money.prices import farewells
 from nightshift.notices import event_of, listeners, notice_of
 from nightshift.partitions import results_folder
 from nightshift.redrive import begin_redrive, find_run
-from nightshift.runs import Options, Run, Site, approved_plan, current_run, interval_dates, last_run
+from nightshift.runs import Options, Run, Site, approved_plan, current_run, interval_dates, last_run, run_folder
 from nightshift.shapes import Assembled, Audit, Problem, Published
 from nightshift.steps.assemble import assemble as assemble_run
 from nightshift.steps.audit import audit as audit_run
@@ -41,17 +43,19 @@ RUN_NAME = re.compile(r"[0-9a-f]{16}")
 def discover(job_file: str, **context: Any) -> str:
     """Pin the objects of this run. Skips the run, green and quick, where a schedule finds nothing to do."""
     path, params, dag_run = Path(job_file), context["params"], context["dag_run"]
+    check_form(dag_run.conf or {}, context["dag"].params)
     job = load_job(path)
     site = site_for(job.spec, owner_of(context))
     if params.get("redrive"):
         return _redrive(site, job, params, dag_run)
-    source = read_prompt(site.store, path, params["prompt"]) if params.get("prompt") else None
+    source = read_prompt(site.store, path, params["prompt"], within=True) if params.get("prompt") else None
     if source or params.get("model", job.spec.request.model) != job.spec.request.model:
         job = vary(job, model=params.get("model"), prompt_source=source)
     uploads = [upload["uri"] for upload in (dag_run.conf or {}).get("uploads", ())]
     given, dates = params.get("input") or uploads, run_dates(context, job.spec.timezone)
     if not given and not dates and "{{" in job.spec.input.uri:
-        raise JobInvalid([f"{job.name} reads {job.spec.input.uri}, and this run has no dates: give `input` in the trigger form."])
+        why = "this run has no dates: give it a logical date, or `input` in its form"
+        raise JobInvalid([f"{job.name} reads {job.spec.input.uri}, and {why}."])
     is_scheduled = not given and bool(dates) and dates["data_interval_start"] < dates["data_interval_end"]
     _, name = current_run(site.store, job.name, dag_run.dag_id, dag_run.run_id)
     options = Options(fresh=bool(params.get("fresh")), sample=params.get("sample"), dry_run=bool(params.get("dry_run")))
@@ -78,6 +82,21 @@ def discover(job_file: str, **context: Any) -> str:
     return run.uri
 
 
+def check_form(given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise JobInvalid for what a run was triggered with and the form does not know: it would be passed over, and another thing done."""
+    names = [*known, "uploads"]
+    problems = []
+    for name in given:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            problems.append(f"{name}: the form has no such field{hint}; it has {', '.join(known)}")
+    if given.get("outcomes") and not given.get("redrive"):
+        problems.append("outcomes: goes with redrive, which names the run whose rows are driven again")
+    if problems:
+        raise JobInvalid(problems)
+
+
 def _redrive(site: Site, job: Job, params: Any, dag_run: Any) -> str:
     """Begin to drive an earlier run's failures again. It is named as in Airflow, or by its name in the store."""
     others = [name for name in ("input", "prompt", "sample", "fresh") if params.get(name)]
@@ -86,7 +105,10 @@ def _redrive(site: Site, job: Job, params: Any, dag_run: Any) -> str:
     if others:
         raise JobInvalid([f"redrive asks what the earlier run asked, of the same rows: leave {', '.join(others)} as they are."])
     name = params["redrive"]
-    original = find_run(site.store, name if RUN_NAME.fullmatch(name) else last_run(site.store, job.name, dag_run.dag_id, name))
+    found = name if RUN_NAME.fullmatch(name) else last_run(site.store, job.name, dag_run.dag_id, name)
+    if site.store.head(f"{run_folder(job.name, found)}/input.json") is None:
+        raise JobInvalid([f"redrive: this job has begun no run {name!r}; a run is named as in Airflow, or as in its report"])
+    original = find_run(site.store, found)
     _, run = current_run(site.store, job.name, dag_run.dag_id, dag_run.run_id)
     begun = begin_redrive(
         site,
@@ -185,20 +207,20 @@ def results_event(run: Run, assembled: Assembled, published: Published) -> dict[
 def report(run_uri: str | None, **context: Any) -> str:
     """Write what happened, however far the run came, and end as the run ends: the last task decides a run's state."""
     states = task_states(context)
-    failed = sorted(name for name, state in states.items() if state in ("failed", "upstream_failed") and name != "report")
+    failed = failed_tasks(states)
     if not run_uri:
         if failed:
-            raise RunFailed(f"{failed[0]} failed, so nothing was begun", None)
+            raise RunFailed(f"{failed[0]} has failed, and its log says why; nothing was begun", None, BEGIN_ANEW)
         raise AirflowSkipException("Nothing was begun, so there is nothing to report")
     site, run = run_at(run_uri, owner_of(context))
     is_published = states.get("publish") == "success" or (run.input.sample is not None and states.get("publish") == "skipped")
     published = _published(site, run) if is_published else None
     verdict = site.store.get_shape(run.key("audit.json"), Audit)
     held = verdict is not None and not verdict.passed
-    problem = f"failed tasks: {', '.join(failed)}" if failed else "it was stopped"
+    problem = f"{', '.join(failed)} failed" if failed else "it was stopped"
     is_dry, met = run.input.dry_run and not failed, site.store.get_shape(run.key("problem.json"), Problem) if failed else None
     if met is not None:
-        problem = f"{problem}. {met.task}: {met.message}"
+        problem = f"{met.task}: {met.message}" if failed == [met.task] else f"{problem}. {met.task}: {met.message}"
     told = {} if published or held or is_dry else {"problem": problem, "error": met.error if met else None}
     summary = report_run(site, run, published=published, **told)
     log.info("Report: %s", summary.report)
@@ -207,7 +229,14 @@ def report(run_uri: str | None, **context: Any) -> str:
         return summary.report
     if verdict is not None and held:
         raise RunHeld(verdict.reasons, summary.report)
-    raise RunFailed(problem, summary.report)
+    is_sent = site.store.head(run.key("approved.json")) is not None
+    raise RunFailed(problem, summary.report, GO_ON if is_sent or not is_permanent(summary.error) else BEGIN_ANEW)
+
+
+def failed_tasks(states: Mapping[str, str]) -> list[str]:
+    """The tasks that a run failed at; those after them, which never began, only where no other has failed."""
+    own = sorted(name for name, state in states.items() if state == "failed" and name != "report")
+    return own or sorted(name for name, state in states.items() if state == "upstream_failed" and name != "report")
 
 
 def note_problem(context: Any) -> None:

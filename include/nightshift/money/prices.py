@@ -75,9 +75,15 @@ class Price:
         )
 
 
-def models_of(vendor: str) -> list[str]:
-    """Every model of a vendor that has a price."""
-    return list(dict.fromkeys(model for of, model, _ in _table() if of == vendor))
+def models_of(vendor: str, *, embedding: bool | None = None) -> list[str]:
+    """Every model of a vendor that has a price; only those that make embeddings, or only the others, where that is said."""
+    found = dict.fromkeys(model for of, model, _ in _table() if of == vendor)
+    return [model for model in found if embedding is None or makes_embeddings(model) is embedding]
+
+
+def makes_embeddings(model: str) -> bool:
+    """Whether a model answers with vectors, by its name: all that do say so."""
+    return "embed" in model
 
 
 def base_model(model: str) -> str:

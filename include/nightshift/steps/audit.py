@@ -28,9 +28,21 @@ def verdict(job: Job, rows: int, assembled: Assembled, checks: tuple[Check, ...]
     """Decide: held when too few rows succeeded or a critical expectation failed."""
     share = assembled.outcomes["succeeded"] / rows if rows else 0.0
     least = job.spec.policy.publish_at_least
-    reasons = [f"{share:.2%} of the rows succeeded, policy.publish_at_least asks for {least:.2%}"] if share < least or not rows else []
+    reasons = [_too_few(assembled, share, least)] if share < least else []
+    if not rows:
+        reasons = ["no row was read, so there is nothing to publish"]
     reasons += [_broken(check) for check in checks if not check.success and check.severity == "critical"]
     return Audit(passed=not reasons, share_succeeded=share, reasons=tuple(reasons), checks=checks)
+
+
+def _too_few(assembled: Assembled, share: float, least: float) -> str:
+    """With what became of the others, the most frequent reason of each."""
+    others = [
+        f"{count:,} {outcome}{''.join(f' ({why})' for why in list(assembled.reasons.get(outcome, {}))[:1] if why)}"
+        for outcome, count in assembled.outcomes.items()
+        if count and outcome != "succeeded"
+    ]
+    return f"{share:.2%} of the rows succeeded, policy.publish_at_least asks for {least:.2%}: {', '.join(others)}"
 
 
 def _broken(check: Check) -> str:

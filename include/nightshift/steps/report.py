@@ -133,7 +133,7 @@ def summarise(
         drift_against=last.label if last else None,
         published=published is not None,
         results=published.uri if published else None,
-        quarantine=site.store.uri_of(quarantine_folder(run)) if published else None,
+        quarantine=_quarantine(site, run, assembled, published),
         report=site.store.uri_of(run.key("report.html")),
     )
 
@@ -150,6 +150,13 @@ def paid_so_far(site: Site, run: Run, plan: Plan | None) -> tuple[Paid, ...]:
     """What a run that was not assembled has paid for, as far as its shards are settled: its report is all that tells of it."""
     words = (site.ledger.settled(shard) for shard in (plan.shards if plan else ()))
     return tuple(paid for word in words if word for paid in word.paid if paid.run == run.uri)
+
+
+def _quarantine(site: Site, run: Run, assembled: Assembled | None, published: Published | None) -> str | None:
+    """Where the rows stand that did not succeed: published, or, of a run that was held, staged."""
+    if published:
+        return site.store.uri_of(quarantine_folder(run))
+    return site.store.uri_of(run.key("quarantine")) if assembled else None
 
 
 def _has_claimed(site: Site, run: Run, plan: Plan | None) -> bool:
