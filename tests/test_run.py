@@ -439,6 +439,24 @@ def test_drift_is_measured_against_the_last_published_run(world):
     assert second.figures["stars"]["bars"] == [["2", 10]]
 
 
+def test_drift_of_numbers_goes_by_where_they_stand_and_not_by_the_range_of_the_others(world, monkeypatch):
+    schema = {"type": "object", "properties": {"score": {"type": "number"}}, "required": ["score"], "additionalProperties": False}
+    job = world.job(schema=schema, report={"drift": ["score"]})
+
+    def drift(*scores: float) -> float | None:
+        answers = iter(scores)
+        monkeypatch.setattr("nightshift.rehearsal.model.answer", lambda text, asked: f'{{"score": {next(answers)}}}')
+        rows = [{"id": str(i), "text": f"{i} of {scores}", "stars": 1} for i in range(len(scores))]
+        return go(world, job, world.write("in.jsonl", rows)).drift["score"]
+
+    usual = [0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95]
+    assert drift(*usual, *usual) is None
+    assert drift(*usual, *usual) == 0
+    assert drift(*usual, *usual[:-1], 5.0) == 0, "beyond the last bar is in the last bar"
+    drift(*usual)
+    assert drift(*[0.05] * 10) == 0.9
+
+
 def test_the_report_is_one_page_that_asks_nothing_of_the_network(world):
     world.rehearsal.faults(refused=0.2)
     suite = [{"type": "expect_column_values_to_be_between", "kwargs": {"column": "confidence", "min_value": 0, "max_value": 1}}]

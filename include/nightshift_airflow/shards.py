@@ -63,7 +63,7 @@ class ChainTask(BaseOperator):
     def _end_if_stopped(self) -> None:
         if is_stopped(self._ti):
             self._stopped.set()  # nothing more is sent
-            cancel_batches(self.run_uri, shards_of(self.chain), "a task that was stopped")
+            cancel_batches(*run_at(self.run_uri, "a task that was stopped"), shards_of(self.chain))
 
 
 class SubmitShards(ChainTask):

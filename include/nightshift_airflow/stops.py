@@ -51,25 +51,23 @@ def cancel_stopped_run(dag_id: str, run_id: str) -> None:
     try:
         store = open_store()
         folder = folder_of(store, dag_id, run_id)
-        if store.head(f"{folder}/approved.json"):
-            with _places:
-                cancel_batches(store.uri_of(folder), None, "API server")
         if store.head(f"{folder}/input.json"):
-            _report(store.uri_of(folder))
+            with _places:
+                end_stopped_run(*run_at(store.uri_of(folder), "API server"))
     except NightshiftError as error:
         log.warning("The API server cannot cancel batches of a stopped run; those that no task cancels run to their end", error=str(error))
 
 
-def _report(run_uri: str) -> None:
-    """Say of a run that was stopped that it was: none of its tasks is left to do so."""
-    site, run = run_at(run_uri, "API server")
+def end_stopped_run(site: Site, run: Run) -> None:
+    """Cancel what a run has at the provider, and say in its report that it was stopped: none of its tasks is left to do so."""
+    if site.store.head(run.key("approved.json")):
+        cancel_batches(site, run, None)
     if all(site.store.head(run.key(name)) is None for name in ("summary.json", "assembled.json")):
         report(site, run, published=None, problem=STOPPED, error=Interrupted.__name__)
 
 
-def cancel_batches(run_uri: str, shards: Iterable[str] | None, owner: str) -> None:
+def cancel_batches(site: Site, run: Run, shards: Iterable[str] | None) -> None:
     """Cancel what shards of a run have at the provider, or all of them, but for those that another run waits for, too."""
-    site, run = run_at(run_uri, owner)
     approved = approved_plan(run)
     spared = awaited_elsewhere(run).union(approved.adopted_shards)
     with ThreadPoolExecutor(CANCELLED_AT_ONCE) as pool:  # there are seconds until a task is killed

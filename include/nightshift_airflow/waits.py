@@ -124,7 +124,7 @@ class ChainTrigger(BaseTrigger):
             return
         if "{{" in self.chain:  # killed while its templates were still being rendered
             self.render_template_fields(ti.get_template_context())
-        cancel_batches(self.run_uri, shards_of(self.chain), "triggerer")
+        cancel_batches(*run_at(self.run_uri, "triggerer"), shards_of(self.chain))
 
 
 def linger_seconds(waited: float) -> float:

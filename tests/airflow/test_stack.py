@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from urllib.parse import quote
 
 import boto3
 import pytest
+from botocore.exceptions import ClientError
 from playwright.sync_api import Page, sync_playwright
 
 from local import demo
@@ -26,6 +28,7 @@ from local.airflow_api import AirflowApi
 from local.sample import reviews
 from local.stack import Stack, StackFailed, airflow_api, airflow_env, client_env, down, reserve, s3_client, tail, up
 from nightshift.shapes import Summary
+from nightshift_airflow.stops import STOPPED
 from tests.airflow.jobs import write_jobs
 
 DAYS = int(os.environ.get("NIGHTSHIFT_TEST_DAYS", "6"))  # of the backfill: thirty take some minutes longer
@@ -136,6 +139,13 @@ def test_F104_stopping_a_run_cancels_its_batches_and_clearing_it_goes_on_without
 
     provider(stack, "PUT", "/rehearsal/pace", {"validating": 0.1, "running": 1.0, "finalizing": 0.1})
     until(lambda: api.get(path)["state"] == "failed", "the end of the stopped run")
+
+    def told() -> Summary | None:
+        with suppress(ClientError):  # not written yet
+            return summary_of(stack, api, run)
+
+    stopped = until(told, "the report of the stopped run")
+    assert (stopped.state, stopped.problem, stopped.cost_usd.actual) == ("failed", STOPPED, None)
     api.call("POST", f"{path}/clear", {"dry_run": False, "only_failed": False})
     until(lambda: api.get(path)["state"] in ("success", "failed"), "the end of the cleared run")
     summary = summary_of(stack, api, run)

@@ -24,7 +24,7 @@ from nightshift.stores.database import literals, open_database, quoted
 if TYPE_CHECKING:
     import duckdb
 
-CHART_BARS = 12
+CHART_BARS, BARS = 12, 10  # of values, and of a histogram
 MEASURED_SHARDS = 50  # of a run: so many tell what its requests cost
 TIERS: tuple[Tier, ...] = ("batch", "on_demand")
 
@@ -44,8 +44,8 @@ def report(site: Site, run: Run, *, published: Published | None, problem: str | 
     plan = store.get_shape(run.key("approved.json"), Plan) or store.get_shape(run.key("plan.json"), Plan)
     assembled = store.get_shape(run.key("assembled.json"), Assembled)
     audit = store.get_shape(run.key("audit.json"), Audit)
-    figures = distributions(site, run.job, assembled) if assembled else {}
     last = _last_published(site, run)
+    figures = distributions(site, run.job, assembled, last.figures if last else {}) if assembled else {}
     summary = summarise(site, run, plan, assembled, audit, published, problem, figures, last).model_copy(update={"error": error})
     check_sums(summary)
     store.put_shape(run.key("summary.json"), summary)
@@ -190,8 +190,8 @@ def check_sums(summary: Summary) -> None:
         )
 
 
-def distributions(site: Site, job: Job, assembled: Assembled) -> dict[str, dict[str, Any]]:
-    """Per column of report.charts and report.drift: how its values are spread over the staged rows."""
+def distributions(site: Site, job: Job, assembled: Assembled, last: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Per column of report.charts and report.drift: how its values are spread over the staged rows. `last`: those of the last run."""
     columns = dict.fromkeys([*job.spec.report.charts, *job.spec.report.drift])
     if not columns:
         return {}
@@ -199,11 +199,14 @@ def distributions(site: Site, job: Job, assembled: Assembled) -> dict[str, dict[
         paths = [site.store.download(key, Path(folder) / f"part-{i}.parquet") for i, key in enumerate(assembled.parts)]
         database.execute(f"CREATE VIEW results AS SELECT * FROM read_parquet([{literals(paths)}])")
         types = {field.name: str(field.type) for field in pq.read_schema(paths[0])}
-        return {column: _distribution(database, column, types[column]) for column in columns}
+        return {column: _distribution(database, column, types[column], last.get(column, {})) for column in columns}
 
 
-def _distribution(database: duckdb.DuckDBPyConnection, column: str, kind: str) -> dict[str, Any]:
-    """{"kind": "shares" | "histogram", "bars": [[label, count], …], "total": n}"""
+def _distribution(database: duckdb.DuckDBPyConnection, column: str, kind: str, last: Mapping[str, Any]) -> dict[str, Any]:
+    """{"kind": "shares" | "histogram", "bars": [[label, count], …], "total": n}
+
+    A histogram says where its bars stand (`low`, `width`), and how many values stand in those of the last one (`in_last`).
+    """
     name = quoted(column)
     if kind in ("double", "float"):
         low, high, total = database.execute(
@@ -211,33 +214,37 @@ def _distribution(database: duckdb.DuckDBPyConnection, column: str, kind: str) -
         ).fetchall()[0]
         if not total:
             return {"kind": "histogram", "bars": [], "total": 0}
-        width = (high / 10 - low / 10) or 1.0
-        counts: dict[int, int] = dict(
-            database.execute(
-                f"SELECT least(9, floor(({name} - {low!r}) / {width!r}))::INTEGER, count(*) FROM results WHERE isfinite({name}) GROUP BY 1"
-            ).fetchall()
-        )
-        return {"kind": "histogram", "bars": [[f"{low + i * width:.2f}", counts.get(i, 0)] for i in range(10)], "total": total}
+        width = (high / BARS - low / BARS) or 1.0
+        bars = [[f"{low + i * width:.2f}", count] for i, count in enumerate(_in_bars(database, name, low, width))]
+        figure = {"kind": "histogram", "bars": bars, "total": total, "low": low, "width": width}
+        return figure | ({"in_last": _in_bars(database, name, last["low"], last["width"])} if "low" in last else {})
     value = f"unnest({name})" if kind.startswith("list") else name
     values = f"(SELECT {value} AS v FROM results)"
-    bars = [
-        [label, count]
-        for label, count in database.execute(
-            f"SELECT v::VARCHAR, count(*) AS n FROM {values} WHERE v IS NOT NULL GROUP BY 1 ORDER BY n DESC, 1 LIMIT {CHART_BARS}"
-        ).fetchall()
-    ]
+    found = database.execute(
+        f"SELECT v::VARCHAR, count(*) AS n FROM {values} WHERE v IS NOT NULL GROUP BY 1 ORDER BY n DESC, 1 LIMIT {CHART_BARS}"
+    ).fetchall()
     [(total,)] = database.execute(f"SELECT count(v) FROM {values}").fetchall()
-    rest = total - sum(count for _, count in bars)
-    if kind.startswith("int"):
-        bars.sort(key=lambda bar: int(bar[0]))
-    return {"kind": "shares", "bars": [*bars, *([["(others)", rest]] if rest else [])], "total": total}
+    shown = sorted(found, key=lambda bar: int(bar[0])) if kind.startswith("int") else found
+    rest = total - sum(count for _, count in found)
+    return {"kind": "shares", "bars": [*map(list, shown), *([["(others)", rest]] if rest else [])], "total": total}
+
+
+def _in_bars(database: duckdb.DuckDBPyConnection, name: str, low: float, width: float) -> list[int]:
+    """How many values of a column stand in each bar of a histogram; those beyond its ends in the outer ones."""
+    place = f"least({BARS - 1}, greatest(0, floor(({name} - {low!r}) / {width!r})))::INTEGER"
+    found = dict(database.execute(f"SELECT {place}, count(*) FROM results WHERE isfinite({name}) GROUP BY 1").fetchall())
+    return [found.get(bar, 0) for bar in range(BARS)]
 
 
 def _drift(column: str, figures: Mapping[str, dict[str, Any]], last: Summary | None) -> float | None:
     """Total variation distance between two distributions: 0 = the same shares, 1 = nothing in common."""
     if last is None or column not in figures or column not in last.figures:
         return None
-    one, two = _shares(figures[column]), _shares(last.figures[column])
+    new, old = figures[column], last.figures[column]
+    if "histogram" in (new["kind"], old["kind"]):  # bars of two histograms stand elsewhere: the new values are counted in the old ones
+        counted = zip(old["bars"], new.get("in_last", ()), strict=False)
+        new = {"bars": [[label, count] for (label, _), count in counted], "total": new["total"]} if "in_last" in new else {"total": 0}
+    one, two = _shares(new), _shares(old)
     if not one or not two:
         return None
     return round(sum(abs(one.get(label, 0.0) - two.get(label, 0.0)) for label in one.keys() | two.keys()) / 2, 4)
