@@ -173,7 +173,7 @@ def test_requests_are_made_a_few_megabytes_at_a_time(prompt, tmp_path, monkeypat
     rows = Rows(count=2048, columns={"text": [text] * 2048, "who": ["w"] * 2048}, arrays={"text": array, "who": array})
     with open_database(tmp_path) as database:
         spool = Spool(tmp_path, database, job(prompt), Encoder(job(prompt)), Limits(requests=9, request_bytes=1 << 30))
-        spool.take([rows], "rows", slice_schema(job(prompt), {}))
+        spool.take([rows], slice_schema(job(prompt), {}))
     assert sum(len(each.keys) for each in made) == 2048
     assert all(each.tails.nbytes <= 3 * REQUEST_BYTES for each in made)
 
@@ -233,7 +233,7 @@ def test_a_spool_says_where_requests_stand_beyond_what_32_bits_can_count(tmp_pat
     with open_database(tmp_path) as database:
         spool = Spool(tmp_path, database, job(PLAIN), Encoder(job(PLAIN)), Limits(requests=9, request_bytes=9_000))
         monkeypatch.setattr(spool, "_end", 5 << 30)
-        spool.take([as_rows([{"text": "a", "who": "b"}, {"text": "c", "who": "d"}])], "rows", slice_schema(job(PLAIN), {}))
+        spool.take([as_rows([{"text": "a", "who": "b"}, {"text": "c", "who": "d"}])], slice_schema(job(PLAIN), {}))
         spool.load()
         [(first, size), (second, _)] = database.execute("SELECT start, size FROM spool ORDER BY ordinal").fetchall()
         assert (first, second) == (5 << 30, (5 << 30) + size)

@@ -30,7 +30,7 @@ from nightshift.errors import (
 from nightshift.progress import latest
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.rehearsal.served import free_port
-from nightshift.runs import Site
+from nightshift.runs import Site, approved_plan
 from nightshift.shapes import Summary
 from nightshift.steps.plan import plan
 from tests.conftest import World, make_world, reviews
@@ -343,6 +343,17 @@ def test_input_that_is_not_there_is_told(world):
 def test_input_that_holds_no_row_is_held_with_a_report(world):
     summary = go(world, world.job(), world.write("in.jsonl", b"\n"))
     assert (summary.state, summary.rows) == ("held", 0)
+
+
+def test_many_small_objects_make_few_row_indexes_and_many_rows_more_than_one(world, monkeypatch):
+    monkeypatch.setattr("nightshift.spool.GROUP_ROWS", 8)
+    monkeypatch.setattr("nightshift.spool.SLICE_ROWS", 20)
+    for number in range(50):
+        world.write(f"part-{number:02d}.jsonl", [{"id": f"r{number}", "text": f"Good {number}.", "stars": 1}])
+    run = begin(world.site, world.job(), pattern=f"file://{world.folder}/input/*.jsonl", dates={}, scheduled=False)
+    summary = drive(world.site, run, ask=lambda run, plan: True)
+    assert [row["id"] for row in results(world, summary)] == [f"r{number}" for number in range(50)]
+    assert len(approved_plan(run).slices) == 3
 
 
 def test_an_empty_object_is_told_as_one(world):

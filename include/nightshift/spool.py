@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,7 @@ RowsRead = Callable[[int], None]  # is told how many so far
 REQUEST_BYTES = 16 << 20  # of requests that are made at once
 RELEASE_BYTES = 32 << 20  # of the spool, after which what malloc has free is returned: long texts leave wide holes
 GROUP_ROWS, GROUP_BYTES = 1 << 14, 4 << 20  # of a row index that are written at once
+SLICE_ROWS = 1 << 20  # of a row index, about: ten thousand small files would be too many, to join them
 SPOOLED = pa.schema(
     [
         ("ordinal", pa.int64()),
@@ -78,30 +79,48 @@ class Spool:
         self.rows = 0
         self.slices: list[Path] = []
         self._places: list[Path] = []
-        self._schema: pa.Schema | None = None
         self.reasons: Counter[str] = Counter()
 
-    def read(self, site: Site, pinned: PinnedObject, name: str) -> None:
-        """Encode the rows of one pinned object; its row index becomes one slice."""
-        bucket, key = site.open_input(pinned.uri)
-        with bucket.open(key, etag=pinned.etag, version=pinned.version) as file:
-            schema = slice_schema(self._job, column_types(file, pinned.uri) if pinned.format == "parquet" else {})
-            if self._schema is not None and not self._schema.equals(schema):
-                raise InputUnreadable(pinned.uri, "its kept columns have other types than in the objects before it")
-            self._schema = schema
-            file.seek(0)
-            batch_rows = PICTURE_ROWS if self._pictures else BATCH_ROWS  # a column may hold the pictures themselves
-            self.take(read_rows(file, pinned.uri, pinned.format, pinned.compression, self._job.columns, batch_rows), name, schema)
+    def read(self, site: Site, objects: Sequence[PinnedObject]) -> None:
+        """Encode the rows of pinned objects, in order."""
+        bucket, key = site.open_input(objects[0].uri)
+        with bucket.open(key, etag=objects[0].etag, version=objects[0].version) as file:
+            schema = self._schema_of(file, objects[0])
+        self._keep((part for pinned in objects for part in self._parts_of(site, pinned, schema)), schema)
 
-    def take(self, batches: Iterable[Rows], name: str, schema: pa.Schema) -> None:
-        """Encode rows; their row index becomes one slice."""
-        path, places = self._folder / f"{name}.parquet", self._folder / f"spooled-{name}.parquet"
-        with pq.ParquetWriter(path, schema, compression="zstd") as index, _places_writer(places) as spooled:
-            for group in _grouped(self._encoded(batches, schema)):
-                index.write_table(pa.Table.from_batches([each.index for each in group], schema=schema))
-                spooled.write_table(pa.Table.from_batches([each.places for each in group], schema=SPOOLED))
-        self.slices.append(path)
-        self._places.append(places)
+    def take(self, batches: Iterable[Rows], schema: pa.Schema) -> None:
+        """Encode rows as they come."""
+        self._keep(self._encoded(batches, schema), schema)
+
+    def _schema_of(self, file: IO[bytes], pinned: PinnedObject) -> pa.Schema:
+        """The columns of a row index over an object."""
+        return slice_schema(self._job, column_types(file, pinned.uri) if pinned.format == "parquet" else {})
+
+    def _parts_of(self, site: Site, pinned: PinnedObject, schema: pa.Schema) -> Iterator[_Part]:
+        bucket, key = site.open_input(pinned.uri)
+        batch_rows = PICTURE_ROWS if self._pictures else BATCH_ROWS  # a column may hold the pictures themselves
+        with bucket.open(key, etag=pinned.etag, version=pinned.version) as file:
+            if not self._schema_of(file, pinned).equals(schema):
+                raise InputUnreadable(pinned.uri, "its kept columns have other types than in the objects before it")
+            file.seek(0)
+            rows = read_rows(file, pinned.uri, pinned.format, pinned.compression, self._job.columns, batch_rows)
+            yield from self._encoded(rows, schema)
+
+    def _keep(self, parts: Iterable[_Part], schema: pa.Schema) -> None:
+        """Write the row index, and where requests stand, in slices of so many rows, however many objects they come from; one at least."""
+        groups, is_full = _grouped(parts), True
+        while is_full:
+            name, rows, is_full = f"rows-{len(self.slices):05d}", 0, False
+            path, places = self._folder / f"{name}.parquet", self._folder / f"spooled-{name}.parquet"
+            with pq.ParquetWriter(path, schema, compression="zstd") as index, _places_writer(places) as spooled:
+                for group in groups:
+                    index.write_table(pa.Table.from_batches([each.index for each in group], schema=schema))
+                    spooled.write_table(pa.Table.from_batches([each.places for each in group], schema=SPOOLED))
+                    rows += sum(each.index.num_rows for each in group)
+                    if is_full := rows >= SLICE_ROWS:
+                        break
+            self.slices.append(path)
+            self._places.append(places)
 
     def _encoded(self, batches: Iterable[Rows], schema: pa.Schema) -> Iterator[_Part]:
         released = self._end

@@ -57,10 +57,9 @@ def draft(site: Site, run: Run, *, keep: bool, progress: RowsRead = lambda rows:
         sample = None if run.input.sample is None else choose(_ids(site, run), run.input.sample)
         spool = Spool(Path(folder), database, job, encoder, limits, pictures=pictures, sample=sample, progress=progress)
         if files_as_rows:
-            spool.take(file_rows(files_as_rows, job.columns), "rows-00000", slice_schema(job, {"size": pa.int64()}))
+            spool.take(file_rows(files_as_rows, job.columns), slice_schema(job, {"size": pa.int64()}))
         else:
-            for index, pinned in enumerate(run.input.objects):
-                spool.read(site, pinned, f"rows-{index:05d}")
+            spool.read(site, run.input.objects)
         spool.load()
         doubled = spool.reject_doubled()
         _collapse(database)
