@@ -243,15 +243,22 @@ def choose_uploads(**context: Any) -> list[dict[str, Any]]:
     params = context["params"]
     job = load_job(find_job(params["job"], read_settings().jobs))
     site = site_for(job.spec, "uploads")
+    prefix = params.get("prefix") or ""
+    if prefix and "://" not in prefix:
+        raise JobInvalid(
+            [f"prefix: {prefix!r} is no URI; uploads of {job.name} are {job.spec.on_upload.uri if job.spec.on_upload else 'none'}"]
+        )
     found = again(
         list_uploads(site, job),
         lambda upload: state_of_run(site.store, job.name, upload),
-        prefix=params.get("prefix") or "",
+        prefix=prefix,
         since=_moment(params.get("since")),
         until=_moment(params.get("until")),
         reprocess=params["reprocess"],
         newest_first=bool(params.get("newest_first")),
     )
+    if not found:
+        log.warning("No upload is to be run: none lies there in that time, or all have their runs", prefix=prefix)
     if len(found) > BACKFILLED_AT_ONCE:
         raise JobInvalid([f"{len(found):,} uploads are more than {BACKFILLED_AT_ONCE:,} at once: narrow the prefix or the time range."])
     groups: dict[str, list[Upload]] = {}
