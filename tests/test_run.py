@@ -525,6 +525,22 @@ def test_columns_of_other_tools_can_be_kept(world, name):
     assert [row[name] for row in results(world, summary)] in ([0, 1, 2], ["0", "1", "2"])
 
 
+@pytest.mark.parametrize("stars", ["123456789012345678901234", "-9223372036854775809", "18446744073709551615", "1e300", "true"])
+def test_numbers_of_any_length_are_kept_as_they_stand(world, stars):
+    uri = world.write("in.jsonl", f'{{"id": "a", "text": "Good.", "stars": {stars}}}\n'.encode())
+    job = world.job(prompt="user:\n{{ text }} {{ stars }}", input={"require": {"text": {}}})
+    summary = go(world, job, uri)
+    [row] = results(world, summary)
+    assert summary.outcomes["succeeded"] == 1
+    assert json.loads(row["stars"]) == json.loads(stars)
+
+
+def test_a_number_of_more_digits_than_python_reads_rejects_its_row(world):
+    rows = f'{{"id": "a", "text": "Good.", "stars": {"9" * 5000}}}\n{{"id": "b", "text": "Good.", "stars": 1}}\n'
+    summary = go(world, world.job(policy={"publish_at_least": 0}), world.write("in.jsonl", rows.encode()))
+    assert (summary.outcomes["rejected"], summary.outcomes["succeeded"]) == (1, 1)
+
+
 def test_an_answer_that_fits_no_column_is_invalid_alone(world, monkeypatch):
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
     answer = "nightshift.rehearsal.model.answer"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import difflib
 import io
+import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ STEP_ROWS = 128  # of a larger one that are read at once: its long rows may all 
 SAMPLE_ROWS = 16  # that tell how long the rows of a Parquet object are
 PICTURE_ROWS = 16  # in a batch, where the columns may hold pictures
 MAX_LINE_BYTES = 16 << 20  # one longer line is a fault of that row, not of the machine's memory (catalogue F15)
+BEYOND = 2.0**63  # where orjson begins to read integers as floats
 RAW_KEPT = 2000  # characters of a broken row that quarantine shows
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # how surrogateescape spells a byte that is not UTF-8
 SUFFIXES: dict[str, Format] = {
@@ -389,7 +391,18 @@ def _json_row(line: bytes | Fault) -> dict[str, Any] | Fault:
         return Fault(f"not valid JSON: {error.msg}", line[:RAW_KEPT].decode("utf-8", "replace"))
     if not isinstance(row, dict):
         return Fault("not a JSON object", line[:RAW_KEPT].decode("utf-8", "replace"))
+    for value in row.values():
+        if type(value) is float and not -BEYOND < value < BEYOND:  # it may have been an integer, whose last digits are lost
+            return _exact(line)
     return row
+
+
+def _exact(line: bytes) -> dict[str, Any] | Fault:
+    """A row whose integers keep all of their digits, which takes several times as long."""
+    try:
+        return cast("dict[str, Any]", json.loads(line))
+    except ValueError as error:  # more digits than Python reads
+        return Fault(f"not valid JSON: {error}", line[:RAW_KEPT].decode("utf-8", "replace"))
 
 
 def _csv(file: IO[bytes], uri: str, wanted: Sequence[str]) -> Iterator[Rows]:

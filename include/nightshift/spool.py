@@ -303,8 +303,8 @@ def _ids(rows: Rows, name: str) -> pa.Array:
 
 
 def _is_beyond(value: Any) -> bool:
-    """Whether a number may be an integer of JSON that has lost its last digits: beyond 64 bits it is read as a float."""
-    return isinstance(value, float) and abs(value) >= 2**63
+    """Whether a number is beyond what 64 bits hold, as an integer or as the float that it has become."""
+    return abs(value) >= (2**63 if isinstance(value, float) else 2**64) if isinstance(value, int | float) else False
 
 
 def _unasked(rows: Rows, ids: pa.Array, name: str) -> dict[int, str]:
@@ -348,4 +348,6 @@ def _fits(value: Any, kind: pa.DataType) -> Any:
             return _rounded(value)
         if not is_text(kind):
             return None
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)  # beyond what orjson writes
         return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
