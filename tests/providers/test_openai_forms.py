@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from nightshift.errors import JobInvalid
+from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.providers.openai_forms import ChatForm, ResponsesForm, is_strict
 from nightshift.providers.protocol import Garbage, Question
 
@@ -141,3 +143,25 @@ def closed(**properties) -> dict:
 )
 def test_strict_is_only_asked_where_it_is_accepted(schema, strict):
     assert is_strict(schema) is strict
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "address"),
+    [
+        pytest.param("http://127.0.0.1:8790/v1", "https://elsewhere/v1", "http://127.0.0.1:8790/v1", id="named"),
+        pytest.param(None, "https://elsewhere/v1", "https://elsewhere/v1", id="in the environment"),
+        pytest.param(None, "", "https://api.openai.com/v1", id="an empty variable"),
+        pytest.param(None, None, "https://api.openai.com/v1", id="nowhere"),
+    ],
+)
+def test_the_address_is_what_is_named_else_the_environments_else_openais(monkeypatch, given, variable, address):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OPENAI_BASE_URL", variable)
+    assert OpenAIBatches("/v1/chat/completions", OpenAIAccess(base_url=given, api_key="x")).where == address
+
+
+@pytest.mark.parametrize("given", ["127.0.0.1:8790", "http://", "ftp://x/v1", "not a url"])
+def test_an_address_that_is_none_is_refused(given):
+    with pytest.raises(JobInvalid, match="OPENAI_BASE_URL, in Airflow the connection's host"):
+        _ = OpenAIBatches("/v1/chat/completions", OpenAIAccess(base_url=given, api_key="x")).where

@@ -56,6 +56,7 @@ STATES: dict[str, BatchState] = {
 }  # an unknown status is a running one (F45)
 ABSENT: dict[str, Outcome] = {"expired": "expired", "cancelled": "cancelled"}  # what has no line was never executed; else it went missing
 
+OPENAI = "https://api.openai.com/v1"
 LIMITS = Limits(requests=50_000, request_bytes=200_000_000)
 QUEUE_FULL = "token_limit_exceeded"
 TOKEN = "nightshift_token"  # noqa: S105 — not a secret: the metadata key that carries an attempt's token
@@ -67,16 +68,16 @@ DOWNLOAD_ATTEMPTS = 5
 class OpenAIAccess:
     """Where the API is and how to get in. From `OPENAI_*`, or from an Airflow connection."""
 
-    base_url: str | None = None  # None: the SDK's own default
+    base_url: str | None = None  # None: OPENAI_BASE_URL, else OpenAI's own
     api_key: str | None = None
     headers: tuple[tuple[str, str], ...] = ()
     http_client: httpx2.Client | None = None  # None: the SDK's own; another one for a proxy, or to see what goes over the wire
 
     @property
-    def address(self) -> str | None:
-        """The base URL, as the SDK takes it. Raises JobInvalid where it is none: every call would fail as if the server were away."""
-        given = self.base_url or os.environ.get("OPENAI_BASE_URL")
-        if given is not None and not re.match(r"https?://[^/\s]+", given):
+    def address(self) -> str:
+        """The base URL, for the SDK. Raises JobInvalid where it is none: every call would fail as if the server were away."""
+        given = self.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI  # the SDK takes an empty variable for an address
+        if not re.match(r"https?://[^/\s]+", given):
             expected = "expected http://… or https://…; it is OPENAI_BASE_URL, in Airflow the connection's host"
             raise JobInvalid([f"{given!r} is no address of an API: {expected}"])
         return given
