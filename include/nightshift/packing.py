@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 Places = npt.NDArray[np.int64]
 ANSWERED, IN_FLIGHT = "answered", "in flight"
-FAILED = "failed"  # answered, and only as a failure so far
 BATCH_REQUESTS = 1 << 14  # chosen requests that are fetched at once
 GATHER_BYTES = 1 << 20  # of the spool that are read at once, and of lines that are made of them
 WANTED = pa.schema([("key", pa.binary()), ("start", pa.int64()), ("size", pa.int32()), ("weight", pa.int32())])
@@ -63,19 +62,22 @@ def mark_answered(
 ) -> list[str]:
     """Mark the requests that somebody has paid for, with one of these outcomes; the answer files that hold them.
 
-    A failure counts until a success is found, in whichever file: what a redrive has mended stays mended.
+    A failure counts where no file holds a success: what a redrive has mended stays mended.
     """
     used = []
+    database.execute("CREATE OR REPLACE TEMP TABLE paid_failures (key BLOB, file VARCHAR)")
     for file in files:
-        database.execute("CREATE OR REPLACE TEMP TABLE paid (key BLOB, succeeded BOOLEAN)")
+        database.execute("CREATE OR REPLACE TEMP TABLE paid_successes (key BLOB)")
         for batch in answers.paid_keys(file, models, outcomes):
             found = pa.Table.from_batches([batch])  # DuckDB finds it by its name in this scope
-            database.execute("INSERT INTO paid SELECT * FROM found")
+            database.execute("INSERT INTO paid_successes SELECT request_key FROM found WHERE succeeded")
+            database.execute("INSERT INTO paid_failures SELECT request_key, ? FROM found WHERE NOT succeeded", [file])
             del found
-        succeeded = _mark(database, "SELECT key FROM paid WHERE succeeded", ANSWERED, f"known IS NULL OR known = '{FAILED}'")
-        if _mark(database, "SELECT key FROM paid WHERE NOT succeeded", FAILED) + succeeded:
+        if _mark(database, "paid_successes", ANSWERED):
             used.append(file)
-    database.execute(f"UPDATE requests SET known = '{ANSWERED}' WHERE known = '{FAILED}'")
+    left = database.execute("SELECT DISTINCT file FROM paid_failures SEMI JOIN (SELECT key FROM requests WHERE known IS NULL) USING (key)")
+    used += sorted(file for (file,) in left.fetchall() if file not in used)
+    _mark(database, "paid_failures", ANSWERED)
     return used
 
 
@@ -87,14 +89,14 @@ def mark_in_flight(site: Site, database: duckdb.DuckDBPyConnection, shards: Iter
         found = pa.table({"key": pa.array(request_keys(site.store, shard), pa.binary(32))})
         database.execute("INSERT INTO flying SELECT * FROM found")
         del found
-        if _mark(database, "SELECT key FROM flying", IN_FLIGHT):
+        if _mark(database, "flying", IN_FLIGHT):
             used.append(shard)
     return used
 
 
-def _mark(database: duckdb.DuckDBPyConnection, keys: str, word: str, which: str = "known IS NULL") -> int:
-    """Mark those of some requests of which that can be said; how many there were."""
-    database.execute(f"UPDATE requests SET known = '{word}' WHERE ({which}) AND key IN ({keys})")
+def _mark(database: duckdb.DuckDBPyConnection, table: str, word: str) -> int:
+    """Mark the requests of a table of which nothing is known yet; how many there were."""
+    database.execute(f"UPDATE requests SET known = '{word}' WHERE known IS NULL AND key IN (SELECT key FROM {table})")
     return int(database.fetchall()[0][0])
 
 
