@@ -346,6 +346,14 @@ def test_a_full_disk_is_told_in_a_line():
     assert "Traceback" not in done.stderr.split("Exception ignored")[0]
 
 
+def test_a_full_disk_takes_no_json_of_the_error_either(world):
+    command = [sys.executable, "-m", "nightshift.cli", "run", "nope", "--store", f"file://{world.folder}/store", "--json"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, env=environment(None), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert "no such job file" in done.stderr
+    assert "Traceback" not in done.stderr.split("Exception ignored")[0]
+
+
 def test_a_log_is_told_what_is_new(world):
     uri, store = world.write("a.jsonl", reviews(3)), f"file://{world.folder}/store"
     done = nightshift("run", file_of(world), "--input", uri, "--store", store, rehearsal=world.rehearsal)

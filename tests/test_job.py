@@ -8,8 +8,9 @@ import yaml
 
 from nightshift.errors import JobInvalid
 from nightshift.job import Job, job_schema
-from nightshift.job_file import find_job, load_job
+from nightshift.job_file import find_job, load_job, read_prompt
 from nightshift.pages import render_job_reference
+from nightshift.stores.objects import open_objects
 from tests.conftest import SCHEMA
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +57,18 @@ def test_a_job_brings_everything_that_it_names(folder):
     assert job.answer_schema == SCHEMA
     assert job.prompt.variables == {"text"}
     assert job.columns == ("review_id", "text", "stars")
+
+
+@pytest.mark.parametrize("name", ["../../secret.md", "../secret.md", "secret.md", "prompts/../secret.md", "{folder}/secret.md"])
+def test_who_starts_a_run_may_name_the_prompts_beside_the_jobs_and_no_other_file(tmp_path, name):
+    """Also where the folder of the jobs lies at the root of a disk, so that everything lies beside it."""
+    job, store = tmp_path / "jobs" / "reviews.yaml", open_objects(f"file://{tmp_path}/store")
+    for part in ("jobs/own.md", "prompts/p.md", "secret.md"):
+        (tmp_path / part).parent.mkdir(exist_ok=True)
+        (tmp_path / part).write_text(part)
+    assert [read_prompt(store, job, part, within=True) for part in ("prompts/p.md", "own.md")] == ["prompts/p.md", "jobs/own.md"]
+    with pytest.raises(JobInvalid, match=r"not one of the prompts beside the jobs: prompts/p\.md"):
+        read_prompt(store, job, name.format(folder=tmp_path), within=True)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "include" / "jobs").glob("*.yaml")), ids=lambda path: path.stem)

@@ -7,6 +7,7 @@ from nightshift.lean import leave  # isort: skip  first of all: what it sets is 
 import getpass
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, date, datetime, time, timedelta
 from functools import partial
 from pathlib import Path
@@ -63,7 +64,8 @@ def main() -> None:
     except (NightshiftError, OSError) as error:  # OSError: a disk that is full, a folder that may not be written
         if "--json" in sys.argv:
             told = {"published": False, "error": type(error).__name__, "problem": str(error), "transient": isinstance(error, Transient)}
-            typer.echo(orjson.dumps(told).decode())
+            with suppress(OSError):  # it may be stdout that is full
+                typer.echo(orjson.dumps(told).decode())
         people.print(f"[bold red]{type(error).__name__}[/]", end=" ")
         people.print(str(error), markup=False, soft_wrap=True)
         leave(error.exit_code if isinstance(error, NightshiftError) else 1)

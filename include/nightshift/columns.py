@@ -125,6 +125,14 @@ def write_answers(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     return pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=list(_repeating(schema)), write_statistics=False)
 
 
+def copy_kept(file: pq.ParquetFile, kept: npt.NDArray[np.bool_], path: Path) -> Path:
+    """The lines of an answers file that are kept, in a file of their own."""
+    with write_answers(path, file.schema_arrow) as writer:
+        for lines in kept_lines(file, kept):
+            writer.write_table(lines)
+    return path
+
+
 def kept_lines(file: pq.ParquetFile, kept: npt.NDArray[np.bool_]) -> Iterator[pa.Table]:
     """The lines of an answers file that are kept, in tables that memory holds; row groups without any are not read."""
     end = 0

@@ -39,7 +39,8 @@ NightshiftError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Collection, Sequence
 from decimal import Decimal
 from typing import ClassVar
 
@@ -162,7 +163,7 @@ class CallRefused(BatchRejected):
 
     def __init__(self, where: str, why: str) -> None:
         self.batch_id, self.reasons = "", (why,)
-        Permanent.__init__(self, f"{where} refused the call: {why.rstrip('.')}. Nothing ran and nothing is billed.")
+        Permanent.__init__(self, f"{where} refused the call: {why.rstrip('.')}. Nothing ran and nothing is billed for it.")
 
 
 class ShardsFailed(Permanent):
@@ -358,6 +359,12 @@ class SubmissionInDoubt(Transient):
 
 class Interrupted(Transient):
     """Another shard failed, or a person stopped the process; this work can be gone on with."""
+
+
+def nearest(word: str, known: Collection[str]) -> str:
+    """What was probably meant, as the end of a message; nothing where nothing comes near."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def is_permanent(name: str | None) -> bool:

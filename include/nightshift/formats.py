@@ -6,12 +6,11 @@ A broken row is a row with a fault; a broken file is an error. Every line that h
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import PurePosixPath
@@ -19,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import orjson
 
-from nightshift.errors import InputUnreadable
+from nightshift.errors import InputUnreadable, nearest
 from nightshift.shapes import Compression, Format, PinnedObject
 
 if TYPE_CHECKING:
@@ -143,11 +142,8 @@ def count_rows(file: IO[bytes], uri: str) -> int:
 
 def missing_column(uri: str, name: str, known: Sequence[str]) -> InputUnreadable:
     """The error for a column that a whole file lacks."""
-    close = difflib.get_close_matches(name, known, n=1)
     other = next((mark for mark in OTHER_DELIMITERS if len(known) == 1 and mark in known[0]), None)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    if other:
-        hint = f"; are its columns parted by {other!r}, where a comma is expected?"
+    hint = f"; are its columns parted by {other!r}, where a comma is expected?" if other else nearest(name, known)
     return InputUnreadable(uri, f"it has no column {name!r}{hint} (columns: {', '.join(known)})")
 
 
@@ -217,28 +213,35 @@ def _together(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Recor
 
 def _without_view(array: pa.Array) -> pa.Array:
     """A column with plain values in place of views, however deep they stand: Arrow can take no rows out of views."""
-    plain = _plain_type(array.type)
+    plain = _retyped(array.type, _plain_type)
     return array if plain.equals(array.type) else array.cast(plain)
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type of plain values, where this one is of views."""
     import pyarrow as pa
 
     if pa.types.is_string_view(kind):
         return pa.string()
-    if pa.types.is_binary_view(kind):
-        return pa.binary()
+    return pa.binary() if pa.types.is_binary_view(kind) else kind
+
+
+def _retyped(kind: pa.DataType, leaf: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+    """A type with what `leaf` makes of each type that holds no others, however deep it stands."""
+    import pyarrow as pa
+
+    def field(held: pa.Field) -> pa.Field:
+        return held.with_type(_retyped(held.type, leaf))
+
     if pa.types.is_list(kind):
-        return pa.list_(_plain_field(kind.value_field))
+        return pa.list_(field(kind.value_field))
     if pa.types.is_large_list(kind):
-        return pa.large_list(_plain_field(kind.value_field))
+        return pa.large_list(field(kind.value_field))
     if pa.types.is_struct(kind):
-        return pa.struct([_plain_field(field) for field in kind])
-    return kind
-
-
-def _plain_field(field: pa.Field) -> pa.Field:
-    return field.with_type(_plain_type(field.type))
+        return pa.struct([field(held) for held in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(_retyped(kind.key_type, leaf), field(kind.item_field), kind.keys_sorted)
+    return leaf(kind)
 
 
 class _Lists(Mapping[str, Sequence[Any]]):
@@ -289,7 +292,7 @@ def _to_list(column: Any) -> list[Any]:
     Nanoseconds are cut off. Arrow gives them as objects of pandas where that is loaded, and else not at all: a row would ask
     something else in another process.
     """
-    coarser = _in_microseconds(column.type)
+    coarser = _retyped(column.type, _in_microseconds)
     if not coarser.equals(column.type):
         column = column.cast(coarser, safe=False)
     try:
@@ -299,24 +302,14 @@ def _to_list(column: Any) -> list[Any]:
 
 
 def _in_microseconds(kind: pa.DataType) -> pa.DataType:
-    """The type of the same values with moments in microseconds where this one counts nanoseconds, however deep they stand."""
+    """The type of the same moments in microseconds, where this one counts nanoseconds."""
     import pyarrow as pa
 
-    if pa.types.is_list(kind):
-        return pa.list_(_coarser_field(kind.value_field))
-    if pa.types.is_struct(kind):
-        return pa.struct([_coarser_field(field) for field in kind])
-    if pa.types.is_map(kind):
-        return pa.map_(_in_microseconds(kind.key_type), _coarser_field(kind.item_field), kind.keys_sorted)
     if not pa.types.is_temporal(kind) or getattr(kind, "unit", None) != "ns":
         return kind
     if pa.types.is_timestamp(kind):
         return pa.timestamp("us", kind.tz)
     return pa.duration("us") if pa.types.is_duration(kind) else pa.time64("us")
-
-
-def _coarser_field(field: pa.Field) -> pa.Field:
-    return field.with_type(_in_microseconds(field.type))
 
 
 def _or_none(value: Any) -> Any:

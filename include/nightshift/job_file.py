@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -14,7 +13,7 @@ import orjson
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from nightshift.errors import JobInvalid
+from nightshift.errors import JobInvalid, nearest
 from nightshift.formats import FILE_COLUMNS
 from nightshift.job import DIMENSIONS, RETRYABLE, Expectation, Job, JobFile
 from nightshift.money.prices import makes_embeddings
@@ -36,7 +35,7 @@ def find_job(name: str, jobs: Path) -> Path:
         if path.is_file():
             return path
     known = sorted(path.stem for path in jobs.glob("*.y*ml"))
-    raise JobInvalid([f"{name}: no such job file, and no job of that name in {jobs}{_nearest(name, known)}"])
+    raise JobInvalid([f"{name}: no such job file, and no job of that name in {jobs}{nearest(name, known)}"])
 
 
 def load_jobs(folder: Path) -> list[Job]:
@@ -101,7 +100,7 @@ def vary(job: Job, *, model: str | None = None, prompt_source: str | None = None
 def read_prompt(store: Objects, path: Path, name: str, *, within: bool = False) -> str:
     """A prompt by the version that an earlier run has asked with (12 hex digits), or by its file as a job names it. Raises JobInvalid.
 
-    `within`: only of the folders beside the jobs. Who may start a run may not read what else lies on a worker's disk.
+    `within`: only of the folder of the jobs and of the prompts beside it: who may start a run may not read all of a worker's disk.
     """
     if VERSION.fullmatch(name):
         kept = store.get(prompt_key(name))
@@ -109,13 +108,13 @@ def read_prompt(store: Objects, path: Path, name: str, *, within: bool = False) 
             raise JobInvalid([f"no run has asked with version {name} of a prompt: name a version of a report, or a prompt file"])
         return kept.decode()
     part = _part_path(path, name)
-    home = path.parent.parent.resolve()
-    if within and not part.resolve().is_relative_to(home):
+    homes = (path.parent, path.parent.parent / "prompts")
+    if within and not any(part.resolve().is_relative_to(home.resolve()) for home in homes):
         raise JobInvalid([f"{name}: not one of the prompts beside the jobs: {', '.join(prompt_files(path))}"])
     try:
         return part.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise JobInvalid([f"{name}: no such prompt{_nearest(name, prompt_files(path))}"]) from error
+        raise JobInvalid([f"{name}: no such prompt{nearest(name, prompt_files(path))}"]) from error
 
 
 def prompt_files(path: Path) -> list[str]:
@@ -128,7 +127,7 @@ def redriven(names: Iterable[str]) -> tuple[Outcome, ...]:
     wanted = tuple(names) or RETRYABLE
     for name in wanted:
         if name not in RETRYABLE:
-            raise JobInvalid([f"{name!r} cannot be driven again{_nearest(name, list(RETRYABLE))}; known: {', '.join(RETRYABLE)}"])
+            raise JobInvalid([f"{name!r} cannot be driven again{nearest(name, list(RETRYABLE))}; known: {', '.join(RETRYABLE)}"])
     return tuple(outcome for outcome in RETRYABLE if outcome in wanted)
 
 
@@ -156,7 +155,7 @@ def _contradictions(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
     for key in ("drift", "charts"):
         for column in getattr(spec.report, key):
             if column not in readable:
-                yield ("report", key), f"{column!r} is not in the results{_nearest(column, readable)}"
+                yield ("report", key), f"{column!r} is not in the results{nearest(column, readable)}"
     for column in ("partition", "day"):
         if spec.report.figures and column in readable:
             yield (
@@ -167,7 +166,7 @@ def _contradictions(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
         if expectation.column and expectation.column not in readable:
             yield (
                 ("output", "expectations"),
-                f"{expectation.type} looks at {expectation.column!r}, which is not in the results{_nearest(expectation.column, readable)}",
+                f"{expectation.type} looks at {expectation.column!r}, which is not in the results{nearest(expectation.column, readable)}",
             )
 
 
@@ -279,14 +278,13 @@ def _problem(path: Path, tree: yaml.Node, problem: Mapping[str, Any]) -> str:
     where = f"{path}:{_line(tree, loc)}: {'.'.join(loc) or 'job'}"
     if problem["type"] == "extra_forbidden":
         known = _known_names(loc[:-1])
-        return f"{where}: unknown key{_nearest(loc[-1], known)}; known here: {', '.join(known)}"
+        return f"{where}: unknown key{nearest(loc[-1], known)}; known here: {', '.join(known)}"
     if problem["type"] == "missing":
         return f"{where}: missing, but required"
     if problem["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-        return (
-            f"{where}: expected one of {', '.join(choices)}, found {problem['input']!r}{_nearest(str(problem['input']).lower(), choices)}"
-        )
+        found = problem["input"]
+        return f"{where}: expected one of {', '.join(choices)}, found {found!r}{nearest(str(found).lower(), choices)}"
     if problem["type"] in ("list_type", "tuple_type") and isinstance(problem["input"], str):
         return f"{where}: expected a list, such as [{problem['input']}]"
     if loc == ("name",) and problem["type"] == "string_pattern_mismatch":
@@ -310,11 +308,6 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _line(tree: yaml.Node, loc: tuple[str, ...]) -> int:
@@ -351,7 +344,7 @@ def _read_part(path: Path, tree: yaml.Node, loc: tuple[str, ...], name: str | No
             f"{Path(name).parent}/{p.name}" for p in path.parent.parent.joinpath(Path(name).parent.name).glob("*") if p.is_file()
         )
         why = "no such file" if isinstance(error, FileNotFoundError) else str(error)
-        problems.append(f"{path}:{_line(tree, loc)}: {'.'.join(loc)}: {name}: {why}{_nearest(name, known)}")
+        problems.append(f"{path}:{_line(tree, loc)}: {'.'.join(loc)}: {name}: {why}{nearest(name, known)}")
         return None
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nightshift.arrow import in_groups
-from nightshift.columns import kept_lines, write_answers
+from nightshift.columns import copy_kept, write_answers
 from nightshift.errors import NAMED_IN_BRACKETS, CountsDisagree, InputMissing
 from nightshift.job import Job, Policy
 from nightshift.join import KEEP_SIDES, join, reconcile, settled
@@ -96,11 +96,10 @@ def draft_redrive(site: Site, run: Run) -> Plan:
         join(site, job, Path(folder), database, before)
         _check_kept(database, before, original)
         database.execute(KEEP_SIDES)
-        failed = _choose(database, job, redrive.outcomes, Path(folder))
+        failed, files = _choose(database, job, redrive.outcomes, Path(folder)), answers.files()
+        mended = _mended(database, answers, files, job)
         lines = whole_lines(_gather_lines(site, Path(folder), database))
-        files = answers.files()
-        mended = mark_answered(database, answers, files, job.spec.stand_ins, MENDED)
-        mended += _mended_elsewhere(database, answers, files, job)
+        mark_answered(database, answers, files, job.spec.stand_ins, MENDED)
         adopted_shards = mark_in_flight(site, database, in_flight)
         shards, limits = [], site.limits(job)
         for group in groups(database, job.spec.policy, limits, lines):
@@ -129,13 +128,11 @@ def draft_redrive(site: Site, run: Run) -> Plan:
     )
 
 
-def _mended_elsewhere(database: duckdb.DuckDBPyConnection, answers: AnswerStore, files: Sequence[str], job: Job) -> list[str]:
-    """The files that hold what became better of the failures that are not driven again: they stay as well as they are."""
-    database.execute("ALTER TABLE requests RENAME TO driven")
+def _mended(database: duckdb.DuckDBPyConnection, answers: AnswerStore, files: Sequence[str], job: Job) -> list[str]:
+    """The files that hold what has become of failures since, of those that are not driven again as well: what is mended stays mended."""
     database.execute("CREATE TABLE requests AS SELECT request_key AS key, NULL::VARCHAR AS known FROM words WHERE outcome <> 'succeeded'")
     found = mark_answered(database, answers, files, job.spec.stand_ins, MENDED)
     database.execute("DROP TABLE requests")
-    database.execute("ALTER TABLE driven RENAME TO requests")
     return found
 
 
@@ -197,9 +194,7 @@ def _seed(database: duckdb.DuckDBPyConnection, failed: Path, group: pa.Table) ->
     found = group.select(["key"])
     places = database.sql("SELECT place FROM failed SEMI JOIN found ON request_key = key").fetchnumpy()["place"]
     del found
-    with pq.ParquetFile(failed) as file, write_answers(path := failed.with_name("seed.parquet"), file.schema_arrow) as writer:
+    with pq.ParquetFile(failed) as file:
         kept = np.zeros(file.metadata.num_rows, bool)
         kept[places] = True
-        for lines in kept_lines(file, kept):
-            writer.write_table(lines)
-    return path
+        return copy_kept(file, kept, failed.with_name("seed.parquet"))

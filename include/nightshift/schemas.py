@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from nightshift.errors import nearest
 
 VALUES = frozenset({"const", "enum", "default", "examples"})  # keywords whose values are data, and no schemas
 
@@ -54,9 +55,7 @@ def unmet(schema: Any, path: str = "") -> Iterator[str]:
         required = schema.get("required")
         for name in required if isinstance(required, list) else ():
             if name not in properties:
-                close = difflib.get_close_matches(str(name), list(properties), n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                yield f"{path or 'the answer'}: required names {name!r}, which is no property{hint}"
+                yield f"{path or 'the answer'}: required names {name!r}, which is no property{nearest(str(name), properties)}"
         for name, inner in properties.items():
             yield from unmet(inner, f"{path}.{name}".lstrip("."))
     for keyword in ("items", "anyOf", "oneOf"):

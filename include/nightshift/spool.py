@@ -23,7 +23,7 @@ from nightshift.columns import SCALARS, UNFIT
 from nightshift.contract import typed
 from nightshift.encode import Encoder, Request, Requests
 from nightshift.errors import InputUnreadable, RequestTooLarge
-from nightshift.formats import BATCH_ROWS, PICTURE_ROWS, Fault, Rows, column_types, read_rows
+from nightshift.formats import BATCH_ROWS, BEYOND, PICTURE_ROWS, Fault, Rows, column_types, read_rows
 from nightshift.job import Job
 from nightshift.packing import Lines
 from nightshift.pictures import Pictures
@@ -304,7 +304,9 @@ def _ids(rows: Rows, name: str) -> pa.Array:
 
 def _is_beyond(value: Any) -> bool:
     """Whether a number is beyond what 64 bits hold, as an integer or as the float that it has become."""
-    return abs(value) >= (2**63 if isinstance(value, float) else 2**64) if isinstance(value, int | float) else False
+    if isinstance(value, float):
+        return abs(value) >= BEYOND
+    return isinstance(value, int) and abs(value) >= 2**64
 
 
 def _unasked(rows: Rows, ids: pa.Array, name: str) -> dict[int, str]:

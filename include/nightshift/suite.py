@@ -258,17 +258,21 @@ def unusable(expectations: Sequence[Expectation]) -> Iterator[str]:
     """What Great Expectations would say of a suite's lines that can never be applied, before anything is paid for. Imports it: seconds."""
     if expectations:
         build = _builder()
-        for each in expectations:
-            try:
-                build(each, 0)
-                for pattern in (each.kwargs.get("regex"), *(each.kwargs.get("regex_list") or ())):
-                    re.compile(pattern or "")
-            except re.error as error:
-                yield f"{each.type}: {pattern!r} is no regular expression: {error}"
-            except Exception as error:  # noqa: BLE001 — of whichever pydantic it is built with
-                told: list[Mapping[str, Any]] = getattr(error, "errors", list)()
-                why = "; ".join(f"{one['loc'][-1]}: {one['msg']}" for one in told)
-                yield f"{each.type}: {why or str(error).splitlines()[0]}"
+        yield from (f"{each.type}: {why}" for each in expectations if (why := _fault_of(build, each)))
+
+
+def _fault_of(build: Callable[[Expectation, int], Any], expectation: Expectation) -> str | None:
+    for pattern in (expectation.kwargs.get("regex"), *(expectation.kwargs.get("regex_list") or ())):
+        try:
+            re.compile(pattern or "")
+        except (re.error, TypeError) as error:
+            return f"{pattern!r} is no regular expression: {error}"
+    try:
+        build(expectation, 0)
+    except Exception as error:  # noqa: BLE001 — of whichever pydantic it is built with
+        told: list[Mapping[str, Any]] = getattr(error, "errors", list)()
+        return "; ".join(f"{one['loc'][-1]}: {one['msg']}" for one in told) or str(error).splitlines()[0]
+    return None
 
 
 def _builder() -> Callable[[Expectation, int], Any]:

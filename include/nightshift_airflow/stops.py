@@ -29,7 +29,7 @@ log = structlog.get_logger(__name__)
 STOPPED_STATES = ["failed", "skipped", "removed", "upstream_failed"]
 CLEARED_OR_STOPPED_SECONDS = 3.0  # until the state of a task that a person acted on can be told
 CANCELLED_AT_ONCE = 8
-STOPPED = "it was stopped, and its batches are cancelled; what they have answered is paid, and found again when its tasks are cleared"
+STOPPED = "it was stopped, and its batches with it, but for those that others wait for; what they answered is found again after a clear"
 _places = BoundedSemaphore(4)  # runs: a person may mark hundreds at once
 
 

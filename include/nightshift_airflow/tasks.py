@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -14,14 +13,14 @@ from airflow.sdk import task
 from airflow.sdk.exceptions import AirflowSkipException
 
 from nightshift.budgets import cost_of
-from nightshift.errors import BEGIN_ANEW, GO_ON, InputMissing, JobInvalid, RunFailed, RunHeld, ShardsFailed, UpToDate, is_permanent
+from nightshift.errors import BEGIN_ANEW, GO_ON, InputMissing, JobInvalid, RunFailed, RunHeld, ShardsFailed, UpToDate, is_permanent, nearest
 from nightshift.job import Job
 from nightshift.job_file import load_job, read_prompt, redriven, vary
 from nightshift.money.prices import farewells
 from nightshift.notices import event_of, listeners, notice_of
 from nightshift.partitions import results_folder
-from nightshift.redrive import begin_redrive, find_run
-from nightshift.runs import Options, Run, Site, approved_plan, current_run, interval_dates, last_run, run_folder
+from nightshift.redrive import begin_redrive
+from nightshift.runs import Options, Run, Site, approved_plan, current_run, interval_dates, last_run, load_run, run_folder
 from nightshift.shapes import Assembled, Audit, Problem, Published
 from nightshift.steps.assemble import assemble as assemble_run
 from nightshift.steps.audit import audit as audit_run
@@ -85,12 +84,8 @@ def discover(job_file: str, **context: Any) -> str:
 def check_form(given: Mapping[str, Any], known: Iterable[str]) -> None:
     """Raise JobInvalid for what a run was triggered with and the form does not know: it would be passed over, and another thing done."""
     names = [*known, "uploads"]
-    problems = []
-    for name in given:
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            problems.append(f"{name}: the form has no such field{hint}; it has {', '.join(known)}")
+    unknown = [name for name in given if name not in names]
+    problems = [f"{name}: the form has no such field{nearest(name, names)}; it has {', '.join(known)}" for name in unknown]
     if given.get("outcomes") and not given.get("redrive"):
         problems.append("outcomes: goes with redrive, which names the run whose rows are driven again")
     if problems:
@@ -108,7 +103,7 @@ def _redrive(site: Site, job: Job, params: Any, dag_run: Any) -> str:
     found = name if RUN_NAME.fullmatch(name) else last_run(site.store, job.name, dag_run.dag_id, name)
     if site.store.head(f"{run_folder(job.name, found)}/input.json") is None:
         raise JobInvalid([f"redrive: this job has begun no run {name!r}; a run is named as in Airflow, or as in its report"])
-    original = find_run(site.store, found)
+    original = load_run(site.store, site.store.uri_of(run_folder(job.name, found)))
     _, run = current_run(site.store, job.name, dag_run.dag_id, dag_run.run_id)
     begun = begin_redrive(
         site,

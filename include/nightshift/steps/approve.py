@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nightshift.budgets import Budget, budgets_of
-from nightshift.columns import kept_lines, write_answers
+from nightshift.columns import copy_kept
 from nightshift.errors import ApprovalNeeded, BudgetExceeded
 from nightshift.packing import ANSWERED, IN_FLIGHT, estimate_shards, freeze, mark_answered, mark_in_flight, wanted_of, whole_lines
 from nightshift.pages import measured_on, stated, usd
@@ -196,12 +196,9 @@ def _without_known(site: Site, run: Run, folder: Path, database: duckdb.DuckDBPy
 
 def _seed(site: Site, shard: Shard, group: pa.Table, path: Path) -> Path:
     """What became before of some of the requests that a shard drives again, as an answers file."""
-    with open_answers(site.store, shard.key, 0) as file, write_answers(path, file.schema_arrow) as writer:
+    with open_answers(site.store, shard.key, 0) as file:
         keys = file.read(["request_key"], use_threads=False).column("request_key")
-        kept = pc.is_in(keys, group.column("key").cast(keys.type))
-        for lines in kept_lines(file, kept.to_numpy()):
-            writer.write_table(lines)
-    return path
+        return copy_kept(file, pc.is_in(keys, group.column("key").cast(keys.type)).to_numpy(), path)
 
 
 def question(run: Run, plan: Plan, *, with_sample: bool = True) -> str:

@@ -241,13 +241,17 @@ def _drift(column: str, figures: Mapping[str, dict[str, Any]], last: Summary | N
     if last is None or column not in figures or column not in last.figures:
         return None
     new, old = figures[column], last.figures[column]
-    if "histogram" in (new["kind"], old["kind"]):  # bars of two histograms stand elsewhere: the new values are counted in the old ones
-        counted = zip(old["bars"], new.get("in_last", ()), strict=False)
-        new = {"bars": [[label, count] for (label, _), count in counted], "total": new["total"]} if "in_last" in new else {"total": 0}
-    one, two = _shares(new), _shares(old)
+    one, two = _shares_in(old, new) if "histogram" in (new["kind"], old["kind"]) else _shares(new), _shares(old)
     if not one or not two:
         return None
     return round(sum(abs(one.get(label, 0.0) - two.get(label, 0.0)) for label in one.keys() | two.keys()) / 2, 4)
+
+
+def _shares_in(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, float]:
+    """The shares of a histogram's values in the bars of another one, where they were counted there: its own stand elsewhere."""
+    if "in_last" not in new:
+        return {}
+    return {label: count / new["total"] for (label, _), count in zip(old["bars"], new["in_last"], strict=True)}
 
 
 def _shares(figure: Mapping[str, Any]) -> dict[str, float]:
