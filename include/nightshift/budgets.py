@@ -58,7 +58,7 @@ def budgets_of(site: Site, run: Run) -> list[Budget]:
 def book_attempt(site: Site, run: Run, facts: Shard, claim: Claim, attempts: Sequence[Attempt]) -> None:
     """Book the attempt of a shard that is about to be sent against every budget of its run, once. `attempts`: those before it.
 
-    What is asked again was bounded when its answers were harvested (see purse), so it is booked and not refused. For the first attempt it
+    What is asked again was put aside when its answers were harvested, so it is booked and not refused. For the first attempt it
     raises ShardHeld where it fits only if what is in flight turns out cheaper than it may be, and BudgetExceeded where it does not fit.
     """
     budgets, number = budgets_of(site, run), len(attempts) + 1
@@ -70,10 +70,11 @@ def book_attempt(site: Site, run: Run, facts: Shard, claim: Claim, attempts: Seq
     for budget in budgets if not is_asked_again else ():  # all before the first is booked: what one refuses must not weigh on another
         _refuse_full(site, facts.key, budget, Account(site.store, budget.account).fits(of, estimate.usd, budget.limit, high), estimate.usd)
     for budget in budgets:
-        booking = Booking(account=budget.account, run=run.uri)
-        site.store.create_shape(f"shards/{facts.key}/booked-{run_id(booking.account, booking.run)}.json", booking)
+        _announce(site, run, facts.key, budget)
         booked = Account(site.store, budget.account).book(of, estimate.usd, None if is_asked_again else budget.limit, high, now=site.now())
         _refuse_full(site, facts.key, budget, booked, estimate.usd)
+    if is_asked_again:
+        _free(site, facts.key, number - 1, _bookings(site, facts.key))
 
 
 def is_crowded(site: Site, run: Run, facts: Shard) -> bool:
@@ -87,21 +88,53 @@ def is_crowded(site: Site, run: Run, facts: Shard) -> bool:
     return any(isinstance(full, Full) and _may_pass(full, site.now()) for full in found)
 
 
-def left_of(site: Site, run: Run) -> Decimal | None:
-    """What the budgets of a run's month leave; None where none is set."""
-    months = [budget for budget in budgets_of(site, run) if budget.account != run.key("spending")]
-    return min((budget.limit - Account(site.store, budget.account).total for budget in months), default=None)
+def left_for_again(site: Site, run: Run, shard: str, number: int) -> Decimal | None:
+    """What the month leaves for asking again what an attempt left; once something was put aside for it, that. None: nothing bounds it."""
+    of = _again(shard, run.uri, number)
+    accounts = [(budget.limit, Account(site.store, budget.account)) for budget in _of_month(site, run)]
+    return min((limit - account.total if (aside := account.booked(of)) is None else aside for limit, account in accounts), default=None)
+
+
+def put_aside(site: Site, run: Run, shard: str, number: int, usd: Decimal) -> bool:
+    """Book against the month, once, what asking again is to cost that an attempt left; whether it fits beside what others have booked.
+
+    It makes room once the next attempt is booked, or the shard is settled.
+    """
+    for budget in _of_month(site, run):
+        _announce(site, run, shard, budget)
+        if isinstance(Account(site.store, budget.account).book(_again(shard, run.uri, number), usd, budget.limit, now=site.now()), Full):
+            return False
+    return True
+
+
+def _of_month(site: Site, run: Run) -> list[Budget]:
+    return [budget for budget in budgets_of(site, run) if budget.account != run.key("spending")]
+
+
+def _announce(site: Site, run: Run, shard: str, budget: Budget) -> None:
+    """Say in a shard's folder which account it is about to be booked in, so that it is found there however this ends."""
+    booking = Booking(account=budget.account, run=run.uri)
+    site.store.create_shape(f"shards/{shard}/booked-{run_id(booking.account, booking.run)}.json", booking)
+
+
+def _free(site: Site, shard: str, number: int, bookings: Iterable[Booking]) -> None:
+    """Give back what was put aside for asking again what an attempt left."""
+    for booking in bookings:
+        Account(site.store, booking.account).settle(_again(shard, booking.run, number), Decimal(0), now=site.now())
 
 
 def settle_attempts(site: Site, shard: str, attempts: Sequence[Attempt]) -> None:
     """Put what the attempts of a shard that are over have cost in place of what was booked for them, in every account."""
     over = [attempt for attempt in attempts if attempt.ended is not None]
     bookings = _bookings(site, shard) if over else []
+    is_over = bool(bookings) and site.ledger.settled(shard) is not None
     for attempt in over if bookings else ():
         cost = _cost(site, shard, attempt) if attempt in distinct(attempts) else Decimal(0)
         for booking in bookings:  # who has booked and was not quick enough to claim pays nothing
             paid = cost if booking.run == attempt.claim.run else Decimal(0)
             Account(site.store, booking.account).settle(_name(shard, booking.run, attempt.number), paid, now=site.now())
+        if is_over or attempt.number < attempts[-1].number:
+            _free(site, shard, attempt.number, bookings)
 
 
 def _cost(site: Site, shard: str, attempt: Attempt) -> Decimal | None:
@@ -155,3 +188,7 @@ def cost_of(paid: Iterable[Paid]) -> Decimal | None:
 
 def _name(shard: str, run: str, number: int) -> str:
     return f"{shard}/{run.rpartition('/')[2]}/{number}"
+
+
+def _again(shard: str, run: str, number: int) -> str:
+    return f"{_name(shard, run, number)}/again"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from decimal import Decimal
 from functools import cache
 
-from nightshift.budgets import left_of
+from nightshift.budgets import left_for_again
 from nightshift.money.estimate import actual_cost, estimate_requests, measured_before
 from nightshift.money.prices import long_above
 from nightshift.runs import Run, Site
@@ -21,6 +21,7 @@ class Purse:
 
     def __init__(self, dollars: Decimal | None, price: Callable[[Variant], Decimal | None]) -> None:
         self._dollars, self._price = dollars, price
+        self.taken = Decimal(0)  # dollars that were paid out of it
 
     def pays(self, asked_as: Variant) -> bool:
         """Whether one more request can be asked so; its estimated price is then taken out."""
@@ -30,24 +31,25 @@ class Purse:
         if price is None or price > self._dollars:
             return False
         self._dollars -= price
+        self.taken += price
         return True
 
 
-def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], bought: Usage, claim: Claim) -> Purse:
+def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], bought: Usage, attempt: Attempt) -> Purse:
     """What the job's budget leaves for a shard once all its answers so far are paid: its share by requests, less what it cost.
 
-    `bought`: by the attempt of this claim, whose answers are not in the store yet.
+    `bought`: by this attempt, whose answers are not in the store yet.
     """
-    budget, month = run.job.spec.policy.budget_usd, left_of(site, run)
+    budget, month = run.job.spec.policy.budget_usd, left_for_again(site, run, facts.key, attempt.number)
     if budget is None and month is None:
         return Purse(None, lambda asked_as: None)
     approved = site.store.get_shape(run.key("approved.json"), Plan)
     share = None if budget is None else budget * facts.request_count / max(facts.request_count, approved.submitted if approved else 0)
-    spent = _cost(claim, bought)
-    for attempt in distinct(attempts):
-        if attempt.is_harvested:
-            table = read_answers(site.store, facts.key, attempt.number, ["paid", *TOKENS])
-            spent += _cost(attempt.claim, usage_of(table, long_above(attempt.claim.provider, attempt.claim.model)))
+    spent = _cost(attempt.claim, bought)
+    for before in distinct(attempts):
+        if before.is_harvested:
+            table = read_answers(site.store, facts.key, before.number, ["paid", *TOKENS])
+            spent += _cost(before.claim, usage_of(table, long_above(before.claim.provider, before.claim.model)))
 
     measured = measured_before(site.store, run.job)
     is_dear = facts.least > 1  # what is asked again may be too little for a batch

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
+from unittest.mock import ANY
 
 import pytest
 
@@ -15,9 +16,11 @@ from nightshift.drive import begin, drive
 from nightshift.errors import BudgetExceeded, ShardHeld
 from nightshift.shapes import Summary
 from nightshift.steps.approve import approve
+from nightshift.steps.collect import collect
 from nightshift.steps.discover import discover
 from nightshift.steps.plan import plan
 from nightshift.steps.submit import submit
+from nightshift.steps.wait import pauses
 from nightshift.stores.accounts import Account, Booked, Full
 from nightshift.stores.ledger import Attempt, Claim, Ended
 from nightshift.stores.objects import open_objects
@@ -162,7 +165,9 @@ def test_the_accounts_say_what_the_bill_says(world):
     world.rehearsal.faults(errored=0.2)
     summary = go(world, job, world.write("a.jsonl", texts(100)))
     [folder] = world.site.store.folders(f"spending/{summary.finished_at:%Y-%m}")[:1]
-    assert float(Account(world.site.store, folder).total) == pytest.approx(world.rehearsal.bill()["usd"], abs=1e-6)
+    account = Account(world.site.store, folder)
+    assert float(account.total) == pytest.approx(world.rehearsal.bill()["usd"], abs=1e-6)
+    assert book(account, "another", 99, limit=1) == Full(account.total, 0, ANY), "nothing that was put aside for asking again stays booked"
 
 
 def site_estimate(world: World, run) -> Decimal:
@@ -188,6 +193,25 @@ def test_a_hard_budget_is_never_passed_by_more_than_one_shard_when_answers_cost_
         go(world, dear, world.write("b.jsonl", texts(100)))
     spent = world.rehearsal.bill()["usd"] - before
     assert spent <= estimate * 1.1 + estimate / 10 * 3, "the budget, and one shard with all that it asks again"
+
+
+def test_shards_that_are_harvested_at_the_same_moment_do_not_spend_the_same_money_on_asking_again(world):
+    job = world.job(policy={"max_requests_per_shard": 10, "retry": {"invalid": 1}})
+    paid = go(world, job, world.write("a.jsonl", texts(40))).cost_usd.actual
+    dear = world.job(
+        prompt="user:\nOnce more: {{ text }}\n",
+        policy={"max_requests_per_shard": 10, "retry": {"invalid": 1}, "monthly_budget_usd": paid * 1.8},
+    )
+    world.rehearsal.faults(invalid=1.0)
+    before = world.rehearsal.bill()["usd"]
+    run, shards = shards_of(world, dear, world.write("b.jsonl", texts(40)))
+    for shard in shards:
+        submit(world.site, run, shard)
+    for shard in shards:  # none is submitted again before all are harvested
+        list(pauses(world.site, run, shard))
+        collect(world.site, run, shard)
+    drive(world.site, run, ask=lambda run, planned: True)
+    assert paid * 1.2 < world.rehearsal.bill()["usd"] - before < paid * 1.8
 
 
 def book_first(site, run, shard: str) -> None:

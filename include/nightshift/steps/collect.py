@@ -6,26 +6,27 @@ provider returned none for it, or two.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from itertools import compress
 from pathlib import Path
 
 from msgspec.structs import replace
 
+from nightshift.again import ask_again
 from nightshift.arrow import collector_paused, keep_pandas_out
 from nightshift.budgets import settle_attempts
 from nightshift.columns import answers_schema, rows_at_once
 from nightshift.errors import BatchLost, BatchRejected, BatchUnfinished, BatchUnknown, NightshiftError, ProviderUnavailable, ResultsGone
 from nightshift.job import Job
-from nightshift.judge import AS_IT_WAS, Answer, judge_for, reader_for, usage_of_replies
+from nightshift.judge import Answer, judge_for, reader_for, usage_of_replies
 from nightshift.matching import AT_ONCE, Matching, unfold, with_tokens
 from nightshift.money.prices import long_above, tier_of
 from nightshift.providers.forms import form_of
 from nightshift.providers.protocol import Garbage, Provider, Reply, Snapshot
-from nightshift.purse import Purse, purse_of
+from nightshift.purse import purse_of
 from nightshift.runs import Run, Site
 from nightshift.settle import settle
 from nightshift.shapes import Settled
@@ -33,7 +34,7 @@ from nightshift.sheet import Sheet
 from nightshift.steps.submit import open_where, payer_of
 from nightshift.steps.wait import FILES_GRACE, is_waiting_for_files
 from nightshift.stores.ledger import Attach, Attempt, Done, Ended, is_stuck, next_move
-from nightshift.stores.shards import Left, answers_key, asked_of, pending, read_answers, shared_lines
+from nightshift.stores.shards import Left, answers_key, asked_of, pending, shared_lines
 from nightshift.typed import Read
 
 LOST_AFTER = timedelta(minutes=2)  # from the first "not known" here; the wait before has looked for longer
@@ -110,12 +111,11 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
             _give_up(site, run, shard, attempt, attempts, provider, error)
             return
         failed.update(_absent(matching.absent, snapshot, shared_lines(left, per_line)))
-        payer, above = payer_of(site, run, attempt), long_above(attempt.claim.provider, attempt.claim.model)
-        purse = purse_of(site, payer, facts, attempts, sheet.usage(above) + usage_of_replies(failed.values(), above), attempt.claim)
-        again = _again_for(site, payer, shard, attempt, left, purse)
-        for key in left:
-            if key in failed:
-                sheet.add(key, again(key, failed.pop(key)))
+        above = long_above(attempt.claim.provider, attempt.claim.model)
+        bought, payer = sheet.usage(above) + usage_of_replies(failed.values(), above), payer_of(site, run, attempt)
+        purse = partial(purse_of, site, payer, facts, attempts, bought, attempt)
+        for key, answer in ask_again(site, payer, attempt, facts, left, failed, purse).items():
+            sheet.add(key, answer)
         path = Path(folder) / "answers.parquet"
         sheet.write(path)
         is_first = site.store.create(answers_key(shard, attempt.number), path)  # who harvested first has decided what is asked again
@@ -247,42 +247,3 @@ def _nothing(key: bytes, snapshot: Snapshot, line: int, *, is_shared: bool) -> R
     outcome = snapshot.absent
     reason = f"the batch was {outcome}" if outcome != "missing" else f"no line came back though the batch is {snapshot.status}"
     return Reply(custom_id=custom_id, outcome=outcome, reason=reason, retryable=True)
-
-
-def _again_for(
-    site: Site, run: Run, shard: str, attempt: Attempt, left: Mapping[bytes, Left | None], purse: Purse
-) -> Callable[[bytes, Answer], Answer]:
-    """The function that decides whether and how a request is asked again: by policy, bounded by count and by money."""
-    retry, job, history = run.job.spec.policy.retry, run.job, _outcomes_so_far(site, shard, attempt)
-    created = attempt.receipt.created_at if attempt.receipt else attempt.claim.claimed_at
-    overdue = site.now() - created > job.patience  # the deadline cancelled it: asking again is no use
-    rushed = job.spec.policy.on_demand and attempt.claim.provider != "live"
-
-    def again(key: bytes, answer: Answer) -> Answer:
-        reply, before = answer.reply, left[key]
-        asked_as = before.variant if before else AS_IT_WAS
-        answer = replace(answer, asked_as=asked_as)
-        is_late = reply.outcome == "expired" or (reply.outcome == "cancelled" and overdue)
-        if rushed and is_late:  # the batch's time is over: the rest is finished on demand
-            variant = asked_as.model_copy(update={"provider": "live"})
-            return replace(answer, again=variant) if purse.pays(variant) else answer
-        if reply.outcome == "errored" and reply.is_shared and not reply.retryable:
-            return replace(answer, again=asked_as.model_copy(update={"alone": True}))
-        hopeless = (reply.outcome == "errored" and not reply.retryable) or (reply.outcome == "cancelled" and overdue)
-        if hopeless or not retry.allows(reply.outcome, history.get(key, Counter())[reply.outcome] + 1):
-            return answer
-        variant = retry.variant(reply.outcome, asked_as, job.token_limit)
-        return replace(answer, again=variant) if purse.pays(variant) else answer
-
-    return again
-
-
-def _outcomes_so_far(site: Site, shard: str, attempt: Attempt) -> dict[bytes, Counter[str]]:
-    """How often each request had each outcome in the attempts before. Only requests asked again are in the later ones."""
-    history: dict[bytes, Counter[str]] = {}
-    for number in attempt.claim.after:
-        if number:  # attempt 0 is what became of it before it was driven again
-            table = read_answers(site.store, shard, number, ["request_key", "outcome", "again"])
-            for line in table.filter(table.column("again").is_valid()).to_pylist():
-                history.setdefault(line["request_key"], Counter())[line["outcome"]] += 1
-    return history

@@ -88,6 +88,11 @@ class Account:
             if self._enter(of, amount, number + 1, last, 1, now):
                 return Booked()
 
+    def booked(self, of: str) -> Decimal | None:
+        """What was booked for something; None where nothing was."""
+        entry = self._entered(of)
+        return None if entry is None else entry.usd
+
     def fits(self, of: str, usd: Decimal, limit: Decimal, usd_high: Decimal) -> Booked | Full:
         """Whether something would be entered now; enters nothing."""
         _, last = self._last()
@@ -100,11 +105,10 @@ class Account:
 
         What was never booked stays out.
         """
-        closing = f"{of}/settled"
-        while True:
+        closing, booked = f"{of}/settled", self._entered(of)
+        while booked is not None:
             number, last = self._last()
-            booked = self._entered(of)
-            if booked is None or self._entered(closing) is not None:
+            if self._entered(closing) is not None:
                 return
             if self._enter(closing, NOTHING if usd is None else usd - booked.usd, number + 1, last, -1, now):
                 return
