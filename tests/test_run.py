@@ -447,7 +447,7 @@ def test_drift_is_measured_against_the_last_published_run(world):
     assert first.drift == {"sentiment": None}
     assert second.drift == {"sentiment": 0.5}
     assert second.drift_against == first.label
-    assert second.figures["stars"]["bars"] == [["2", 10]]
+    assert second.figures["stars"].bars == (("2", 10),)
 
 
 def test_drift_of_numbers_goes_by_where_they_stand_and_not_by_the_range_of_the_others(world, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from decimal import Decimal
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -248,6 +248,17 @@ class Problem(Wire):
     message: str
 
 
+class Distribution(Wire):
+    """How the values of a column are spread: the most frequent by name, or a histogram of ten bars."""
+
+    kind: Literal["shares", "histogram"]
+    bars: tuple[tuple[str, int], ...]  # what a bar stands for, and how many values
+    total: int  # values that are not null
+    low: float | None = None  # where the first bar of a histogram begins
+    width: float | None = None  # of each bar
+    in_last: tuple[int, ...] | None = None  # how many values stand in each bar of the last published run's histogram
+
+
 class Summary(Wire):
     """What happened, in numbers that add up. Stored as `runs/<job>/<run>/summary.json`."""
 
@@ -277,7 +288,7 @@ class Summary(Wire):
     alarms: dict[str, int]
     cost_usd: Cost
     audit: Audit | None
-    figures: dict[str, dict[str, Any]]  # per chart column: its distribution in this run
+    figures: dict[str, Distribution]  # per column of charts and drift, in this run
     drift: dict[str, float | None]  # per drift column: total variation distance to the last published run, 0..1
     drift_against: str | None
     published: bool

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import pyarrow.parquet as pq
+from typing import Literal
 
 from nightshift.approvals import approvals_of
 from nightshift.budgets import cost_of
+from nightshift.distributions import distributions, drift_of
 from nightshift.errors import CountsDisagree
-from nightshift.job import Job
 from nightshift.money.estimate import is_worth_keeping, measure, measured_before, measured_key
 from nightshift.money.prices import tier_of
 from nightshift.pages import render_report
 from nightshift.partitions import quarantine_folder
 from nightshift.runs import Run, Site
-from nightshift.shapes import OUTCOMES, Assembled, Audit, Cost, Counts, Paid, Plan, Published, Summary, Tier, Usage, Wire
-from nightshift.stores.database import literals, open_database, quoted
+from nightshift.shapes import OUTCOMES, Assembled, Audit, Cost, Counts, Distribution, Paid, Plan, Published, Summary, Tier, Usage, Wire
 
-if TYPE_CHECKING:
-    import duckdb
-
-CHART_BARS, BARS = 12, 10  # of values, and of a histogram
 MEASURED_SHARDS = 50  # of a run: so many tell what its requests cost
 TIERS: tuple[Tier, ...] = ("batch", "on_demand")
 
@@ -35,23 +28,39 @@ class LastPublished(Wire):
     run: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a run has come to, however far it came."""
+
+    plan: Plan | None
+    assembled: Assembled | None
+    audit: Audit | None
+    published: Published | None
+    problem: str | None  # what stopped it
+    error: str | None  # its class
+
+
 def report(site: Site, run: Run, *, published: Published | None, problem: str | None = None, error: str | None = None) -> Summary:
     """Write the summary and the page from what the run left in the store, however far it came.
 
     Raises CountsDisagree where a run that was assembled does not add up.
     """
-    store = site.store
-    plan = store.get_shape(run.key("approved.json"), Plan) or store.get_shape(run.key("plan.json"), Plan)
-    assembled = store.get_shape(run.key("assembled.json"), Assembled)
-    audit = store.get_shape(run.key("audit.json"), Audit)
-    last = _last_published(site, run)
-    figures = distributions(site, run.job, assembled, last.figures if last else {}) if assembled else {}
-    summary = summarise(site, run, plan, assembled, audit, published, problem, figures, last).model_copy(update={"error": error})
+    store, last = site.store, _last_published(site, run)
+    facts = Facts(
+        plan=store.get_shape(run.key("approved.json"), Plan) or store.get_shape(run.key("plan.json"), Plan),
+        assembled=store.get_shape(run.key("assembled.json"), Assembled),
+        audit=store.get_shape(run.key("audit.json"), Audit),
+        published=published,
+        problem=problem,
+        error=error,
+    )
+    figures = distributions(site, run.job, facts.assembled, last.figures if last else {}) if facts.assembled else {}
+    summary = summarise(site, run, facts, figures, last)
     check_sums(summary)
     store.put_shape(run.key("summary.json"), summary)
     store.put(run.key("report.html"), render_report(summary).encode())
-    if plan and assembled and not run.input.redrive:  # a redrive asks otherwise, and says nothing of the next run
-        _measure(site, run, plan)
+    if facts.plan and facts.assembled and not run.input.redrive:  # a redrive asks otherwise, and says nothing of the next run
+        _measure(site, run, facts.plan)
     if published and run.input.sample is None:
         store.put_shape(f"runs/{run.job.name}/last-published.json", LastPublished(run=run.input.run))
     return summary
@@ -74,19 +83,10 @@ def _measure(site: Site, run: Run, plan: Plan) -> None:
         site.store.put_shape(measured_key(run.job), measured)
 
 
-def summarise(
-    site: Site,
-    run: Run,
-    plan: Plan | None,
-    assembled: Assembled | None,
-    audit: Audit | None,
-    published: Published | None,
-    problem: str | None,
-    figures: Mapping[str, dict[str, Any]],
-    last: Summary | None,
-) -> Summary:
-    """The summary of a run from its facts."""
+def summarise(site: Site, run: Run, facts: Facts, figures: Mapping[str, Distribution], last: Summary | None) -> Summary:
+    """The summary of a run from its facts. `last`: that of the last published run."""
     job, request = run.job, run.job.spec.request
+    plan, assembled, audit, published = facts.plan, facts.assembled, facts.audit, facts.published
     paid = assembled.paid if assembled else paid_so_far(site, run, plan)
     return Summary(
         job=job.name,
@@ -96,7 +96,8 @@ def summarise(
         sample=run.input.sample,
         approvals=tuple(approvals_of(run)),
         state=_state(run, audit, published),
-        problem=problem or ("; ".join(audit.reasons) if audit and not audit.passed else None),
+        problem=facts.problem or ("; ".join(audit.reasons) if audit and not audit.passed else None),
+        error=facts.error,
         partition=run.input.partition,
         model=request.model,
         prompt_version=job.prompt.version,
@@ -129,7 +130,7 @@ def summarise(
         ),
         audit=audit,
         figures=dict(figures),
-        drift={column: _drift(column, figures, last) for column in job.spec.report.drift},
+        drift={column: drift_of(figures.get(column), last.figures.get(column) if last else None) for column in job.spec.report.drift},
         drift_against=last.label if last else None,
         published=published is not None,
         results=published.uri if published else None,
@@ -188,74 +189,6 @@ def check_sums(summary: Summary) -> None:
             f"{summary.rows} rows less {outcomes['rejected']} rejected are not "
             f"{counts.unique} unique requests + {counts.duplicates} duplicates."
         )
-
-
-def distributions(site: Site, job: Job, assembled: Assembled, last: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Per column of report.charts and report.drift: how its values are spread over the staged rows. `last`: those of the last run."""
-    columns = dict.fromkeys([*job.spec.report.charts, *job.spec.report.drift])
-    if not columns:
-        return {}
-    with site.scratch() as folder, open_database(Path(folder)) as database:
-        paths = [site.store.download(key, Path(folder) / f"part-{i}.parquet") for i, key in enumerate(assembled.parts)]
-        database.execute(f"CREATE VIEW results AS SELECT * FROM read_parquet([{literals(paths)}])")
-        types = {field.name: str(field.type) for field in pq.read_schema(paths[0])}
-        return {column: _distribution(database, column, types[column], last.get(column, {})) for column in columns}
-
-
-def _distribution(database: duckdb.DuckDBPyConnection, column: str, kind: str, last: Mapping[str, Any]) -> dict[str, Any]:
-    """{"kind": "shares" | "histogram", "bars": [[label, count], …], "total": n}
-
-    A histogram says where its bars stand (`low`, `width`), and how many values stand in those of the last one (`in_last`).
-    """
-    name = quoted(column)
-    if kind in ("double", "float"):
-        low, high, total = database.execute(
-            f"SELECT min({name}), max({name}), count({name}) FROM results WHERE isfinite({name})"
-        ).fetchall()[0]
-        if not total:
-            return {"kind": "histogram", "bars": [], "total": 0}
-        width = (high / BARS - low / BARS) or 1.0
-        bars = [[f"{low + i * width:.2f}", count] for i, count in enumerate(_in_bars(database, name, low, width))]
-        figure = {"kind": "histogram", "bars": bars, "total": total, "low": low, "width": width}
-        return figure | ({"in_last": _in_bars(database, name, last["low"], last["width"])} if "low" in last else {})
-    value = f"unnest({name})" if kind.startswith("list") else name
-    values = f"(SELECT {value} AS v FROM results)"
-    found = database.execute(
-        f"SELECT v::VARCHAR, count(*) AS n FROM {values} WHERE v IS NOT NULL GROUP BY 1 ORDER BY n DESC, 1 LIMIT {CHART_BARS}"
-    ).fetchall()
-    [(total,)] = database.execute(f"SELECT count(v) FROM {values}").fetchall()
-    shown = sorted(found, key=lambda bar: int(bar[0])) if kind.startswith("int") else found
-    rest = total - sum(count for _, count in found)
-    return {"kind": "shares", "bars": [*map(list, shown), *([["(others)", rest]] if rest else [])], "total": total}
-
-
-def _in_bars(database: duckdb.DuckDBPyConnection, name: str, low: float, width: float) -> list[int]:
-    """How many values of a column stand in each bar of a histogram; those beyond its ends in the outer ones."""
-    place = f"least({BARS - 1}, greatest(0, floor(({name} - {low!r}) / {width!r})))::INTEGER"
-    found = dict(database.execute(f"SELECT {place}, count(*) FROM results WHERE isfinite({name}) GROUP BY 1").fetchall())
-    return [found.get(bar, 0) for bar in range(BARS)]
-
-
-def _drift(column: str, figures: Mapping[str, dict[str, Any]], last: Summary | None) -> float | None:
-    """Total variation distance between two distributions: 0 = the same shares, 1 = nothing in common."""
-    if last is None or column not in figures or column not in last.figures:
-        return None
-    new, old = figures[column], last.figures[column]
-    one, two = _shares_in(old, new) if "histogram" in (new["kind"], old["kind"]) else _shares(new), _shares(old)
-    if not one or not two:
-        return None
-    return round(sum(abs(one.get(label, 0.0) - two.get(label, 0.0)) for label in one.keys() | two.keys()) / 2, 4)
-
-
-def _shares_in(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, float]:
-    """The shares of a histogram's values in the bars of another one, where they were counted there: its own stand elsewhere."""
-    if "in_last" not in new:
-        return {}
-    return {label: count / new["total"] for (label, _), count in zip(old["bars"], new["in_last"], strict=True)}
-
-
-def _shares(figure: Mapping[str, Any]) -> dict[str, float]:
-    return {label: count / figure["total"] for label, count in figure["bars"]} if figure["total"] else {}
 
 
 def _last_published(site: Site, run: Run) -> Summary | None:
