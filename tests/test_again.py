@@ -17,9 +17,10 @@ from nightshift.errors import BatchLost, BatchUnfinished, BatchUnknown, BudgetEx
 from nightshift.job import RETRYABLE
 from nightshift.job_file import redriven
 from nightshift.progress import latest
+from nightshift.reserve import reserve
 from nightshift.runs import Options, approved_plan, load_run
 from nightshift.shapes import Summary
-from nightshift.steps.approve import approve, reserve
+from nightshift.steps.approve import approve
 from nightshift.steps.collect import LOST_AFTER, collect
 from nightshift.steps.discover import discover
 from nightshift.steps.plan import plan

@@ -29,7 +29,7 @@ class Question(Wire):
     at: datetime
 
 
-class Answer(Wire):
+class Decision(Wire):
     """What a person has said to a question. Stored as `grants/<job>/<n>-answer.json`."""
 
     usd: Decimal | None  # that may be spent by all runs together; None: refused
@@ -57,7 +57,7 @@ class Draw:
     """It was granted: draw on it."""
 
     number: int
-    answer: Answer
+    answer: Decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +65,13 @@ class Refused:
     """The question that this run has waited for was refused."""
 
     number: int
-    answer: Answer
+    answer: Decision
 
 
 def next_step(
     number: int,
     question: Question | None,
-    answer: Answer | None,
+    answer: Decision | None,
     used_at: datetime | None,
     *,
     run: str,
@@ -115,11 +115,11 @@ class Grants:
         self._store.create_shape(f"{self._folder}/{draw.number + 1:06d}-asked.json", Question(run=run, at=now))
         return Ask(draw.number + 1)
 
-    def answer(self, number: int) -> Answer | None:
+    def answer(self, number: int) -> Decision | None:
         """What was said to a question; None where nothing was, yet."""
-        return self._store.get_shape(f"{self._folder}/{number:06d}-answer.json", Answer)
+        return self._store.get_shape(f"{self._folder}/{number:06d}-answer.json", Decision)
 
-    def settle(self, number: int, answer: Answer) -> Answer:
+    def settle(self, number: int, answer: Decision) -> Decision:
         """Keep an answer; the first one stays."""
         return self._store.settle(f"{self._folder}/{number:06d}-answer.json", answer)
 

@@ -470,8 +470,8 @@ def _job_name(job: str, settings: Settings) -> str:
 def _asker(yes: bool) -> Callable[[Run, Plan], bool]:
     """A person at a terminal is asked; elsewhere only --yes approves."""
     from nightshift.approvals import record
+    from nightshift.question import question
     from nightshift.runs import utc_now
-    from nightshift.steps.approve import question
 
     def ask(run: Run, planned: Plan) -> bool:
         said = yes

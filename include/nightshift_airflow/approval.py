@@ -18,14 +18,15 @@ from airflow.sdk.definitions.param import ParamsDict
 from airflow.sdk.exceptions import AirflowSkipException
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
-from nightshift.approvals import ANSWER_WITHIN, Answer, Ask, Draw, Grants, Refused, record
+from nightshift.approvals import ANSWER_WITHIN, Ask, Decision, Draw, Grants, Refused, record
 from nightshift.errors import ApprovalNeeded, NightshiftError
 from nightshift.notices import Notice, listeners
 from nightshift.pages import usd
+from nightshift.question import question
 from nightshift.runs import Run, Site
 from nightshift.settings import dollars, read_settings
 from nightshift.shapes import Approval, Plan
-from nightshift.steps.approve import approve, must_ask, question
+from nightshift.steps.approve import approve, must_ask
 from nightshift.steps.plan import plan
 from nightshift_airflow.chains import chains
 from nightshift_airflow.notices import tell
@@ -75,13 +76,13 @@ class ApproveRun(ApprovalOperator):
             super().execute_complete(context, event)
         except (HITLRejectException, HITLTimeoutError) as error:
             if number is not None:
-                grants.settle(number, Answer(usd=None, by=person, at=site.now(), note=note))
+                grants.settle(number, Decision(usd=None, by=person, at=site.now(), note=note))
             is_late = isinstance(error, HITLTimeoutError)
             _record(run, planned, "timed_out" if is_late else "refused", person, site.now(), note, number)
             raise _needed(run, planned, "Nobody has answered in time" if is_late else _refusal(person, note)) from error
         if number is not None:
             granted = dollars(given["up_to_usd"], "up_to_usd") if given.get("up_to_usd") else planned.estimate.usd or Decimal(0)
-            answer = grants.settle(number, Answer(usd=granted, by=person, at=site.now(), note=note))
+            answer = grants.settle(number, Decision(usd=granted, by=person, at=site.now(), note=note))
             if grants.draw(Draw(number, answer), run.uri, planned.estimate.usd or Decimal(0), site.now()) is not None:
                 self.log.info("%s is less than this run alone is estimated at; asking again", usd(granted))
                 return self._with_others(context, site, run, planned, waited_for=number)

@@ -7,10 +7,10 @@ from decimal import Decimal
 
 import pytest
 
-from nightshift.approvals import Answer, Ask, Draw, Grants, Question, Refused, Wait, approvals_of, next_step, record
+from nightshift.approvals import Ask, Decision, Draw, Grants, Question, Refused, Wait, approvals_of, next_step, record
 from nightshift.pages import render_report
+from nightshift.question import question, said_in
 from nightshift.shapes import Approval
-from nightshift.steps.approve import question, said_in
 from nightshift.steps.discover import discover
 from nightshift.steps.plan import plan
 from nightshift.steps.report import report
@@ -18,8 +18,8 @@ from nightshift.stores.objects import open_objects
 from tests.conftest import NOON, reviews
 
 OPEN = Question(run="a", at=NOON)
-YES = Answer(usd=Decimal(10), by="Ada", at=NOON)
-NO = Answer(usd=None, by="Ada", at=NOON)
+YES = Decision(usd=Decimal(10), by="Ada", at=NOON)
+NO = Decision(usd=None, by="Ada", at=NOON)
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 
 

@@ -20,7 +20,7 @@ from nightshift.matching import Matching, with_tokens
 from nightshift.packing import WANTED, balance, cut
 from nightshift.providers.protocol import Garbage, Reply, Snapshot
 from nightshift.shapes import Estimate, Plan
-from nightshift.steps.approve import Ask, Pass, Stop, approve, decide
+from nightshift.steps.approve import NeedsApproval, Pass, Stop, approve, decide
 from nightshift.steps.discover import discover
 from nightshift.steps.wait import UNKNOWN_PATIENCE, Cancel, Ended, Look, next_look
 from nightshift.stores.shards import shard_key
@@ -48,12 +48,12 @@ MONTH = Budget(name="policy.monthly_budget_usd", limit=Decimal(100), account="b"
     [
         pytest.param(plan("5"), None, [], Pass(), id="no bounds"),
         pytest.param(plan("5"), 6, [(RUN, 0)], Pass(), id="below both"),
-        pytest.param(plan("5"), 4, [(RUN, 0)], Ask(4), id="above what passes unasked"),
+        pytest.param(plan("5"), 4, [(RUN, 0)], NeedsApproval(4), id="above what passes unasked"),
         pytest.param(plan("11"), 4, [(RUN, 0)], Stop(RUN, 0), id="over the budget, whoever agrees"),
         pytest.param(plan("5"), 4, [(RUN, 0), (MONTH, 96)], Stop(MONTH, 96), id="over what is left of the month"),
         pytest.param(plan("5"), 6, [(RUN, 0), (MONTH, 95)], Pass(), id="just what is left of the month"),
-        pytest.param(plan(None), None, [(RUN, 0)], Ask(10), id="unknown price is not a price of zero"),
-        pytest.param(plan(None), None, [(RUN, 0), (MONTH, 99)], Ask(1), id="unknown price, at the end of the month"),
+        pytest.param(plan(None), None, [(RUN, 0)], NeedsApproval(10), id="unknown price is not a price of zero"),
+        pytest.param(plan(None), None, [(RUN, 0), (MONTH, 99)], NeedsApproval(1), id="unknown price, at the end of the month"),
         pytest.param(plan(None), None, [], Pass(), id="unknown price, unbounded"),
         pytest.param(plan("11", submitted=0), None, [(RUN, 0)], Pass(), id="nothing to send costs nothing"),
     ],
