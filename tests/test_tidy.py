@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from nightshift.drive import begin, drive
-from nightshift.errors import InputMissing, QuotaExhausted, RowInUse
-from nightshift.runs import Options
+from nightshift.errors import ApprovalNeeded, InputMissing, PlanOutdated, QuotaExhausted, RowInUse
+from nightshift.runs import PLAN_STANDS, Options
 from nightshift.shapes import Summary
 from nightshift.steps.approve import approve
 from nightshift.steps.discover import discover
@@ -47,6 +47,23 @@ def test_what_a_run_counts_on_that_waits_for_its_approval_is_not_forgotten_under
     assert tidy(replace(world.site, now=lambda: datetime.now(UTC) + timedelta(hours=2)), keep=timedelta(hours=1)).dropped == 0
     assert approve(world.site, waiting, planned, ask=lambda: True).reused == 5
     assert drive(world.site, waiting, ask=lambda run, planned: True).outcomes["succeeded"] == 6
+
+
+def test_a_plan_that_has_waited_for_longer_than_its_answers_are_kept_is_made_anew(world):
+    """A person clears the task `approve` days after its question has timed out."""
+    job, uri = world.job(policy={"approve_above_usd": 0}), world.write("b.jsonl", reviews(6))
+    go(world, world.job(), world.write("a.jsonl", reviews(5)))
+    waiting = begin(world.site, job, pattern=uri, dates={}, scheduled=False)
+    planned = plan(world.site, waiting)
+    with pytest.raises(ApprovalNeeded):
+        drive(world.site, waiting, ask=lambda run, planned: False)
+    afterwards = later(world, days=PLAN_STANDS.days, minutes=1)
+    assert tidy(afterwards, keep=timedelta(days=1)).dropped == 5
+    with pytest.raises(PlanOutdated, match="planned anew; nothing was sent"):
+        approve(afterwards, waiting, planned, ask=lambda: True)
+    again = begin(world.site, job, pattern=uri, dates={}, scheduled=False)
+    assert again.uri != waiting.uri
+    assert drive(world.site, again, ask=lambda run, planned: True).outcomes["succeeded"] == 6
 
 
 def test_forget_names_the_samples_that_show_a_row(world):

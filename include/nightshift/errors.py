@@ -19,6 +19,7 @@ NightshiftError
 │   ├── QuotaExhausted            the provider stopped billing us
 │   ├── BudgetExceeded            the estimate is over the job's budget
 │   ├── ApprovalNeeded            a person has to say yes first
+│   ├── PlanOutdated              a plan has waited so long that what it was to reuse may be gone
 │   ├── RunHeld                   assembled, but not good enough to publish
 │   ├── RunFailed                 a step before publication failed
 │   ├── CountsDisagree            rows, requests and outcomes do not add up
@@ -202,6 +203,17 @@ class QuotaExhausted(Permanent):
 
     def __init__(self, why: str) -> None:
         super().__init__(f"The provider's billing stopped us: {why} Top up the account, then run this again; nothing is lost.")
+
+
+class PlanOutdated(Permanent):
+    """A plan has waited for its approval for so long that answers which it was to reuse may have been dropped."""
+
+    def __init__(self, run: str, days: int) -> None:
+        self.run = run
+        super().__init__(
+            f"{run} was planned more than {days} days ago: answers that it was to reuse may have been tidied away since. "
+            "Run it again from its first task, and it is planned anew; nothing was sent."
+        )
 
 
 class BudgetExceeded(Permanent):

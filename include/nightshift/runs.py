@@ -29,6 +29,7 @@ from nightshift.stores.ledger import Claim, Ledger
 from nightshift.stores.objects import Objects
 
 VECTOR_BYTES = 32 << 20  # of a shard's embeddings: some copies of them are in memory when it is harvested and settled
+PLAN_STANDS = timedelta(days=3)  # unapproved: so long what it counts on is kept; a question stays open for one of them
 SHORTEST_DAY = timedelta(hours=20)  # whatever the clocks do
 UNSAFE = re.compile(r"[^A-Za-z0-9._=-]+")
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from nightshift.arrow import row_groups
 from nightshift.columns import kept_lines, vector_length, write_answers
 from nightshift.errors import InputMissing, RowInUse
-from nightshift.runs import Site, under_way, work_of
+from nightshift.runs import PLAN_STANDS, Site, under_way, work_of
 from nightshift.shapes import Plan
 from nightshift.stores.answers import LAST_WORD, MERGED, is_merged, placed
 from nightshift.stores.database import open_database
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 MERGE_AT = 8  # files of one fingerprint
 MERGE_BELOW = 128 << 20  # bytes: a larger file stays as it is
 PLACES_AT_ONCE = 1 << 14
-WAITS_FOR_APPROVAL = timedelta(days=1)  # as long as a question stays open
 GRACE = timedelta(days=1)  # between a merge and the removal of what was merged: runs under way still read it
 BULK = re.compile(r"/(requests\.(jsonl|keys)|answers-\d+\.parquet|(slices|staged|quarantine)/[^/]+)$")  # what is large in a folder
 SOURCES = b"nightshift.sources"  # the merged files' names, in the metadata of the file that they were merged into
@@ -129,7 +128,7 @@ def forget(site: Site, job: str, ids: Collection[str]) -> Forgotten:
     if not keys:
         why = f"no run has asked anything about {', '.join(sorted(ids))}"
         raise InputMissing(site.store.uri_of(f"runs/{job}"), why, "An id is taken as it stands in the input.")
-    for folder in under_way(site.store, f"runs/{job}", site.now() - WAITS_FOR_APPROVAL):
+    for folder in under_way(site.store, f"runs/{job}", site.now() - PLAN_STANDS):
         if folder in plans and _requests_of(site, [plans[folder]], ids):
             raise RowInUse(site.store.uri_of(folder))
     shards = [shard for shard in dict.fromkeys(shard for plan in plans.values() for shard in plan.shards) if _holds(site, shard, keys)]
@@ -145,7 +144,7 @@ def forget(site: Site, job: str, ids: Collection[str]) -> Forgotten:
 def _needed(site: Site) -> frozenset[str]:
     """What runs under way count on: answers files, and the folders of their row indexes, which may be those of an earlier run."""
     needed: set[str] = set()
-    for folder in under_way(site.store, "runs", site.now() - WAITS_FOR_APPROVAL):
+    for folder in under_way(site.store, "runs", site.now() - PLAN_STANDS):
         if plan := _plan(site, folder):
             answers = site.answers(plan.fingerprint)
             needed.update(answers.kept([*plan.answers, *map(answers.file_of, plan.shards)]))

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from nightshift.budgets import Budget, budgets_of
-from nightshift.errors import ApprovalNeeded, BudgetExceeded
+from nightshift.errors import ApprovalNeeded, BudgetExceeded, PlanOutdated
 from nightshift.reserve import reserve
-from nightshift.runs import Run, Site
+from nightshift.runs import PLAN_STANDS, Run, Site
 from nightshift.shapes import Plan
 from nightshift.stores.accounts import Account
 
@@ -59,12 +59,13 @@ def decide(plan: Plan, limit: Decimal | None, budgets: Sequence[tuple[Budget, De
 def approve(site: Site, run: Run, plan: Plan, *, ask: Callable[[], bool]) -> Plan:
     """Let a run pass and reserve its shards, or stop it: the plan as it is carried out. A repeated call finds the first.
 
-    `ask` is called only where a person has to say yes. Raises BudgetExceeded, or ApprovalNeeded where nobody does; nothing
-    is reserved then.
+    `ask` is called only where a person has to say yes. Raises BudgetExceeded, or ApprovalNeeded where nobody does, or
+    PlanOutdated where the plan counts on what is not kept for it any more; nothing is reserved then.
     """
     stored = site.store.get_shape(run.key("approved.json"), Plan)
     if stored is not None:
         return stored
+    _check_age(site, run, plan)
     _let_pass(site, run, plan, ask)
 
     def weigh(revised: Plan) -> None:
@@ -73,6 +74,13 @@ def approve(site: Site, run: Run, plan: Plan, *, ask: Callable[[], bool]) -> Pla
 
     reserved = reserve(site, run, plan, weigh=weigh)
     return site.store.settle(run.key("approved.json"), reserved.model_copy(update={"approved_at": site.now()}))
+
+
+def _check_age(site: Site, run: Run, plan: Plan) -> None:
+    found = site.store.head(run.key("plan.json"))
+    is_old = found is not None and site.now().timestamp() - found.modified > PLAN_STANDS.total_seconds()
+    if is_old and (plan.reused or run.input.redrive):  # a redrive counts on the rows of another run, too
+        raise PlanOutdated(run.uri, PLAN_STANDS.days)
 
 
 def _let_pass(site: Site, run: Run, plan: Plan, ask: Callable[[], bool]) -> None:
