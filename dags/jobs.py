@@ -2,7 +2,7 @@
 
 from airflow.sdk import get_parsing_context
 
-from nightshift.errors import JobInvalid
+from nightshift.errors import JobInvalid, Unusable
 from nightshift.job_file import load_job
 from nightshift.settings import read_settings
 from nightshift_airflow.dags import broken_job_dag, job_dag
@@ -17,6 +17,6 @@ for path in sorted(read_settings().jobs.glob("*.y*ml")):
         if spec.name != path.stem:  # a worker finds the file of a DAG by its name
             raise JobInvalid([f"{path}: name: expected {path.stem!r}, the name of the file; found {spec.name!r}"])
         dag = job_dag(spec, path)
-    except JobInvalid as error:
+    except Unusable as error:
         dag = broken_job_dag(path, error)
     globals()[dag.dag_id] = dag

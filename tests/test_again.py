@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nightshift.drive import begin, begin_again, drive
-from nightshift.errors import BatchLost, BatchUnfinished, BatchUnknown, BudgetExceeded, InputMissing, JobInvalid, ShardHeld
+from nightshift.errors import BatchLost, BatchUnfinished, BatchUnknown, BudgetExceeded, InputMissing, SettingInvalid, ShardHeld
 from nightshift.job import RETRYABLE
 from nightshift.job_file import redriven
 from nightshift.progress import latest
@@ -351,7 +351,7 @@ def test_a_redrive_of_nothing_and_of_nobody_is_told(world):
     assert [run.input.run for run in latest(world.site.store, "reviews", 9)] == [first.run], "a redrive of nothing leaves no run"
     with pytest.raises(InputMissing, match="no run is called 0000000000000000"):
         begin_again(world.site, "0" * 16, RETRYABLE, policy=lambda job: None)
-    with pytest.raises(JobInvalid, match="did you mean 'invalid'"):
+    with pytest.raises(SettingInvalid, match="did you mean 'invalid'"):
         redriven(["invalide"])
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nightshift.errors import JobInvalid
+from nightshift.errors import JobInvalid, SettingInvalid
 from nightshift.job import Job, job_schema
 from nightshift.job_file import find_job, load_job, read_prompt
 from nightshift.pages import render_job_reference
@@ -67,7 +67,7 @@ def test_who_starts_a_run_may_name_the_prompts_beside_the_jobs_and_no_other_file
         (tmp_path / part).parent.mkdir(exist_ok=True)
         (tmp_path / part).write_text(part)
     assert [read_prompt(store, job, part, within=True) for part in ("prompts/p.md", "own.md")] == ["prompts/p.md", "jobs/own.md"]
-    with pytest.raises(JobInvalid, match=r"not one of the prompts beside the jobs: prompts/p\.md"):
+    with pytest.raises(SettingInvalid, match=r"not one of the prompts beside the jobs: prompts/p\.md"):
         read_prompt(store, job, name.format(folder=tmp_path), within=True)
 
 

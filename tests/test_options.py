@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nightshift.drive import begin, drive
-from nightshift.errors import BudgetExceeded, JobInvalid, UpToDate
+from nightshift.errors import BudgetExceeded, JobInvalid, SettingInvalid, UpToDate
 from nightshift.job_file import read_prompt, vary
 from nightshift.runs import Options, current_run, dated_partition, interval_dates, last_run, render_dates, ticks_once_a_day
 from nightshift.sampling import choose
@@ -80,9 +80,9 @@ def test_a_version_that_was_asked_once_can_be_asked_again(world):
     path = world.folder / "job-2" / "jobs" / "reviews.yaml"
     again = vary(later, prompt_source=read_prompt(world.site.store, path, first.prompt_version))
     assert go(world, again, uri).requests.submitted == 0
-    with pytest.raises(JobInvalid, match="no run has asked with version 0123456789ab"):
+    with pytest.raises(SettingInvalid, match="no run has asked with version 0123456789ab"):
         read_prompt(world.site.store, path, "0123456789ab")
-    with pytest.raises(JobInvalid, match="no such prompt"):
+    with pytest.raises(SettingInvalid, match="no such prompt"):
         read_prompt(world.site.store, path, "prompts/none.md")
 
 

@@ -19,7 +19,7 @@ import typer
 from rich.table import Table
 
 from nightshift import __version__
-from nightshift.errors import RUNS_ARE_LISTED, InputMissing, JobInvalid, NightshiftError, Transient
+from nightshift.errors import RUNS_ARE_LISTED, InputMissing, JobInvalid, NightshiftError, SettingInvalid, Transient
 from nightshift.job import Job, Policy, job_schema
 from nightshift.job_file import find_job, load_job, load_jobs, read_prompt, redriven, vary
 from nightshift.money.prices import farewells, price_at
@@ -347,7 +347,7 @@ def compare(
     if runs and len(runs) == 2:
         old, new = (find_run(site.store, name) for name in runs)
     elif runs or (model is None and prompt is None):
-        raise JobInvalid(["Compare what? Name two runs, or say what is new: --prompt or --model"])
+        raise SettingInvalid(["Compare what? Name two runs, or say what is new: --prompt or --model"])
     else:
         wanted = [_varied(site, job, settings, None, None), _varied(site, job, settings, model, prompt)]
         pattern, dates = _pattern(wanted[0], input, ds), _dates(wanted[0], ds)
@@ -374,7 +374,7 @@ def periodic(
     settings = read_settings()
     start, end = _day(since, "--since"), _day(until, "--until")
     if end <= start:
-        raise JobInvalid([f"--until {until}: expected a day after --since {since}"])
+        raise SettingInvalid([f"--until {until}: expected a day after --since {since}"])
     report = write_periodic(local_site(settings, _store(store, settings)), load_jobs(settings.jobs), name=name, since=start, until=end)
     people.print(
         f"{report.total('runs'):,} runs, {report.total('rows'):,} rows, cost {usd(report.cost_usd)}, saved {usd(report.saved_usd)}"
@@ -395,7 +395,7 @@ def rehearse(
     try:
         from nightshift.rehearsal.served import serve_until_stopped
     except ImportError as error:
-        raise JobInvalid(
+        raise SettingInvalid(
             [f"The rehearsal server needs its extra ({error.name} is missing): pip install 'nightshift[rehearsal]'"]
         ) from error
     serve_until_stopped(
@@ -411,9 +411,9 @@ def rehearse(
 def _store(given: str | None, settings: Settings) -> str:
     store = given or settings.store
     if not store:
-        raise JobInvalid(["No store: give --store or set NIGHTSHIFT_STORE (s3://bucket/prefix or file:///folder)"])
+        raise SettingInvalid(["No store: give --store or set NIGHTSHIFT_STORE (s3://bucket/prefix or file:///folder)"])
     if "://" not in store:
-        raise JobInvalid([f"The store {store!r} is not a URI: write s3://bucket/prefix or file://{Path(store).absolute()}"])
+        raise SettingInvalid([f"The store {store!r} is not a URI: write s3://bucket/prefix or file://{Path(store).absolute()}"])
     return store
 
 
@@ -430,7 +430,7 @@ def _varied(site: Site, job: str, settings: Settings, model: str | None, prompt:
 def _pattern(job: Job, given: str | None, ds: str | None) -> str:
     if given is None:
         if "{{" in job.spec.input.uri and ds is None:
-            raise JobInvalid([f"{job.name} reads {job.spec.input.uri}: give the date with --ds, or the objects with --input"])
+            raise SettingInvalid([f"{job.name} reads {job.spec.input.uri}: give the date with --ds, or the objects with --input"])
         return job.spec.input.uri
     if "://" in given:
         return given
@@ -448,14 +448,14 @@ def _dates(job: Job, ds: str | None) -> dict[str, Any]:
         start = datetime.combine(date.fromisoformat(ds), time(), ZoneInfo(job.spec.timezone))
         return interval_dates(start, start + timedelta(days=1), job.spec.timezone)
     except (ValueError, OverflowError) as error:
-        raise JobInvalid([f"--ds {ds}: expected a date such as 2026-11-22"]) from error
+        raise SettingInvalid([f"--ds {ds}: expected a date such as 2026-11-22"]) from error
 
 
 def _day(text: str, option: str) -> datetime:
     try:
         return datetime.combine(date.fromisoformat(text), time(), UTC)
     except ValueError as error:
-        raise JobInvalid([f"{option} {text}: expected a date such as 2026-11-22"]) from error
+        raise SettingInvalid([f"{option} {text}: expected a date such as 2026-11-22"]) from error
 
 
 def _pairs(given: list[str] | None) -> dict[str, str]:

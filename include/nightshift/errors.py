@@ -2,7 +2,9 @@
 
 NightshiftError
 ├── Permanent                     mend something; repeating it as it is cannot help
-│   ├── JobInvalid                the job file, its prompt, schema or suite
+│   ├── Unusable                  something that was given to us, with every problem found
+│   │   ├── JobInvalid            the job file, its prompt, schema or suite
+│   │   └── SettingInvalid        an option, a form's field, a variable of the environment, a connection
 │   ├── InputMissing              nothing there to read
 │   ├── BucketMissing             the bucket itself does not exist
 │   ├── InputUnreadable           there, but not what it says it is
@@ -64,12 +66,20 @@ class Transient(NightshiftError):
     exit_code = 2
 
 
-class JobInvalid(Permanent):
-    """The job file, or a file that it names, is not usable. Carries every problem found, one line each."""
+class Unusable(Permanent):
+    """What was given to us cannot be used. Carries every problem found, one line each."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(self.problems))
+
+
+class JobInvalid(Unusable):
+    """The job file, or a file that it names."""
+
+
+class SettingInvalid(Unusable):
+    """An option, a form's field, a variable of the environment, or a connection."""
 
 
 RUNS_ARE_LISTED = "`nightshift status JOB` lists its runs."

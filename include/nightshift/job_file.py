@@ -13,7 +13,7 @@ import orjson
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from nightshift.errors import JobInvalid, nearest
+from nightshift.errors import JobInvalid, SettingInvalid, Unusable, nearest
 from nightshift.formats import FILE_COLUMNS
 from nightshift.job import DIMENSIONS, RETRYABLE, Expectation, Job, JobFile
 from nightshift.money.prices import makes_embeddings
@@ -42,7 +42,7 @@ def load_jobs(folder: Path) -> list[Job]:
     """Every job of a folder whose file can be used; of the others their own DAG says what to mend."""
     jobs = []
     for path in sorted(folder.glob("*.y*ml")):
-        with suppress(JobInvalid):
+        with suppress(Unusable):
             job = load_job(path)
             jobs += [job] if job.name == path.stem else []
     return jobs
@@ -98,23 +98,23 @@ def vary(job: Job, *, model: str | None = None, prompt_source: str | None = None
 
 
 def read_prompt(store: Objects, path: Path, name: str, *, within: bool = False) -> str:
-    """A prompt by the version that an earlier run has asked with (12 hex digits), or by its file as a job names it. Raises JobInvalid.
+    """A prompt by the version that an earlier run has asked with (12 hex digits), or by its file as a job names it. Raises SettingInvalid.
 
     `within`: only of the folder of the jobs and of the prompts beside it: who may start a run may not read all of a worker's disk.
     """
     if VERSION.fullmatch(name):
         kept = store.get(prompt_key(name))
         if kept is None:
-            raise JobInvalid([f"no run has asked with version {name} of a prompt: name a version of a report, or a prompt file"])
+            raise SettingInvalid([f"no run has asked with version {name} of a prompt: name a version of a report, or a prompt file"])
         return kept.decode()
     part = _part_path(path, name)
     homes = (path.parent, path.parent.parent / "prompts")
     if within and not any(part.resolve().is_relative_to(home.resolve()) for home in homes):
-        raise JobInvalid([f"{name}: not one of the prompts beside the jobs: {', '.join(prompt_files(path))}"])
+        raise SettingInvalid([f"{name}: not one of the prompts beside the jobs: {', '.join(prompt_files(path))}"])
     try:
         return part.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise JobInvalid([f"{name}: no such prompt{nearest(name, prompt_files(path))}"]) from error
+        raise SettingInvalid([f"{name}: no such prompt{nearest(name, prompt_files(path))}"]) from error
 
 
 def prompt_files(path: Path) -> list[str]:
@@ -123,11 +123,11 @@ def prompt_files(path: Path) -> list[str]:
 
 
 def redriven(names: Iterable[str]) -> tuple[Outcome, ...]:
-    """The outcomes of these names that can be driven again; all of them where none is named. Raises JobInvalid."""
+    """The outcomes of these names that can be driven again; all of them where none is named. Raises SettingInvalid."""
     wanted = tuple(names) or RETRYABLE
     for name in wanted:
         if name not in RETRYABLE:
-            raise JobInvalid([f"{name!r} cannot be driven again{nearest(name, list(RETRYABLE))}; known: {', '.join(RETRYABLE)}"])
+            raise SettingInvalid([f"{name!r} cannot be driven again{nearest(name, list(RETRYABLE))}; known: {', '.join(RETRYABLE)}"])
     return tuple(outcome for outcome in RETRYABLE if outcome in wanted)
 
 

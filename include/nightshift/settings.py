@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from nightshift.errors import JobInvalid
+from nightshift.errors import SettingInvalid
 
 DEFAULT_REPORTS = "periodic_report=0 0 * * 1"
 
@@ -60,7 +60,7 @@ def _named(text: str, name: str) -> tuple[tuple[str, str], ...]:
     """Pairs such as `a=x; b=y`."""
     pairs = [tuple(part.strip() for part in each.split("=", 1)) for each in text.split(";") if each.strip()]
     if any(len(pair) != 2 or not all(pair) for pair in pairs):
-        raise JobInvalid([f"{name}={text!r}: expected names and schedules, such as {DEFAULT_REPORTS!r}"])
+        raise SettingInvalid([f"{name}={text!r}: expected names and schedules, such as {DEFAULT_REPORTS!r}"])
     return tuple((pair[0], pair[1]) for pair in pairs)
 
 
@@ -68,21 +68,21 @@ def _seconds(env: Mapping[str, str], name: str) -> float:
     try:
         found = float(env.get(name, "30"))
     except ValueError as error:
-        raise JobInvalid([f"{name}={env[name]!r}: expected a number of seconds"]) from error
+        raise SettingInvalid([f"{name}={env[name]!r}: expected a number of seconds"]) from error
     if not 0 < found < math.inf:
-        raise JobInvalid([f"{name}={env[name]!r}: expected a number of seconds above 0"])
+        raise SettingInvalid([f"{name}={env[name]!r}: expected a number of seconds above 0"])
     return found
 
 
 def _folder(text: str, name: str) -> Path:
     if any(mark in text for mark in "*?["):
-        raise JobInvalid([f"{name}={text!r}: expected a folder without *, ? and [, which DuckDB would read as a pattern"])
+        raise SettingInvalid([f"{name}={text!r}: expected a folder without *, ? and [, which DuckDB would read as a pattern"])
     return Path(text)
 
 
 def _width(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise JobInvalid([f"NIGHTSHIFT_WIDTH={text!r}: expected a number of tasks, 1 or more"])
+        raise SettingInvalid([f"NIGHTSHIFT_WIDTH={text!r}: expected a number of tasks, 1 or more"])
     return int(text)
 
 
@@ -91,11 +91,11 @@ def _dollars(env: Mapping[str, str], name: str) -> Decimal | None:
 
 
 def dollars(text: object, name: str) -> Decimal:
-    """An amount of dollars above nothing. Raises JobInvalid naming where it stands."""
+    """An amount of dollars above nothing. Raises SettingInvalid naming where it stands."""
     try:
         found = Decimal(str(text))
     except InvalidOperation as error:
-        raise JobInvalid([f"{name}={text!r}: expected a number of dollars"]) from error
+        raise SettingInvalid([f"{name}={text!r}: expected a number of dollars"]) from error
     if not found.is_finite() or found <= 0:
-        raise JobInvalid([f"{name}={text!r}: expected a number of dollars above 0"])
+        raise SettingInvalid([f"{name}={text!r}: expected a number of dollars above 0"])
     return found

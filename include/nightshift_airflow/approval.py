@@ -19,7 +19,7 @@ from airflow.sdk.exceptions import AirflowSkipException
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from nightshift.approvals import ANSWER_WITHIN, Ask, Decision, Draw, Grants, Refused, record
-from nightshift.errors import ApprovalNeeded, NightshiftError
+from nightshift.errors import ApprovalNeeded, NightshiftError, SettingInvalid
 from nightshift.notices import Notice, listeners
 from nightshift.pages import usd
 from nightshift.question import question
@@ -81,7 +81,11 @@ class ApproveRun(ApprovalOperator):
             _record(run, planned, "timed_out" if is_late else "refused", person, site.now(), note, number)
             raise _needed(run, planned, "Nobody has answered in time" if is_late else _refusal(person, note)) from error
         if number is not None:
-            granted = dollars(given["up_to_usd"], "up_to_usd") if given.get("up_to_usd") else planned.estimate.usd or Decimal(0)
+            try:
+                granted = dollars(given["up_to_usd"], "up_to_usd") if given.get("up_to_usd") else planned.estimate.usd or Decimal(0)
+            except SettingInvalid as error:  # the form takes what its schema forbids
+                self.log.warning("%s has answered with %s; asking again", person, error)
+                return self._ask(context, run, planned, self._for_all(context, planned))
             answer = grants.settle(number, Decision(usd=granted, by=person, at=site.now(), note=note))
             if grants.draw(Draw(number, answer), run.uri, planned.estimate.usd or Decimal(0), site.now()) is not None:
                 self.log.info("%s is less than this run alone is estimated at; asking again", usd(granted))

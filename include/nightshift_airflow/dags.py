@@ -12,7 +12,7 @@ import pendulum
 from airflow.sdk import DAG, Asset, AssetWatcher, CronDataIntervalTimetable, task, task_group
 from airflow.sdk import chain as in_order
 
-from nightshift.errors import JobInvalid
+from nightshift.errors import JobInvalid, Unusable
 from nightshift.job import JobFile
 from nightshift.runs import run_id
 from nightshift.settings import read_settings
@@ -119,7 +119,7 @@ def upload_assets() -> list[Asset]:
     ]
 
 
-def broken_job_dag(path: Path, error: JobInvalid) -> DAG:
+def broken_job_dag(path: Path, error: Unusable) -> DAG:
     """A DAG in place of a job file that cannot be used: it says what to mend, where everybody looks."""
     with DAG(
         dag_id=path.stem,

@@ -11,7 +11,7 @@ from typing import Any
 
 from airflow.sdk import BaseHook, DeadlineAlert, DeadlineReference, SyncCallback
 
-from nightshift.errors import JobInvalid
+from nightshift.errors import SettingInvalid
 from nightshift.job import JobFile
 from nightshift.job_file import load_job
 from nightshift.notices import Notice, listeners
@@ -30,7 +30,7 @@ def tell(connections: Iterable[str], notice: Notice, context: Any) -> None:
 
 
 def notifier_for(connection_id: str, notice: Notice) -> Any:
-    """The notifier of a connection. Raises JobInvalid where its type is none that can be told, or where it does not say whom."""
+    """The notifier of a connection. Raises SettingInvalid where its type is none that can be told, or where it does not say whom."""
     connection = BaseHook.get_connection(connection_id)
     makers: dict[str, Callable[[Any, Notice], Any]] = {
         "slack": _slack,
@@ -39,7 +39,7 @@ def notifier_for(connection_id: str, notice: Notice) -> Any:
         "aws": _sns,
     }
     if connection.conn_type not in makers:
-        raise JobInvalid([f"connection {connection_id!r} is of type {connection.conn_type!r}; told can be: {', '.join(makers)}"])
+        raise SettingInvalid([f"connection {connection_id!r} is of type {connection.conn_type!r}; told can be: {', '.join(makers)}"])
     return makers[connection.conn_type](connection, notice)
 
 
@@ -79,7 +79,7 @@ def _sns(connection: Any, notice: Notice) -> Any:
 def _needed(connection: Any, name: str) -> str:
     found = connection.extra_dejson.get(name)
     if not isinstance(found, str) or not found:
-        raise JobInvalid([f"connection {connection.conn_id!r}: its extra has to say {name!r}"])
+        raise SettingInvalid([f"connection {connection.conn_id!r}: its extra has to say {name!r}"])
     return found
 
 

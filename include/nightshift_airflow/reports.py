@@ -9,7 +9,7 @@ from typing import Any
 import pendulum
 from airflow.sdk import DAG, CronDataIntervalTimetable, Param, task
 
-from nightshift.errors import JobInvalid
+from nightshift.errors import SettingInvalid
 from nightshift.job_file import load_jobs
 from nightshift.notices import notice_of_period
 from nightshift.periodic import write_periodic
@@ -55,7 +55,7 @@ def report_period(name: str, **context: Any) -> str:
 
 
 def period_of(context: Any) -> tuple[datetime, datetime]:
-    """The days that were given, else the run's interval, else the last seven days. Raises JobInvalid where they are none."""
+    """The days that were given, else the run's interval, else the last seven days. Raises SettingInvalid where they are none."""
     params, now = context["params"], datetime.now(UTC)
     start, end = context.get("data_interval_start"), context.get("data_interval_end")
     since, until = (datetime.fromisoformat(params[name]).replace(tzinfo=UTC) if params.get(name) else None for name in ("since", "until"))
@@ -66,5 +66,5 @@ def period_of(context: Any) -> tuple[datetime, datetime]:
     else:
         period = now - timedelta(days=7), now
     if period[0] >= period[1]:
-        raise JobInvalid([f"since {period[0]:%Y-%m-%d} is not before until {period[1]:%Y-%m-%d}"])
+        raise SettingInvalid([f"since {period[0]:%Y-%m-%d} is not before until {period[1]:%Y-%m-%d}"])
     return period

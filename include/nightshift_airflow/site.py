@@ -16,7 +16,7 @@ from airflow.sdk.exceptions import AirflowNotFoundException
 
 from nightshift.aws import default_session, make_client
 from nightshift.doorbell import Doorbell, listen_to
-from nightshift.errors import AccessDenied, JobInvalid
+from nightshift.errors import AccessDenied, SettingInvalid
 from nightshift.job import JobFile
 from nightshift.providers.bedrock import BedrockAccess
 from nightshift.providers.openai import OpenAIAccess
@@ -67,7 +67,7 @@ def site_for(spec: JobFile | None, owner: str) -> Site:
     """What surrounds a run in Airflow. Without a job, only the store is of use."""
     settings = read_settings()
     if not settings.store:
-        raise JobInvalid(["NIGHTSHIFT_STORE is not set where Airflow runs: s3://bucket/prefix or file:///folder"])
+        raise SettingInvalid(["NIGHTSHIFT_STORE is not set where Airflow runs: s3://bucket/prefix or file:///folder"])
     input_connection = spec.input.connection if spec else settings.store_connection
     store = _open(settings.store, settings.store_connection)
     return Site(

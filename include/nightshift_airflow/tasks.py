@@ -13,7 +13,18 @@ from airflow.sdk import task
 from airflow.sdk.exceptions import AirflowSkipException
 
 from nightshift.budgets import cost_of
-from nightshift.errors import BEGIN_ANEW, GO_ON, InputMissing, JobInvalid, RunFailed, RunHeld, ShardsFailed, UpToDate, is_permanent, nearest
+from nightshift.errors import (
+    BEGIN_ANEW,
+    GO_ON,
+    InputMissing,
+    RunFailed,
+    RunHeld,
+    SettingInvalid,
+    ShardsFailed,
+    UpToDate,
+    is_permanent,
+    nearest,
+)
 from nightshift.job import Job
 from nightshift.job_file import load_job, read_prompt, redriven, vary
 from nightshift.money.prices import farewells
@@ -54,7 +65,7 @@ def discover(job_file: str, **context: Any) -> str:
     given, dates = params.get("input") or uploads, run_dates(context, job.spec.timezone)
     if not given and not dates and "{{" in job.spec.input.uri:
         why = "this run has no dates: give it a logical date, or `input` in its form"
-        raise JobInvalid([f"{job.name} reads {job.spec.input.uri}, and {why}."])
+        raise SettingInvalid([f"{job.name} reads {job.spec.input.uri}, and {why}."])
     is_scheduled = not given and bool(dates) and dates["data_interval_start"] < dates["data_interval_end"]
     _, name = current_run(site.store, job.name, dag_run.dag_id, dag_run.run_id)
     options = Options(fresh=bool(params.get("fresh")), sample=params.get("sample"), dry_run=bool(params.get("dry_run")))
@@ -82,14 +93,14 @@ def discover(job_file: str, **context: Any) -> str:
 
 
 def check_form(given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raise JobInvalid for what a run was triggered with and the form does not know: it would be passed over, and another thing done."""
+    """Raise SettingInvalid for what a run was triggered with and the form does not know: it would be passed over."""
     names = [*known, "uploads"]
     unknown = [name for name in given if name not in names]
     problems = [f"{name}: the form has no such field{nearest(name, names)}; it has {', '.join(known)}" for name in unknown]
     if given.get("outcomes") and not given.get("redrive"):
         problems.append("outcomes: goes with redrive, which names the run whose rows are driven again")
     if problems:
-        raise JobInvalid(problems)
+        raise SettingInvalid(problems)
 
 
 def _redrive(site: Site, job: Job, params: Any, dag_run: Any) -> str:
@@ -98,11 +109,11 @@ def _redrive(site: Site, job: Job, params: Any, dag_run: Any) -> str:
     if params.get("model", job.spec.request.model) != job.spec.request.model:
         others.append("model")
     if others:
-        raise JobInvalid([f"redrive asks what the earlier run asked, of the same rows: leave {', '.join(others)} as they are."])
+        raise SettingInvalid([f"redrive asks what the earlier run asked, of the same rows: leave {', '.join(others)} as they are."])
     name = params["redrive"]
     found = name if RUN_NAME.fullmatch(name) else last_run(site.store, job.name, dag_run.dag_id, name)
     if site.store.head(f"{run_folder(job.name, found)}/input.json") is None:
-        raise JobInvalid([f"redrive: this job has begun no run {name!r}; a run is named as in Airflow, or as in its report"])
+        raise SettingInvalid([f"redrive: this job has begun no run {name!r}; a run is named as in Airflow, or as in its report"])
     original = load_run(site.store, site.store.uri_of(run_folder(job.name, found)))
     _, run = current_run(site.store, job.name, dag_run.dag_id, dag_run.run_id)
     begun = begin_redrive(

@@ -16,7 +16,7 @@ from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from airflow.triggers.base import BaseEventTrigger, BaseTrigger, StartTriggerArgs, TaskSuccessEvent, TriggerEvent
 from airflow.triggers.shared_stream import AdvanceItem, SharedStreamProducer
 
-from nightshift.errors import JobInvalid, NightshiftError, RunFailed
+from nightshift.errors import NightshiftError, RunFailed, SettingInvalid
 from nightshift.events import read_message
 from nightshift.inbox import (
     Start,
@@ -245,7 +245,7 @@ def choose_uploads(**context: Any) -> list[dict[str, Any]]:
     site = site_for(job.spec, "uploads")
     prefix = params.get("prefix") or ""
     if prefix and "://" not in prefix:
-        raise JobInvalid(
+        raise SettingInvalid(
             [f"prefix: {prefix!r} is no URI; uploads of {job.name} are {job.spec.on_upload.uri if job.spec.on_upload else 'none'}"]
         )
     found = again(
@@ -260,7 +260,7 @@ def choose_uploads(**context: Any) -> list[dict[str, Any]]:
     if not found:
         log.warning("No upload is to be run: none lies there in that time, or all have their runs", prefix=prefix)
     if len(found) > BACKFILLED_AT_ONCE:
-        raise JobInvalid([f"{len(found):,} uploads are more than {BACKFILLED_AT_ONCE:,} at once: narrow the prefix or the time range."])
+        raise SettingInvalid([f"{len(found):,} uploads are more than {BACKFILLED_AT_ONCE:,} at once: narrow the prefix or the time range."])
     groups: dict[str, list[Upload]] = {}
     for upload in list_uploads(site, job):  # who shares a run is run again with those that it was run with
         groups.setdefault(started_run(site.store, job.name, upload) or upload.label, []).append(upload)

@@ -11,7 +11,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nightshift.errors import AccessDenied, JobInvalid, StoreUnavailable
+from nightshift.errors import AccessDenied, SettingInvalid, StoreUnavailable
 from nightshift.providers.protocol import Snapshot
 from nightshift.settings import read_settings
 from nightshift.shapes import Receipt
@@ -130,7 +130,7 @@ def test_a_run_of_few_shards_has_a_chain_for_each():
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_and_named(name, said):
-    with pytest.raises(JobInvalid, match=name):
+    with pytest.raises(SettingInvalid, match=name):
         read_settings({name: said})
 
 

@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import pytest
 
-from nightshift.errors import ApprovalNeeded, JobInvalid
+from nightshift.errors import ApprovalNeeded, SettingInvalid
 from nightshift_airflow.tasks import check_form, failed_tasks
 
 FORM = ("input", "model", "sample", "redrive", "outcomes")
@@ -21,7 +21,7 @@ FORM = ("input", "model", "sample", "redrive", "outcomes")
     ],
 )
 def test_a_field_that_would_be_passed_over_is_refused(given, problem):
-    with pytest.raises(JobInvalid, match=problem.replace("?", r"\?")):
+    with pytest.raises(SettingInvalid, match=problem.replace("?", r"\?")):
         check_form(given, FORM)
 
 

@@ -7,7 +7,7 @@ from decimal import Decimal
 
 import pytest
 
-from nightshift.errors import JobInvalid
+from nightshift.errors import SettingInvalid
 from nightshift.money import prices
 from nightshift.money.prices import basis, farewell, price_at, price_of, read_prices
 from nightshift.shapes import Usage
@@ -107,14 +107,14 @@ def test_a_users_own_prices_count_and_are_named_as_the_source(own_prices):
 )
 def test_prices_that_cannot_be_used_say_which_line_to_mend(own_prices, text, what):
     own_prices(text)
-    with pytest.raises(JobInvalid, match=what):
+    with pytest.raises(SettingInvalid, match=what):
         price_at("openai", "a")
 
 
 def test_a_price_file_that_is_not_there_is_named(monkeypatch, own_prices):
     own_prices("")
     monkeypatch.setenv("NIGHTSHIFT_PRICES", "/nowhere/prices.csv")
-    with pytest.raises(JobInvalid, match="cannot be read"):
+    with pytest.raises(SettingInvalid, match="cannot be read"):
         price_at("openai", "a")
 
 

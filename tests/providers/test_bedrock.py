@@ -22,6 +22,7 @@ from nightshift.errors import (
     ProviderUnavailable,
     QueueFull,
     ResultsGone,
+    SettingInvalid,
     ShardHeld,
 )
 from nightshift.job import Policy
@@ -341,13 +342,13 @@ def test_what_a_job_has_not_run_in_time_is_finished_on_demand(cloud):
 )
 def test_a_role_that_is_none_is_told(cloud, changes, told):
     provider = BedrockJobs("converse", cloud.site.store, cloud.rehearsal.bedrock(**changes))
-    with pytest.raises(JobInvalid, match=told):
+    with pytest.raises(SettingInvalid, match=told):
         go(cloud, cloud.job(request=BEDROCK), cloud.write("a.jsonl", reviews(120)), open_provider=lambda request: provider)
 
 
 def test_files_that_bedrock_cannot_reach_are_told(cloud, tmp_path):
     for folder, why in ((f"file://{tmp_path}/store", "is not on S3"), ("s3://bucket/dt=2026-11-22/store", "characters")):
-        with pytest.raises(JobInvalid, match=why):
+        with pytest.raises(SettingInvalid, match=why):
             BedrockJobs("converse", open_objects(folder), cloud.rehearsal.bedrock()).check(HAIKU)
 
 

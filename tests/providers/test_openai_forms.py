@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nightshift.errors import JobInvalid
+from nightshift.errors import SettingInvalid
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.providers.openai_forms import ChatForm, ResponsesForm, is_strict
 from nightshift.providers.protocol import Garbage, Question
@@ -163,5 +163,5 @@ def test_the_address_is_what_is_named_else_the_environments_else_openais(monkeyp
 
 @pytest.mark.parametrize("given", ["127.0.0.1:8790", "http://", "ftp://x/v1", "not a url"])
 def test_an_address_that_is_none_is_refused(given):
-    with pytest.raises(JobInvalid, match="OPENAI_BASE_URL, in Airflow the connection's host"):
+    with pytest.raises(SettingInvalid, match="OPENAI_BASE_URL, in Airflow the connection's host"):
         _ = OpenAIBatches("/v1/chat/completions", OpenAIAccess(base_url=given, api_key="x")).where

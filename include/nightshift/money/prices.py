@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-from nightshift.errors import JobInvalid
+from nightshift.errors import SettingInvalid
 from nightshift.settings import read_settings
 from nightshift.shapes import Tier, Usage
 
@@ -162,14 +162,14 @@ def _own_prices(path: Path) -> dict[_Key, Price]:
     try:
         return read_prices(path.read_text(encoding="utf-8-sig"), path)
     except (OSError, UnicodeDecodeError) as error:
-        raise JobInvalid([f"NIGHTSHIFT_PRICES={path}: cannot be read: {error}"]) from error
+        raise SettingInvalid([f"NIGHTSHIFT_PRICES={path}: cannot be read: {error}"]) from error
 
 
 def read_prices(text: str, path: Path | None) -> dict[_Key, Price]:
-    """Prices from the lines of a CSV file; `path`: where it is, if it is a user's own. Raises JobInvalid naming the line to mend."""
+    """Prices from the lines of a CSV file; `path`: where it is, if it is a user's own. Raises SettingInvalid naming the line to mend."""
     lines = csv.DictReader(text.splitlines())
     if lines.fieldnames is None or not REQUIRED <= set(lines.fieldnames) <= set(COLUMNS):
-        raise JobInvalid([f"{path}:1: expected the columns {','.join(COLUMNS)}, found {','.join(lines.fieldnames or ())}"])
+        raise SettingInvalid([f"{path}:1: expected the columns {','.join(COLUMNS)}, found {','.join(lines.fieldnames or ())}"])
     found: dict[_Key, Price] = {}
     longs: list[tuple[_Key, int, Price]] = []
     for number, line in enumerate(lines, start=2):
@@ -183,7 +183,7 @@ def read_prices(text: str, path: Path | None) -> dict[_Key, Price]:
             else:
                 found[key] = price if path is None else replace(price, origin=f"prices of {path.name}")
         except (InvalidOperation, ValueError, TypeError, AttributeError) as error:
-            raise JobInvalid([f"{path}:{number}: not a line of prices: {error!s}"]) from error
+            raise SettingInvalid([f"{path}:{number}: not a line of prices: {error!s}"]) from error
     for key, above_tokens, price in longs:
         if key in found:
             found[key] = replace(found[key], above=above_tokens, long=price)

@@ -29,12 +29,12 @@ from nightshift.errors import (
     BatchUnknown,
     CallRefused,
     InputMissing,
-    JobInvalid,
     ModelNotFound,
     NightshiftError,
     ProviderUnavailable,
     QueueFull,
     ResultsGone,
+    SettingInvalid,
 )
 from nightshift.money.prices import base_model
 from nightshift.providers.doubt import CLOCK_SKEW, look_after_doubt
@@ -172,11 +172,11 @@ class BedrockJobs:
         """See Provider. Whether the role may do what it has to shows only when a job is validated, which costs nothing either."""
         if not ROLE_ARN.fullmatch(self._access.role_arn or ""):
             given = f"{self._access.role_arn!r} is not the ARN of a role" if self._access.role_arn else "no role is set"
-            raise JobInvalid([f"Bedrock reads and writes S3 as a role of its own, and {given}: {ROLE_HINT}."])
+            raise SettingInvalid([f"Bedrock reads and writes S3 as a role of its own, and {given}: {ROLE_HINT}."])
         uri = self._files.uri_of("bedrock")
         if not S3_URI.fullmatch(uri):
             why = "has characters that Bedrock does not take" if uri.startswith("s3://") else "is not on S3"
-            raise JobInvalid([f"The requests and results of Bedrock go through {uri}, which {why}: {FILES_HINT}."])
+            raise SettingInvalid([f"The requests and results of Bedrock go through {uri}, which {why}: {FILES_HINT}."])
         check_model(model, self._control)
 
     def upload(self, token: str, path: Path) -> str:

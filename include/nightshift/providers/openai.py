@@ -24,11 +24,11 @@ from nightshift.errors import (
     BatchUnknown,
     CallRefused,
     DownloadIncomplete,
-    JobInvalid,
     ModelNotFound,
     ProviderUnavailable,
     QuotaExhausted,
     ResultsGone,
+    SettingInvalid,
     Transient,
 )
 from nightshift.providers.doubt import CLOCK_SKEW, look_after_doubt
@@ -75,11 +75,11 @@ class OpenAIAccess:
 
     @property
     def address(self) -> str:
-        """The base URL, for the SDK. Raises JobInvalid where it is none: every call would fail as if the server were away."""
+        """The base URL, for the SDK. Raises SettingInvalid where it is none: every call would fail as if the server were away."""
         given = self.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI  # the SDK takes an empty variable for an address
         if not re.match(r"https?://[^/\s]+", given):
             expected = "expected http://… or https://…; it is OPENAI_BASE_URL, in Airflow the connection's host"
-            raise JobInvalid([f"{given!r} is no address of an API: {expected}"])
+            raise SettingInvalid([f"{given!r} is no address of an API: {expected}"])
         return given
 
 

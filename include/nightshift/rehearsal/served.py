@@ -16,7 +16,7 @@ import httpx2
 import uvicorn
 from pydantic import ValidationError
 
-from nightshift.errors import JobInvalid
+from nightshift.errors import SettingInvalid
 from nightshift.rehearsal.bedrock_server import ACCESS_KEY
 from nightshift.rehearsal.engine import Pace
 from nightshift.rehearsal.faults import Faults
@@ -73,12 +73,12 @@ def serve(state: Path, *, pace: Pace = FAST, faults: Faults | None = None, port:
 def serve_until_stopped(
     state: Path, address: tuple[str, int], *, key: str, paces: Mapping[str, str], faults: Mapping[str, str], told: Callable[[str], None]
 ) -> None:
-    """Serve until Ctrl-C; `told` where. Raises JobInvalid for a pace, a fault or an address that cannot be had."""
+    """Serve until Ctrl-C; `told` where. Raises SettingInvalid for a pace, a fault or an address that cannot be had."""
     app = build_app(state, key=key, pace=_pace(paces), faults=_faults(faults))
     try:
         listening = socket.create_server(address)
     except OSError as error:
-        raise JobInvalid([f"--host {address[0]} --port {address[1]}: {error.strerror}"]) from error
+        raise SettingInvalid([f"--host {address[0]} --port {address[1]}: {error.strerror}"]) from error
     url = f"http://{address[0]}:{listening.getsockname()[1]}"
     told(f"Rehearsing OpenAI at {url}/v1 with key {key}, Bedrock at {url} with access key {ACCESS_KEY}; bill at {url}/rehearsal/bill")
     with contextlib.suppress(KeyboardInterrupt):
@@ -90,14 +90,14 @@ def _faults(given: Mapping[str, str]) -> Faults:
         return Faults.model_validate(given)
     except ValidationError as error:
         wrong = [f"--fault {each['loc'][0]}={each['input']}: {each['msg']}" for each in error.errors()]
-        raise JobInvalid([*wrong, f"Faults: {', '.join(Faults.model_fields)}"]) from error
+        raise SettingInvalid([*wrong, f"Faults: {', '.join(Faults.model_fields)}"]) from error
 
 
 def _pace(given: Mapping[str, str]) -> Pace:
     try:
         return Pace(**{name: float(value) for name, value in given.items()})
     except (ValueError, TypeError) as error:
-        raise JobInvalid([f"--pace: {error}", f"Pace: {', '.join(each.name for each in fields(Pace))}"]) from error
+        raise SettingInvalid([f"--pace: {error}", f"Pace: {', '.join(each.name for each in fields(Pace))}"]) from error
 
 
 @cache

@@ -30,7 +30,7 @@ from obstore.store import LocalStore, MemoryStore, from_url
 from pydantic import ValidationError
 
 from nightshift.aws import default_session, make_client
-from nightshift.errors import AccessDenied, BucketMissing, InputChanged, InputMissing, JobInvalid, LedgerCorrupt, StoreUnavailable
+from nightshift.errors import AccessDenied, BucketMissing, InputChanged, InputMissing, LedgerCorrupt, SettingInvalid, StoreUnavailable
 from nightshift.shapes import Wire
 
 if TYPE_CHECKING:
@@ -272,7 +272,9 @@ def open_objects(uri: str, session: boto3.Session | None = None, s3_config: Mapp
     if parts.scheme == "memory":
         return Objects(uri, MemoryStore())
     if parts.scheme not in SCHEMES:
-        raise JobInvalid([f"{uri}: expected s3://bucket/…, file:///folder/…, or one of {', '.join(f'{each}://' for each in SCHEMES[1:])}"])
+        raise SettingInvalid(
+            [f"{uri}: expected s3://bucket/…, file:///folder/…, or one of {', '.join(f'{each}://' for each in SCHEMES[1:])}"]
+        )
     options: Any = {**CLIENT, "allow_http": True}
     with _translated(uri):
         config: Any = _s3_config(session, s3_config) if parts.scheme == "s3" else {}
