@@ -10,8 +10,8 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from nightshift.job import Job
 from nightshift.job_file import load_job
 from nightshift.lean import leave
 from nightshift.providers.forms import form_of
-from nightshift.providers.protocol import WINDOW, Garbage, Limits, Reply, Snapshot
+from nightshift.providers.protocol import Garbage, Limits, Order, Reply, Snapshot
 from nightshift.providers.results import read_file
 from nightshift.runs import Run, Site, approved_plan, load_run
 from nightshift.shapes import Assembled, Plan, Receipt
@@ -58,11 +58,9 @@ class Files:
         """See Provider."""
         return token
 
-    def create(
-        self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool], window: timedelta = WINDOW
-    ) -> Receipt:
+    def create(self, order: Order, may_send: Callable[[], bool]) -> Receipt:
         """See Provider."""
-        return Receipt(batch_id=labels["shard"], token=token, created_at=NOON)
+        return Receipt(batch_id=order.labels["shard"], token=order.token, created_at=NOON)
 
     def find(self, tokens: Sequence[str], since: datetime) -> Receipt | None:
         """See Provider."""

@@ -8,7 +8,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,18 @@ import pytest
 from hypothesis import settings
 
 from local.s3 import MINISTACK, served_s3
+from nightshift.drive import begin, drive
 from nightshift.job import Job, RequestSpec
 from nightshift.job_file import load_job
 from nightshift.providers.bedrock import BedrockAccess, BedrockJobs, BedrockRuntime
 from nightshift.providers.live import LiveServer, OpenAIApi
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
-from nightshift.providers.protocol import Provider
+from nightshift.providers.protocol import Order, Provider
 from nightshift.rehearsal import served
 from nightshift.rehearsal.bedrock_server import ACCESS_KEY
 from nightshift.rehearsal.served import Served
-from nightshift.runs import Site
+from nightshift.runs import Options, Site
+from nightshift.shapes import Summary
 from nightshift.stores.objects import open_input, open_objects
 
 settings.register_profile("shared machines", deadline=None)  # where seconds say nothing
@@ -166,6 +168,19 @@ class World:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(rows if isinstance(rows, bytes) else b"".join(json.dumps(row).encode() + b"\n" for row in rows))
         return f"file://{path}"
+
+
+def go(world: World, job: Job, uri: str, *, approved: bool = True, **changes: Any) -> Summary:
+    """A run from its input to its report. `changes`: options of the run, and what surrounds it otherwise than in its world."""
+    options = Options(**{name: changes.pop(name) for name in Options.model_fields if name in changes})
+    site = replace(world.site, **changes)
+    run = begin(site, job, pattern=uri, dates={}, scheduled=False, options=options)
+    return drive(site, run, ask=lambda run, planned: approved)
+
+
+def order(uploaded: str, *, model: str = "gpt-5.4-nano", token: str = "t", labels: dict[str, str] | None = None) -> Order:
+    """What an attempt asks a provider to create."""
+    return Order(uploaded=uploaded, model=model, token=token, work="w", labels=labels or {})
 
 
 def make_world(folder: Path, rehearsal: Rehearsal, owner: str = "test", store_uri: str | None = None, **changes: Any) -> World:

@@ -18,7 +18,7 @@ from nightshift.job import RETRYABLE
 from nightshift.job_file import redriven
 from nightshift.progress import latest
 from nightshift.reserve import reserve
-from nightshift.runs import Options, approved_plan, load_run
+from nightshift.runs import approved_plan, load_run
 from nightshift.shapes import Summary
 from nightshift.steps.approve import approve
 from nightshift.steps.collect import LOST_AFTER, collect
@@ -29,14 +29,7 @@ from nightshift.steps.wait import pauses
 from nightshift.stores.answers import Reservation
 from nightshift.stores.shards import pending, read_answers, request_keys
 from nightshift.tidy import forget
-from tests.conftest import World, make_world, reviews
-
-
-def go(world: World, job, uri: str, *, fresh: bool = False, **changes) -> Summary:
-    site = replace(world.site, **changes)
-    return drive(
-        site, begin(site, job, pattern=uri, dates={}, scheduled=False, options=Options(fresh=fresh)), ask=lambda run, planned: True
-    )
+from tests.conftest import World, go, make_world, reviews
 
 
 def again(world: World, of: Summary, *outcomes: str, policy=None) -> Summary:

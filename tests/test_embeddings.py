@@ -7,7 +7,6 @@ import pyarrow.parquet as pq
 import pytest
 from msgspec import structs
 
-from nightshift.drive import begin, drive
 from nightshift.job import Job
 from nightshift.judge import judge_for
 from nightshift.matching import unfold
@@ -15,18 +14,14 @@ from nightshift.providers.openai_forms import OpenAIForm
 from nightshift.providers.protocol import Reply
 from nightshift.rehearsal import model, openai_desk
 from nightshift.rehearsal.engine import error_body
-from nightshift.shapes import Summary, Variant
+from nightshift.shapes import Variant
 from nightshift.stores.shards import Left, shared_lines
 from nightshift.vectors import LINE, with_vectors
-from tests.conftest import World, make_world, reviews
+from tests.conftest import World, go, make_world, reviews
 
 SMALL = {"model": "text-embedding-3-small", "endpoint": "/v1/embeddings", "parameters": {"dimensions": 64}}
 TITAN = {"model": "amazon.titan-embed-text-v2:0", "endpoint": "invoke", "parameters": {"dimensions": 256}}
 PLAIN = {"prompt": "user:\n{{ text }}\n"}
-
-
-def go(world: World, job: Job, uri: str) -> Summary:
-    return drive(world.site, begin(world.site, job, pattern=uri, dates={}, scheduled=False), ask=lambda run, planned: True)
 
 
 def embedding_job(world: World, request: dict, **changes) -> Job:

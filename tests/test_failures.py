@@ -17,12 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 from pytest_httpserver import HTTPServer
 
-from nightshift.drive import begin, drive
+from nightshift.drive import drive
 from nightshift.errors import BatchLost, BatchRejected, InputChanged, ProviderUnavailable, QuotaExhausted, ShardHeld, StoreUnavailable
 from nightshift.events import Hint, read_message
 from nightshift.inbox import hear, heard_uploads, new_uploads, note_started, starts, still_there
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
-from nightshift.shapes import Summary
 from nightshift.steps.approve import approve
 from nightshift.steps.collect import collect
 from nightshift.steps.discover import discover
@@ -31,12 +30,7 @@ from nightshift.steps.submit import submit
 from nightshift.steps.wait import FILES_GRACE, pauses
 from nightshift.stores.ledger import LEASE, QUEUE_PATIENCE
 from nightshift.stores.objects import Objects
-from tests.conftest import World, reviews, s3_event
-
-
-def go(world: World, job, uri: str, **changes) -> Summary:
-    site = replace(world.site, **changes)
-    return drive(site, begin(site, job, pattern=uri, dates={}, scheduled=False), ask=lambda run, planned: True)
+from tests.conftest import World, go, order, reviews, s3_event
 
 
 def submitted(world: World, job=None, rows: int = 5):
@@ -353,7 +347,7 @@ def test_F97_a_server_without_a_batch_api_is_told(httpserver: HTTPServer, tmp_pa
     httpserver.expect_request("/v1/batches").respond_with_json({"detail": "Not Found"}, status=404)
     provider = OpenAIBatches("/v1/chat/completions", OpenAIAccess(base_url=httpserver.url_for("/v1"), api_key="x"))
     with pytest.raises(BatchRejected, match="has no batch API"):
-        provider.create("file-1", "gpt-5.4-nano", "t", {}, lambda: True)
+        provider.create(order("file-1"), lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +366,7 @@ def test_F101_errors_of_every_shape_become_one_readable_line(httpserver: HTTPSer
     httpserver.expect_request("/v1/batches").respond_with_data(body, status=400, content_type=kind)
     provider = OpenAIBatches("/v1/chat/completions", OpenAIAccess(base_url=httpserver.url_for("/v1"), api_key="x"))
     with pytest.raises(BatchRejected) as caught:
-        provider.create("file-1", "gpt-5.4-nano", "t", {}, lambda: True)
+        provider.create(order("file-1"), lambda: True)
     assert "\n" not in str(caught.value)
     assert "Nothing ran and nothing is billed" in str(caught.value)
 

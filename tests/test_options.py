@@ -9,19 +9,14 @@ from zoneinfo import ZoneInfo
 import pyarrow.parquet as pq
 import pytest
 
-from nightshift.drive import begin, drive
+from nightshift.drive import drive
 from nightshift.errors import BudgetExceeded, JobInvalid, SettingInvalid, UpToDate
 from nightshift.job_file import read_prompt, vary
 from nightshift.runs import Options, current_run, dated_partition, interval_dates, last_run, render_dates, ticks_once_a_day
 from nightshift.sampling import choose
 from nightshift.shapes import Summary
 from nightshift.steps.discover import discover
-from tests.conftest import World, reviews
-
-
-def go(world: World, job, uri: str, **options) -> Summary:
-    run = begin(world.site, job, pattern=uri, dates={}, scheduled=False, options=Options(**options))
-    return drive(world.site, run, ask=lambda run, plan: True)
+from tests.conftest import World, go, reviews
 
 
 def ids(world: World, summary: Summary) -> list[str]:

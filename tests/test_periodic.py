@@ -11,14 +11,12 @@ from decimal import Decimal
 import duckdb
 import pytest
 
-from nightshift.drive import begin, drive
 from nightshift.job import Figure
 from nightshift.job_file import vary
 from nightshift.notices import notice_of_period
 from nightshift.periodic import query_of, summaries_between, write_periodic
-from nightshift.runs import Options
 from nightshift.shapes import OUTCOMES
-from tests.conftest import World, reviews
+from tests.conftest import go, reviews
 
 TODAY = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
 WEEK = {"since": TODAY - timedelta(days=1), "until": TODAY + timedelta(days=2)}
@@ -32,11 +30,6 @@ FIGURES = {
         {"title": "Curious", "value": "(SELECT count(*) FROM read_text('/etc/hostname'))"},
     ]
 }
-
-
-def go(world: World, job, uri: str, **options):
-    run = begin(world.site, job, pattern=uri, dates={}, scheduled=False, options=Options(**options))
-    return drive(world.site, run, ask=lambda run, plan: True)
 
 
 @pytest.fixture

@@ -12,18 +12,16 @@ import pytest
 from PIL import Image
 from pytest_httpserver import HTTPServer
 
-from nightshift.drive import begin, drive
 from nightshift.errors import InputChanged, ProviderUnavailable
 from nightshift.job import ImagesSpec, Job, RenditionSpec
 from nightshift.job_file import load_job
 from nightshift.pictures import PictureUnreadable, prepare, render
 from nightshift.providers.forms import form_of
 from nightshift.providers.protocol import Question
-from nightshift.shapes import Summary
 from nightshift.steps.approve import approve
 from nightshift.steps.discover import discover
 from nightshift.steps.plan import draft, plan
-from tests.conftest import World, make_world
+from tests.conftest import World, go, make_world
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = {"type": "object", "properties": {"alt_text": {"type": "string"}}, "required": ["alt_text"], "additionalProperties": False}
@@ -42,10 +40,6 @@ def picture(size=(64, 48), colour="red", form="PNG", **options) -> bytes:
     target = io.BytesIO()
     Image.new("RGBA" if form == "PNG" else "RGB", size, colour).save(target, form, **options)
     return target.getvalue()
-
-
-def go(world: World, job: Job, uri: str) -> Summary:
-    return drive(world.site, begin(world.site, job, pattern=uri, dates={}, scheduled=False), ask=lambda run, planned: True)
 
 
 def put(world: World, name: str, data: bytes) -> str:

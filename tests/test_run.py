@@ -33,12 +33,7 @@ from nightshift.rehearsal.served import free_port
 from nightshift.runs import Site, approved_plan
 from nightshift.shapes import Summary
 from nightshift.steps.plan import plan
-from tests.conftest import World, make_world, reviews
-
-
-def go(world: World, job, uri: str, *, approved: bool = True) -> Summary:
-    run = begin(world.site, job, pattern=uri, dates={}, scheduled=False)
-    return drive(world.site, run, ask=lambda run, plan: approved)
+from tests.conftest import World, go, make_world, reviews
 
 
 def results(world: World, summary: Summary, kind: str = "results") -> list[dict]:

@@ -13,7 +13,6 @@ import pytest
 from nightshift.drive import begin, drive
 from nightshift.errors import ApprovalNeeded, InputMissing, PlanOutdated, QuotaExhausted, RowInUse
 from nightshift.runs import PLAN_STANDS, Options
-from nightshift.shapes import Summary
 from nightshift.steps.approve import approve
 from nightshift.steps.discover import discover
 from nightshift.steps.plan import plan
@@ -22,11 +21,7 @@ from nightshift.steps.wait import pauses
 from nightshift.stores.answers import AnswerStore
 from nightshift.stores.database import open_database
 from nightshift.tidy import GRACE, MERGE_AT, _best, forget, tidy
-from tests.conftest import World, reviews
-
-
-def go(world: World, job, uri: str) -> Summary:
-    return drive(world.site, begin(world.site, job, pattern=uri, dates={}, scheduled=False), ask=lambda run, planned: True)
+from tests.conftest import World, go, reviews
 
 
 def later(world: World, **delta: float):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ from obstore.store import MemoryStore
 
 from nightshift.errors import BatchUnknown, SubmissionInDoubt, Transient
 from nightshift.job import Job, JobFile
-from nightshift.providers.protocol import WINDOW, Garbage, Limits, Reply, Snapshot
+from nightshift.providers.protocol import Garbage, Limits, Order, Reply, Snapshot
 from nightshift.runs import Run, Site
 from nightshift.shapes import Receipt
 from nightshift.steps.approve import approve
@@ -166,19 +166,17 @@ class InMemory:
         self._uploads[token] = [orjson.loads(line)["custom_id"] for line in path.read_bytes().splitlines()]
         return token
 
-    def create(
-        self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool], window: timedelta = WINDOW
-    ) -> Receipt:
+    def create(self, order: Order, may_send: Callable[[], bool]) -> Receipt:
         self._life.effect()
         if not may_send():
             raise Transient("lapsed")
         self._life.sending = True
         self._life.effect()
         self._life.sending = False
-        receipt = self._account.create(token, self._uploads[uploaded], self._now())
+        receipt = self._account.create(order.token, self._uploads[order.uploaded], self._now())
         if self._account.answers_to_lose:
             self._account.answers_to_lose -= 1
-            raise SubmissionInDoubt(token)
+            raise SubmissionInDoubt(order.token)
         self._life.effect()
         return receipt
 

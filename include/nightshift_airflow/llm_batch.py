@@ -30,11 +30,11 @@ from airflow.providers.common.ai.exceptions import LLMBatchLimitExceededError, L
 from nightshift.errors import BatchUnknown, ShardHeld, WrongPlace
 from nightshift.providers.bedrock import LIMITS, BedrockJobs
 from nightshift.providers.bedrock_forms import ConverseForm
-from nightshift.providers.protocol import Question, Reply, Snapshot
+from nightshift.providers.protocol import Order, Question, Reply, Snapshot
 from nightshift.shapes import Receipt
-from nightshift.steps.submit import Holding, refusals_recorded
+from nightshift.steps.submit import find, pay
 from nightshift.steps.wait import is_waiting_for_files
-from nightshift.stores.ledger import LEASE, Attach, Attempt, Claim, Ended, Hold, Lease, Search, next_move
+from nightshift.stores.ledger import Attach, Attempt, Claim, Ended, Hold, Search, next_move
 from nightshift_airflow.site import bedrock_access, site_for
 
 DEFAULT_CONNECTION = "aws_default"
@@ -120,37 +120,23 @@ class BedrockBatchAdapter(BatchAdapter):
                 case Hold(until=until, why=why):
                     raise ShardHeld(name, why, (until - now()).total_seconds())
                 case Search() as search:
-                    return self._find(name, search)
+                    return find(self._site, name, search, self._open)
                 case _:
                     return None
 
     def _ended(self, attempt: Attempt, receipt: Receipt, count: int) -> Ended | None:
         """What to write of a job that is over; None while there is something to wait for or to read."""
-        self._check_place(attempt)
         try:
-            status = self._client.poll(receipt.batch_id).status
+            status = self._open(attempt).poll(receipt.batch_id).status
         except BatchUnknown:
             return Ended(how="lost", status="lost", ended_at=self._site.now(), remaining=count)
         return Ended(how="rejected", status=status, ended_at=self._site.now(), remaining=count) if status in OVER else None
 
-    def _find(self, name: str, search: Search) -> Receipt | None:
-        """A job that an attempt has left behind when it died."""
-        for attempt in search.doubtful:
-            self._check_place(attempt)
-        if not self._site.ledger.take_lease(name, search.lapsed, Lease(owner=self._site.owner, since=self._site.now())):
-            raise ShardHeld(name, "another worker holds its claim", LEASE.total_seconds())
-        tokens = {attempt.claim.token: attempt.number for attempt in search.doubtful}
-        receipt = self._client.find(list(tokens), search.doubtful[0].claim.claimed_at)
-        return None if receipt is None else self._site.ledger.record_receipt(name, tokens[receipt.token], receipt)
-
     def _send(self, name: str, model: str, path: Path, count: int, labels: dict[str, str]) -> Receipt:
-        """Upload, claim, create, record: in the order of every paid call of this house."""
-        ledger, attempts = self._site.ledger, self._site.ledger.attempts(name)
-        number = len(attempts) + 1
-        token = ledger.token(name, number)
-        uploaded = self._client.upload(token, path)
+        """Upload, then claim, create and record as for every shard."""
+        attempts = self._site.ledger.attempts(name)
         claim = Claim(
-            token=token,
+            token=self._site.ledger.token(name, len(attempts) + 1),
             owner=self._site.owner,
             claimed_at=self._site.now(),
             where=self._client.where,
@@ -159,16 +145,15 @@ class BedrockBatchAdapter(BatchAdapter):
             model=model,
             asked=count,
         )
-        if not ledger.claim(name, number, claim):
-            raise ShardHeld(name, "another worker holds its claim", LEASE.total_seconds())
-        with refusals_recorded(self._site, name, number, count, attempts):
-            holding = Holding(self._site, name, Attempt(number=number, claim=claim))
-            receipt = self._client.create(uploaded, model, token, labels, holding)
-        return ledger.record_receipt(name, number, receipt)
+        uploaded = self._client.upload(claim.token, path)
+        order = Order(uploaded=uploaded, model=model, token=claim.token, work=name, labels=labels)
+        return pay(self._site, self._client, name, claim, order, attempts)
 
-    def _check_place(self, attempt: Attempt) -> None:
+    def _open(self, attempt: Attempt) -> BedrockJobs:
+        """The client, where it is the place at which an attempt was claimed."""
         if attempt.claim.where != self._client.where:
             raise WrongPlace(attempt.claim.token, attempt.claim.where, self._client.where)
+        return self._client
 
     def get_batch(self, batch_id: str) -> BatchState:
         """See BatchAdapter. Counts come from the results, not from Bedrock's counters."""

@@ -14,7 +14,6 @@ import pytest
 from nightshift.budgets import PATIENCE, book_attempt, settle_attempts
 from nightshift.drive import begin, drive
 from nightshift.errors import BudgetExceeded, ShardHeld
-from nightshift.shapes import Summary
 from nightshift.steps.approve import approve
 from nightshift.steps.collect import collect
 from nightshift.steps.discover import discover
@@ -24,7 +23,7 @@ from nightshift.steps.wait import pauses
 from nightshift.stores.accounts import Account, Booked, Full
 from nightshift.stores.ledger import Attempt, Claim, Ended
 from nightshift.stores.objects import open_objects
-from tests.conftest import NOON, Clock, World
+from tests.conftest import NOON, Clock, World, go
 
 
 @pytest.fixture
@@ -93,10 +92,6 @@ def test_of_many_who_buy_at_once_only_those_who_fit_come_through(account):
         done = list(pool.map(lambda i: book(account, f"s{i}", 1), range(40)))
     assert sum(isinstance(each, Booked) for each in done) == 10
     assert account.total == 10
-
-
-def go(world: World, job, uri: str) -> Summary:
-    return drive(world.site, begin(world.site, job, pattern=uri, dates={}, scheduled=False), ask=lambda run, plan: True)
 
 
 def texts(count: int, start: int = 0) -> list[dict]:

@@ -12,7 +12,7 @@ from nightshift.drive import begin, drive
 from nightshift.money.estimate import answer_bytes, is_worth_keeping, measure
 from nightshift.runs import Options
 from nightshift.shapes import Measured, Summary, Usage
-from tests.conftest import World, reviews
+from tests.conftest import go, reviews
 
 SUMMARY = {
     "type": "object",
@@ -35,10 +35,6 @@ JOBS: list[Any] = [
     pytest.param({"schema": SUMMARY}, id="a sentence"),
     pytest.param({"request": {"model": "gpt-5.4-mini", "endpoint": "/v1/responses"}}, id="another endpoint"),
 ]
-
-
-def go(world: World, job, uri: str) -> Summary:
-    return drive(world.site, begin(world.site, job, pattern=uri, dates={}, scheduled=False), ask=lambda run, plan: True)
 
 
 def off(summary: Summary) -> float:

@@ -10,7 +10,7 @@ from decimal import Decimal
 import pytest
 from botocore.exceptions import ClientError, UnauthorizedSSOTokenError
 
-from nightshift.drive import begin, drive
+from nightshift.drive import drive
 from nightshift.errors import (
     AccessDenied,
     BatchRejected,
@@ -29,7 +29,6 @@ from nightshift.job import Policy
 from nightshift.providers.bedrock import BedrockJobs, translated
 from nightshift.providers.protocol import Limits
 from nightshift.runs import Run
-from nightshift.shapes import Summary
 from nightshift.steps.approve import approve
 from nightshift.steps.collect import collect
 from nightshift.steps.discover import discover
@@ -38,15 +37,10 @@ from nightshift.steps.submit import submit
 from nightshift.steps.wait import pauses
 from nightshift.stores.ledger import QUEUE_PATIENCE, QUEUE_PAUSE_MAX
 from nightshift.stores.objects import open_objects
-from tests.conftest import Rehearsal, World, make_world, reviews
+from tests.conftest import Rehearsal, World, go, make_world, order, reviews
 
 HAIKU = "us.anthropic.claude-haiku-4-5-20251001-v1:0"
 BEDROCK = {"provider": "bedrock", "model": HAIKU}
-
-
-def go(world: World, job, uri: str, **changes) -> Summary:
-    site = replace(world.site, **changes)
-    return drive(site, begin(site, job, pattern=uri, dates={}, scheduled=False), ask=lambda run, planned: True)
 
 
 def begun(world: World, job, count: int = 120):
@@ -158,7 +152,7 @@ def test_the_same_token_creates_one_job(cloud, tmp_path):
     path = tmp_path / "lines"
     path.write_bytes(b"")
     uploaded = provider.upload("nightshift-a-1", path)
-    one, two = (provider.create(uploaded, HAIKU, "a" * 32, {"job": "reviews"}, lambda: True) for _ in range(2))
+    one, two = (provider.create(order(uploaded, model=HAIKU, token="a" * 32, labels={"job": "reviews"}), lambda: True) for _ in range(2))
     assert one.batch_id == two.batch_id
 
 
@@ -293,7 +287,7 @@ def test_credentials_that_cannot_be_renewed_are_told_and_are_no_doubt(cloud, mon
     provider = jobs_of(cloud)
     monkeypatch.setattr(provider._once, "create_model_invocation_job", expired)
     with pytest.raises(AccessDenied, match="SSO"):
-        provider.create("s3://b/x/requests.jsonl", HAIKU, "a" * 32, {}, lambda: True)
+        provider.create(order("s3://b/x/requests.jsonl", model=HAIKU, token="a" * 32), lambda: True)
 
 
 @pytest.mark.parametrize(

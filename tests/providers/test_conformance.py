@@ -27,7 +27,7 @@ from nightshift.steps.discover import discover
 from nightshift.steps.plan import plan
 from nightshift.steps.submit import submit
 from nightshift.stores.ledger import LEASE
-from tests.conftest import World, make_world, reviews
+from tests.conftest import World, make_world, order, reviews
 
 CLAUDE, NOVA = "us.anthropic.claude-haiku-4-5-20251001-v1:0", "amazon.nova-lite-v1:0"
 
@@ -199,7 +199,7 @@ def test_who_has_lost_the_claim_sends_nothing(ready, tmp_path):
     form = form_of(ready.job().spec.request.endpoint)
     lines.write_bytes(form.line("ab" * 32, b"{}") + b"\n")
     with pytest.raises(ProviderUnavailable):
-        provider.create(provider.upload("nightshift-x-1", lines), "gpt-5.4-nano", "a" * 32, {"work": "w"}, lambda: False)
+        provider.create(order(provider.upload("nightshift-x-1", lines), token="a" * 32), lambda: False)
     bill = ready.world.rehearsal.bill()
     assert (bill["batches"], bill["requests"]) == (0, 0)
 

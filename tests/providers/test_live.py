@@ -18,12 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from pytest_httpserver import HTTPServer
 
-from nightshift.drive import begin, drive
+from nightshift.drive import drive
 from nightshift.errors import AccessDenied, ModelNotFound, ProviderUnavailable, StoreUnavailable
 from nightshift.providers.live import MOST_AT_ONCE, LiveServer, OpenAIApi
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.providers.window import Window
-from nightshift.shapes import Summary
 from nightshift.steps.approve import approve
 from nightshift.steps.collect import collect
 from nightshift.steps.discover import discover
@@ -32,7 +31,7 @@ from nightshift.steps.submit import submit
 from nightshift.steps.wait import pauses
 from nightshift.stores.ledger import LEASE
 from nightshift.stores.objects import Objects, open_objects
-from tests.conftest import World, reviews
+from tests.conftest import World, go, order, reviews
 from tests.test_cli import environment, file_of, interruptible
 
 LIVE = {"provider": "live"}
@@ -40,11 +39,6 @@ LIVE = {"provider": "live"}
 
 def live_server(objects: Objects, access: OpenAIAccess) -> LiveServer:
     return LiveServer("/v1/chat/completions", objects, OpenAIApi("/v1/chat/completions", access))
-
-
-def go(world: World, job, uri: str, **changes) -> Summary:
-    site = replace(world.site, **changes)
-    return drive(site, begin(site, job, pattern=uri, dates={}, scheduled=False), ask=lambda run, planned: True)
 
 
 @pytest.mark.parametrize("endpoint", ["/v1/chat/completions", "/v1/responses"])
@@ -116,7 +110,7 @@ def test_F101_a_server_that_answers_html_is_told(httpserver: HTTPServer, tmp_pat
     lines = tmp_path / "lines"
     lines.write_bytes(b"".join(server.form.line(f"{i:064x}", b"{}") + b"\n" for i in range(40)))
     with pytest.raises(ProviderUnavailable, match="not the API"):
-        server.create(str(lines), "gpt-5.4-nano", "t", {"work": "w"}, lambda: True)
+        server.create(order(str(lines)), lambda: True)
 
 
 def stopped_in_the_middle(world: World, rows: int, sign: signal.Signals) -> tuple[list[str], int, str]:
@@ -206,7 +200,7 @@ def test_who_has_lost_the_claim_sends_nothing_more(world, tmp_path):
         return len(looks) < 6
 
     with pytest.raises(ProviderUnavailable, match="no longer ours"):
-        server.create(str(lines), "gpt-5.4-nano", "t", {"work": "w"}, may_send)
+        server.create(order(str(lines)), may_send)
     in_flight = httpx2.get(f"{world.rehearsal.url}/rehearsal/load").json()["most_running"]
     assert world.rehearsal.bill()["requests"] <= looks[-1] + in_flight
     kept = sum(len(world.site.store.get(found.key).splitlines()) for found in world.site.store.scan("live/w"))

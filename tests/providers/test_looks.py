@@ -14,7 +14,7 @@ from nightshift.errors import ProviderUnavailable
 from nightshift.providers.bedrock import BedrockJobs
 from nightshift.providers.looks import FORGOTTEN_AFTER_SECONDS, QUIET_SECONDS, SharedLooks
 from nightshift.providers.openai import OpenAIBatches
-from tests.conftest import Rehearsal, World
+from tests.conftest import Rehearsal, World, order
 
 BATCHES, ROUNDS, JOBS = 130, 4, 15
 HAIKU = "us.anthropic.claude-haiku-4-5-20251001-v1:0"
@@ -111,7 +111,7 @@ def test_many_waits_cost_two_pages_of_a_list_a_round(rehearsal: Rehearsal, tmp_p
     first = provider()
     path.write_bytes(first._form.line("00" * 32, b'{"model":"gpt-5.4-nano","messages":[{"role":"user","content":"x"}]}') + b"\n")
     uploaded = first.upload("t", path)
-    batches = [first.create(uploaded, "gpt-5.4-nano", f"t{i}", {}, lambda: True).batch_id for i in range(BATCHES)]
+    batches = [first.create(order(uploaded, token=f"t{i}"), lambda: True).batch_id for i in range(BATCHES)]
     waits = [(provider(), batch_id) for batch_id in batches]
     called.clear()
     for _ in range(1 + ROUNDS):
@@ -132,7 +132,7 @@ def test_many_waits_for_jobs_of_bedrock_cost_one_list_a_round(cloud: World, tmp_
     path = tmp_path / "lines"
     path.write_bytes(b"".join(first._form.line(f"{i:064x}", b'{"messages":[]}') + b"\n" for i in range(100)))
     uploaded = first.upload("nightshift-a-1", path)
-    jobs = [first.create(uploaded, HAIKU, f"{i:032x}", {}, lambda: True).batch_id for i in range(JOBS)]
+    jobs = [first.create(order(uploaded, model=HAIKU, token=f"{i:032x}"), lambda: True).batch_id for i in range(JOBS)]
     waits = [(BedrockJobs("converse", cloud.site.store, access), job) for job in jobs]
     called.clear()
     for _ in range(1 + ROUNDS):

@@ -17,7 +17,7 @@ from nightshift.steps.discover import discover
 from nightshift.steps.plan import plan
 from nightshift.steps.submit import submit
 from nightshift.stores.ledger import LEASE, Claim, Lease
-from tests.conftest import reviews, serve
+from tests.conftest import order, reviews, serve
 
 
 @pytest.fixture
@@ -223,9 +223,9 @@ def test_the_token_is_found_however_many_batches_the_account_has(tmp_path, rehea
     path.write_bytes(b'{"custom_id":"x","method":"POST","url":"/v1/chat/completions","body":{"model":"gpt-5.4-nano","messages":[]}}\n')
     uploaded = provider.upload("x", path)
     since = datetime.now(UTC)
-    wanted = provider.create(uploaded, "gpt-5.4-nano", "the-token", {}, lambda: True)
+    wanted = provider.create(order(uploaded, token="the-token"), lambda: True)
     for i in range(230):
-        provider.create(uploaded, "gpt-5.4-nano", f"other-{i}", {}, lambda: True)
+        provider.create(order(uploaded, token=f"other-{i}"), lambda: True)
     assert provider.find(["nobody", "the-token"], since) == wanted
     assert provider.find(["nobody"], since) is None
 

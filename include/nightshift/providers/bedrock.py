@@ -40,7 +40,7 @@ from nightshift.money.prices import base_model
 from nightshift.providers.doubt import CLOCK_SKEW, look_after_doubt
 from nightshift.providers.forms import form_of
 from nightshift.providers.looks import SharedLooks
-from nightshift.providers.protocol import WINDOW, BatchState, Garbage, Limits, Reply, Snapshot
+from nightshift.providers.protocol import BatchState, Garbage, Limits, Order, Reply, Snapshot
 from nightshift.providers.results import read_file
 from nightshift.shapes import Endpoint, Outcome, Receipt
 from nightshift.stores.ledger import CREATE_TIMEOUT
@@ -185,9 +185,7 @@ class BedrockJobs:
         self._files.put(key, path)
         return self._files.uri_of(key)
 
-    def create(
-        self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool], window: timedelta = WINDOW
-    ) -> Receipt:
+    def create(self, order: Order, may_send: Callable[[], bool]) -> Receipt:
         """See Provider. Raises QueueFull where the account has as many jobs of the model as it may."""
         from botocore.exceptions import BotoCoreError, ClientError
 
@@ -196,30 +194,30 @@ class BedrockJobs:
             raise ProviderUnavailable(self.where, "the claim on this shard lapsed before the call went out; nothing was sent.")
         try:
             created = client.create_model_invocation_job(
-                jobName=NAME + token,
-                clientRequestToken=token,
+                jobName=NAME + order.token,
+                clientRequestToken=order.token,
                 roleArn=self._access.role_arn,
-                modelId=model,
+                modelId=order.model,
                 modelInvocationType=INVOCATION[self._endpoint],
-                inputDataConfig={"s3InputDataConfig": {"s3Uri": uploaded}},
-                outputDataConfig={"s3OutputDataConfig": {"s3Uri": f"{uploaded.rpartition('/')[0]}/out/"}},
-                timeoutDurationInHours=min(max(ceil(window / timedelta(hours=1)), SHORTEST_HOURS), LONGEST_HOURS),
-                tags=[{"key": f"nightshift-{name}", "value": value} for name, value in labels.items()],
+                inputDataConfig={"s3InputDataConfig": {"s3Uri": order.uploaded}},
+                outputDataConfig={"s3OutputDataConfig": {"s3Uri": f"{order.uploaded.rpartition('/')[0]}/out/"}},
+                timeoutDurationInHours=min(max(ceil(order.window / timedelta(hours=1)), SHORTEST_HOURS), LONGEST_HOURS),
+                tags=[{"key": f"nightshift-{name}", "value": value} for name, value in order.labels.items()],
             )
         except ClientError as error:
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             if status >= 500 or status == 408 or _code(error) == "ConflictException":
-                return look_after_doubt(self, token, started, error, self._sleep)
+                return look_after_doubt(self, order.token, started, error, self._sleep)
             with self._errors():
                 raise
         except never_left():
             with self._errors():  # it certainly never left
                 raise
         except (BotoCoreError, ValueError) as error:  # no answer, or not the API's
-            return look_after_doubt(self, token, started, error, self._sleep)
+            return look_after_doubt(self, order.token, started, error, self._sleep)
         if not isinstance(arn := created.get("jobArn"), str):
-            return look_after_doubt(self, token, started, ValueError("the answer holds no job"), self._sleep)
-        return Receipt(batch_id=arn, token=token, created_at=started)
+            return look_after_doubt(self, order.token, started, ValueError("the answer holds no job"), self._sleep)
+        return Receipt(batch_id=arn, token=order.token, created_at=started)
 
     def find(self, tokens: Sequence[str], since: datetime) -> Receipt | None:
         """See Provider. By the job's name, which holds the token: the list knows a filter for that."""

@@ -11,9 +11,9 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,7 +24,7 @@ import orjson
 from nightshift.errors import AccessDenied, ModelNotFound, ProviderUnavailable, QuotaExhausted
 from nightshift.providers.forms import form_of
 from nightshift.providers.openai import OpenAIAccess
-from nightshift.providers.protocol import WINDOW, Garbage, Limits, Reply, Snapshot
+from nightshift.providers.protocol import Garbage, Limits, Order, Reply, Snapshot
 from nightshift.providers.window import Window
 from nightshift.shapes import Endpoint, Receipt
 from nightshift.stores.objects import Objects
@@ -150,21 +150,18 @@ class LiveServer:
         """See Provider. There is nothing to upload: the lines are read from disk."""
         return str(path)
 
-    def create(
-        self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool], window: timedelta = WINDOW
-    ) -> Receipt:
+    def create(self, order: Order, may_send: Callable[[], bool]) -> Receipt:
         """See Provider. Asks every request that has no answer yet; returns when all have one.
 
         Raises AccessDenied, QuotaExhausted or ProviderUnavailable when the server refuses everybody; what was answered is kept.
         """
         started = datetime.now(UTC)
-        work = labels["work"]
-        answered = {key_of_line(line) for line in self._lines(work)}
-        with Path(uploaded).open("rb") as file:
+        answered = {key_of_line(line) for line in self._lines(order.work)}
+        with Path(order.uploaded).open("rb") as file:
             lines = [line for line in file if key_of_line(line) not in answered]
         lines.sort(key=same_of_line)  # neighbours share a prefix, and so the server's cache of it
-        asyncio.run(_Work(self, model, work, lines, may_send).run())
-        return Receipt(batch_id=work, token=token, created_at=started)
+        asyncio.run(_Work(self, order.model, order.work, lines, may_send).run())
+        return Receipt(batch_id=order.work, token=order.token, created_at=started)
 
     def find(self, tokens: Sequence[str], since: datetime) -> Receipt | None:
         """See Provider. Nothing is left at a server; what an attempt left in the store is gone on with by the next one."""

@@ -11,10 +11,10 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -34,7 +34,7 @@ from nightshift.errors import (
 from nightshift.providers.doubt import CLOCK_SKEW, look_after_doubt
 from nightshift.providers.forms import form_of
 from nightshift.providers.looks import looks_at
-from nightshift.providers.protocol import WINDOW, BatchState, Garbage, Limits, Reply, Snapshot
+from nightshift.providers.protocol import WINDOW, BatchState, Garbage, Limits, Order, Reply, Snapshot
 from nightshift.providers.results import read_file
 from nightshift.shapes import Endpoint, Outcome, Receipt
 from nightshift.stores.ledger import CREATE_TIMEOUT
@@ -139,23 +139,21 @@ class OpenAIBatches:
             why = f"it has no files API ({_message(error)}); does the address of the API end in /v1?"
             raise CallRefused(self.where, why) from error
 
-    def create(
-        self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool], window: timedelta = WINDOW
-    ) -> Receipt:
+    def create(self, order: Order, may_send: Callable[[], bool]) -> Receipt:
         """See Provider."""
         waited = 0.0
         while True:
             if not may_send():
                 raise ProviderUnavailable(self.where, "the claim on this shard lapsed before the call went out; nothing was sent.")
             try:
-                return self._create_once(uploaded, token, labels)
+                return self._create_once(order)
             except _FileNotVisible as error:
                 if waited >= NOT_VISIBLE_PATIENCE_SECONDS:
                     raise ProviderUnavailable(self.where, f"it does not find the file just uploaded: {error}") from error
                 self._sleep(2.0)
                 waited += 2.0
 
-    def _create_once(self, uploaded: str, token: str, labels: Mapping[str, str]) -> Receipt:
+    def _create_once(self, order: Order) -> Receipt:
         """One POST. A clear refusal is raised as what it is; everything else is looked up before it is called a doubt."""
         import openai
 
@@ -163,16 +161,16 @@ class OpenAIBatches:
         started = datetime.now(UTC)
         try:
             batch = once.batches.create(
-                input_file_id=uploaded,
+                input_file_id=order.uploaded,
                 endpoint=cast("Any", self.endpoint),
                 completion_window="24h",
-                metadata={TOKEN: token, **labels},
+                metadata={TOKEN: order.token, **order.labels},
             )
         except openai.NotFoundError as error:
             raise CallRefused(self.where, f"it has no batch API ({_message(error)})") from error
         except openai.APIStatusError as error:
             if error.status_code >= 500 or error.status_code == 408:
-                return look_after_doubt(self, token, started, error, self._sleep)
+                return look_after_doubt(self, order.token, started, error, self._sleep)
             if error.status_code == 400 and "Cannot find file" in str(error):
                 raise _FileNotVisible(str(error)) from error
             with self._errors():
@@ -180,12 +178,12 @@ class OpenAIBatches:
         except openai.APIConnectionError as error:
             if _never_connected(error):
                 raise ProviderUnavailable(self.where, f"cannot connect ({error.__cause__})") from error
-            return look_after_doubt(self, token, started, error, self._sleep)
+            return look_after_doubt(self, order.token, started, error, self._sleep)
         except (openai.OpenAIError, ValueError) as error:  # an answer came, but not the API's: HTML, half a JSON
-            return look_after_doubt(self, token, started, error, self._sleep)
+            return look_after_doubt(self, order.token, started, error, self._sleep)
         if not isinstance(getattr(batch, "id", None), str) or not isinstance(getattr(batch, "created_at", None), int):
-            return look_after_doubt(self, token, started, ValueError("the answer holds no batch"), self._sleep)
-        return _receipt(batch, token)
+            return look_after_doubt(self, order.token, started, ValueError("the answer holds no batch"), self._sleep)
+        return _receipt(batch, order.token)
 
     def find(self, tokens: Sequence[str], since: datetime) -> Receipt | None:
         """See Provider. The list is newest first and knows no filter, so it is read back to before the claim."""

@@ -29,6 +29,18 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What a create call asks for."""
+
+    uploaded: str  # as `upload` has named it
+    model: str
+    token: str  # of the claim: the batch is found again by it
+    work: str  # the same for attempts without an answer in between: they go on with each other's work
+    labels: Mapping[str, str]  # for people who look at the provider's list
+    window: timedelta = WINDOW  # how long the work may take, where the provider lets one say
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """One look at a batch. Counters are for progress bars only: correctness never reads them."""
 
@@ -136,13 +148,8 @@ class Provider(Protocol):
     def upload(self, token: str, path: Path) -> str:
         """Make the input file of an attempt known to the provider. Free, and harmless when repeated."""
 
-    def create(
-        self, uploaded: str, model: str, token: str, labels: Mapping[str, str], may_send: Callable[[], bool], window: timedelta = WINDOW
-    ) -> Receipt:
-        """Start the paid work. `may_send` is asked before every call that goes out: no means that the claim has lapsed.
-
-        `window`: how long the work may take, where the provider lets one say.
-        """
+    def create(self, order: Order, may_send: Callable[[], bool]) -> Receipt:
+        """Start the paid work. `may_send` is asked before every call that goes out: no means that the claim has lapsed."""
 
     def find(self, tokens: Sequence[str], since: datetime) -> Receipt | None:
         """The batch that carries one of these tokens, oldest first, among those created after `since` (less clock skew)."""

@@ -6,11 +6,12 @@ is looked up at the provider by its token before anything is sent again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from nightshift.errors import BudgetExceeded, LedgerCorrupt, Permanent, QueueFul
 from nightshift.money.estimate import sum_estimates
 from nightshift.packing import asked_from, estimate_shards
 from nightshift.providers.forms import form_of, vary_line
-from nightshift.providers.protocol import Form, Limits, Provider
+from nightshift.providers.protocol import Form, Limits, Order, Provider
 from nightshift.runs import Run, Site, load_run, work_of
 from nightshift.shapes import Estimate, Plan, ProviderName, Receipt, Shard, Variant
 from nightshift.stores.ledger import (
@@ -46,6 +47,7 @@ from nightshift.texts import Texts
 
 OWNER_PAUSE = timedelta(seconds=60)  # between two looks at a shard that another run has reserved and has not sent
 OWNER_PATIENCE = timedelta(hours=6)
+CLAIMED = "another worker holds its claim"
 
 
 def submit(site: Site, run: Run, shard: str) -> Receipt | None:
@@ -65,7 +67,7 @@ def submit(site: Site, run: Run, shard: str) -> Receipt | None:
         case Hold(until=until, why=why):
             raise ShardHeld(shard, why, (until - site.now()).total_seconds())
         case Search(attempt=number) as search:
-            return _find(site, run, shard, search) or _send(site, run, shard, number, attempts)
+            return find(site, shard, search, partial(open_where, site, run, shard)) or _send(site, run, shard, number, attempts)
         case Send(attempt=number):
             if not attempts and not may_pay(site, run, shard):
                 why = "the run that has reserved it is to send it (what it costs does not fit into what this run may spend unasked)"
@@ -116,15 +118,18 @@ def payer_of(site: Site, run: Run, attempt: Attempt) -> Run:
     return run if attempt.claim.run == run.uri else load_run(site.store, attempt.claim.run)
 
 
-def _find(site: Site, run: Run, shard: str, search: Search) -> Receipt | None:
-    """A batch that an attempt left behind when it died; its receipt is written late, under its own attempt."""
+def find(site: Site, shard: str, search: Search, open_attempt: Callable[[Attempt], Provider]) -> Receipt | None:
+    """A batch that an attempt left behind when it died; its receipt is written late, under its own attempt.
+
+    `open_attempt`: the provider, where it is the place at which an attempt was claimed; raises WrongPlace where it is another.
+    """
     places: dict[ProviderName, list[Attempt]] = {}
     providers: dict[ProviderName, Provider] = {}
     for attempt in search.doubtful:
-        providers[attempt.claim.provider] = open_where(site, run, shard, attempt)
+        providers[attempt.claim.provider] = open_attempt(attempt)
         places.setdefault(attempt.claim.provider, []).append(attempt)
     if not site.ledger.take_lease(shard, search.lapsed, Lease(owner=site.owner, since=site.now())):
-        raise ShardHeld(shard, "another worker holds its claim", LEASE.total_seconds())
+        raise ShardHeld(shard, CLAIMED, LEASE.total_seconds())
     for name, attempts in places.items():
         tokens = {attempt.claim.token: attempt.number for attempt in attempts}
         receipt = providers[name].find(list(tokens), attempts[0].claim.claimed_at)
@@ -140,14 +145,25 @@ def _send(site: Site, run: Run, shard: str, number: int, attempts: list[Attempt]
     provider = _provider(site, run, claim.provider)
     with site.scratch() as folder:
         path = _write_requests(site, shard, claim, Path(folder))
-        uploaded = provider.upload(claim.token, path)
-        claim = claim.model_copy(update={"claimed_at": site.now()})
-        if not site.ledger.claim(shard, number, claim):
-            raise ShardHeld(shard, "another worker holds its claim", LEASE.total_seconds())
-        labels = {"shard": shard[:12], "job": run.job.name, "attempt": str(number), "work": work_of(shard, claim)}
-        with refusals_recorded(site, shard, number, claim.asked, attempts):
-            holding = Holding(site, shard, Attempt(number=number, claim=claim))
-            receipt = provider.create(uploaded, claim.model, claim.token, labels, holding, run.job.patience)
+        order = Order(
+            uploaded=provider.upload(claim.token, path),
+            model=claim.model,
+            token=claim.token,
+            work=work_of(shard, claim),
+            labels={"shard": shard[:12], "job": run.job.name, "attempt": str(number)},
+            window=run.job.patience,
+        )
+        return pay(site, provider, shard, claim, order, attempts)
+
+
+def pay(site: Site, provider: Provider, shard: str, claim: Claim, order: Order, attempts: list[Attempt]) -> Receipt:
+    """The one call that costs: claim, create, record. `attempts`: those before it."""
+    number = len(attempts) + 1
+    claim = claim.model_copy(update={"claimed_at": site.now()})
+    if not site.ledger.claim(shard, number, claim):
+        raise ShardHeld(shard, CLAIMED, LEASE.total_seconds())
+    with _refusals_recorded(site, shard, number, claim.asked, attempts):
+        receipt = provider.create(order, Holding(site, shard, Attempt(number=number, claim=claim)))
     return site.ledger.record_receipt(shard, number, receipt)
 
 
@@ -214,7 +230,7 @@ class Holding:
 
 
 @contextmanager
-def refusals_recorded(site: Site, shard: str, attempt: int, count: int, before: list[Attempt]) -> Iterator[None]:
+def _refusals_recorded(site: Site, shard: str, attempt: int, count: int, before: list[Attempt]) -> Iterator[None]:
     """A refused create call ends its attempt, so that the next one need not wait for the claim to lapse. A doubt does not.
 
     Where the provider has as many batches as it takes, the shard waits for a place: it is held, for some time.
