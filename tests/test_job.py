@@ -120,7 +120,20 @@ def test_each_mistake_is_told_with_its_place_and_its_mend(folder, old, new, prob
 
 
 def test_all_mistakes_are_told_at_once(folder):
-    assert len(problems(folder, JOB.replace("  id: ", "  idd: ").replace("openai", "opnai"))) == 3
+    (folder / "schemas" / "s.json").write_text('{"type": "object"')
+    suite = {"expectations": [{"type": "a", "severty": "info"}, {"kwargs": {}}]}
+    (folder / "expectations" / "e.yaml").write_text(json.dumps(suite))
+    text = JOB.replace("  id: ", "  idd: ").replace("openai", "opnai").replace("p.md", "q.md") + "  expectations: expectations/e.yaml\n"
+    told = (
+        "input.id:",
+        "input.idd:",
+        "request.provider:",
+        "request.prompt:",
+        "not valid JSON",
+        "expectation 1: severty",
+        "expectation 2: type",
+    )
+    assert all(part in problem for part, problem in zip(told, problems(folder, text), strict=True))
 
 
 def test_a_key_that_stands_twice_is_an_error(folder):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import orjson
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from nightshift.errors import JobInvalid, SettingInvalid, Unusable, nearest
 from nightshift.formats import FILE_COLUMNS
@@ -25,6 +25,7 @@ from nightshift.shapes import Outcome
 from nightshift.stores.objects import Objects
 
 YAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with libyaml
+Loaded = TypeVar("Loaded")
 VERSION = re.compile(r"[0-9a-f]{12}")
 OWN_COLUMNS = frozenset({"_model", "_tier", "_prompt_version", "_request_key", "row", "outcome", "reason", "raw"})
 
@@ -55,27 +56,31 @@ def load_job(path: Path) -> Job:
     except (OSError, UnicodeDecodeError) as error:
         raise JobInvalid([f"{path}: cannot be read: {error}"]) from error
     tree, held = _parse_yaml(path, text)
-    try:
-        spec = JobFile.model_validate(held)
-    except ValidationError as error:
-        raise JobInvalid([_problem(path, tree, problem) for problem in error.errors()]) from error
-    problems: list[str] = []
-    prompt_source = _read_part(path, tree, ("request", "prompt"), spec.request.prompt, problems) or ""
-    schema_text = _read_part(path, tree, ("output", "schema"), spec.output.answer_schema, problems)
-    suite_text = _read_part(path, tree, ("output", "expectations"), spec.output.expectations, problems)
-    if problems:
-        raise JobInvalid(problems)
-    answer_schema = _load_schema(_part_path(path, spec.output.answer_schema), schema_text, problems)
-    expectations = _load_suite(_part_path(path, spec.output.expectations), suite_text, problems)
-    try:
-        parse_prompt(prompt_source)
-    except PromptInvalid as error:
-        problems.append(f"{_part_path(path, spec.request.prompt)}:{error.line}: {error}")
-    job = Job(spec=spec, prompt_source=prompt_source, answer_schema=answer_schema, expectations=expectations)
-    problems = problems or [f"{path}:{_line(tree, keys)}: {'.'.join(keys)}: {why}" for keys, why in _contradictions(job)]
-    if problems:
+    spec, wrong = _told(_load_spec, path, tree, held)  # what is wrong in one file is told with what is in the others
+    prompt, wrong_prompt = _told(_load_prompt, path, tree, held)
+    answer_schema, wrong_schema = _told(_load_schema, path, tree, held)
+    expectations, wrong_suite = _told(_load_suite, path, tree, held)
+    if spec is None or wrong_prompt or wrong_schema or wrong_suite:
+        raise JobInvalid([*wrong, *wrong_prompt, *wrong_schema, *wrong_suite])
+    job = Job(spec=spec, prompt_source=prompt or "", answer_schema=answer_schema, expectations=expectations or ())
+    if problems := [f"{path}:{_line(tree, keys)}: {'.'.join(keys)}: {why}" for keys, why in _contradictions(job)]:
         raise JobInvalid(problems)
     return job
+
+
+def _told(load: Callable[[Path, yaml.Node, Any], Loaded], path: Path, tree: yaml.Node, held: Any) -> tuple[Loaded | None, Sequence[str]]:
+    """A part of a job, or what is wrong with it."""
+    try:
+        return load(path, tree, held), ()
+    except JobInvalid as error:
+        return None, error.problems
+
+
+def _load_spec(path: Path, tree: yaml.Node, held: Any) -> JobFile:
+    try:
+        return JobFile.model_validate(held)
+    except ValidationError as error:
+        raise JobInvalid([_problem(path, tree, problem) for problem in error.errors()]) from error
 
 
 def vary(job: Job, *, model: str | None = None, prompt_source: str | None = None) -> Job:
@@ -327,60 +332,80 @@ def _line(tree: yaml.Node, loc: tuple[str, ...]) -> int:
     return line
 
 
-def _part_path(path: Path, name: str | None) -> Path:
+def _part_path(path: Path, name: str) -> Path:
     """A file the job names: beside the job file, or from the folder above it (`jobs/` and `prompts/` are neighbours)."""
-    beside, above = path.parent / (name or ""), path.parent.parent / (name or "")
+    beside, above = path.parent / name, path.parent.parent / name
     return beside if beside.is_file() else above
 
 
-def _read_part(path: Path, tree: yaml.Node, loc: tuple[str, ...], name: str | None, problems: list[str]) -> str | None:
-    if name is None:
+def _read_part(path: Path, tree: yaml.Node, held: Any, *keys: str) -> tuple[Path, str] | None:
+    """A file that the job names, and its text; None where it names none. Raises JobInvalid where it cannot be read."""
+    name = held
+    for key in keys:
+        name = name.get(key) if isinstance(name, dict) else None
+    if not isinstance(name, str):
         return None
     part = _part_path(path, name)
     try:
-        return part.read_text(encoding="utf-8-sig")
+        return part, part.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
         known = sorted(
             f"{Path(name).parent}/{p.name}" for p in path.parent.parent.joinpath(Path(name).parent.name).glob("*") if p.is_file()
         )
         why = "no such file" if isinstance(error, FileNotFoundError) else str(error)
-        problems.append(f"{path}:{_line(tree, loc)}: {'.'.join(loc)}: {name}: {why}{nearest(name, known)}")
+        raise JobInvalid([f"{path}:{_line(tree, keys)}: {'.'.join(keys)}: {name}: {why}{nearest(name, known)}"]) from error
+
+
+def _load_prompt(path: Path, tree: yaml.Node, held: Any) -> str | None:
+    read = _read_part(path, tree, held, "request", "prompt")
+    if read is None:
         return None
+    part, source = read
+    try:
+        parse_prompt(source)
+    except PromptInvalid as error:
+        raise JobInvalid([f"{part}:{error.line}: {error}"]) from error
+    return source
 
 
-def _load_schema(path: Path, text: str | None, problems: list[str]) -> dict[str, Any] | None:
+def _load_schema(path: Path, tree: yaml.Node, held: Any) -> dict[str, Any] | None:
     import jsonschema_rs
 
-    if text is None:
+    read = _read_part(path, tree, held, "output", "schema")
+    if read is None:
         return None
+    part, text = read
     try:
         schema = orjson.loads(text)
         jsonschema_rs.validator_for(schema)
     except orjson.JSONDecodeError as error:
-        problems.append(f"{path}:{error.lineno}: not valid JSON: {error.msg}")
-        return None
+        raise JobInvalid([f"{part}:{error.lineno}: not valid JSON: {error.msg}"]) from error
     except (jsonschema_rs.ValidationError, ValueError) as error:
-        problems.append(f"{path}:1: not a JSON Schema: {str(error).splitlines()[0]}")
-        return None
+        raise JobInvalid([f"{part}:1: not a JSON Schema: {str(error).splitlines()[0]}"]) from error
     if not isinstance(schema, dict) or schema.get("type") != "object" or not schema.get("properties"):
-        problems.append(f"{path}:1: the answer has to be an object with properties: each becomes a column of the results")
-        return None
-    problems += [f"{path}:1: {why}" for why in unmet(inlined(schema, schema))]
+        raise JobInvalid([f"{part}:1: the answer has to be an object with properties: each becomes a column of the results"])
+    if problems := [f"{part}:1: {why}" for why in unmet(inlined(schema, schema))]:
+        raise JobInvalid(problems)
     return schema
 
 
-def _load_suite(path: Path, text: str | None, problems: list[str]) -> tuple[Expectation, ...]:
-    if text is None:
+def _load_suite(path: Path, tree: yaml.Node, held: Any) -> tuple[Expectation, ...]:
+    read = _read_part(path, tree, held, "output", "expectations")
+    if read is None:
         return ()
+    part, text = read
     try:
         suite = yaml.load(text, Loader=YAML)  # noqa: S506 — a safe one
-        lines = suite["expectations"]
-        return tuple(Expectation.model_validate(line) for line in lines)
+        lines = list(suite["expectations"])
+        return tuple(TypeAdapter(list[Expectation]).validate_python(lines))
     except ValidationError as error:
-        first = error.errors()[0]
-        problems.append(f"{path}: expectation: {'.'.join(map(str, first['loc']))}: {first['msg']}; found {first['input']!r}")
+        raise JobInvalid([_suite_problem(part, problem) for problem in error.errors()]) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        problems.append(f"{path}:1: not valid YAML: {str(error).splitlines()[0]}")
-    except (TypeError, KeyError):
-        problems.append(f"{path}:1: expected a mapping with a list under `expectations`")
-    return ()
+        raise JobInvalid([f"{part}:1: not valid YAML: {str(error).splitlines()[0]}"]) from error
+    except (TypeError, KeyError) as error:
+        raise JobInvalid([f"{part}:1: expected a mapping with a list under `expectations`"]) from error
+
+
+def _suite_problem(part: Path, problem: Mapping[str, Any]) -> str:
+    number, *loc = problem["loc"]
+    return f"{part}: expectation {number + 1}: {'.'.join(map(str, loc))}: {problem['msg']}; found {problem['input']!r}"
