@@ -9,10 +9,12 @@ from zoneinfo import ZoneInfo
 import pyarrow.parquet as pq
 import pytest
 
+from nightshift.dates import interval_dates, render_dates
 from nightshift.drive import drive
 from nightshift.errors import BudgetExceeded, JobInvalid, SettingInvalid, UpToDate
 from nightshift.job_file import read_prompt, vary
-from nightshift.runs import Options, current_run, dated_partition, interval_dates, last_run, render_dates, ticks_once_a_day
+from nightshift.partitions import dated_partition, ticks_once_a_day
+from nightshift.runs import Options, current_run, last_run
 from nightshift.sampling import choose
 from nightshift.shapes import Summary
 from nightshift.steps.discover import discover

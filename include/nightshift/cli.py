@@ -128,8 +128,9 @@ def plan(
     sample: SampleOption = None,
 ) -> None:
     """Rows, requests, reuse, shards and the estimate; sends nothing and keeps nothing."""
+    from nightshift.dates import render_dates
     from nightshift.local_site import local_site
-    from nightshift.runs import Run, RunInput, render_dates
+    from nightshift.runs import Run, RunInput
     from nightshift.steps.discover import pin
     from nightshift.steps.plan import draft
 
@@ -440,7 +441,7 @@ def _pattern(job: Job, given: str | None, ds: str | None) -> str:
 
 def _dates(job: Job, ds: str | None) -> dict[str, Any]:
     """The dates a template may use: those of the day `ds`, in the job's time zone."""
-    from nightshift.runs import interval_dates
+    from nightshift.dates import interval_dates
 
     if ds is None:
         return {}

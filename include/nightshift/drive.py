@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from threading import Event
 from typing import Any
 
+from nightshift.dates import render_dates
 from nightshift.errors import Interrupted, NightshiftError, RunHeld, ShardHeld, Transient
 from nightshift.job import Job, Policy
 from nightshift.providers.protocol import Snapshot
 from nightshift.redrive import begin_redrive, find_run
-from nightshift.runs import Options, Run, Site, current_run, render_dates, run_id
+from nightshift.runs import Options, Run, Site, current_run, run_id
 from nightshift.shapes import Outcome, Plan, Published, Settled, Summary
 from nightshift.steps.approve import approve
 from nightshift.steps.assemble import assemble

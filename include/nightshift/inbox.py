@@ -15,7 +15,8 @@ from urllib.parse import quote, urlsplit
 
 from nightshift.events import Hint, Strange
 from nightshift.job import Job, Together
-from nightshift.runs import UNSAFE, Site, last_run, run_folder, run_id
+from nightshift.partitions import UNSAFE
+from nightshift.runs import Site, last_run, run_folder, run_id
 from nightshift.shapes import Summary, Wire
 from nightshift.stores.objects import Found, Objects, matches, matching
 

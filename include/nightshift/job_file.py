@@ -13,13 +13,14 @@ import orjson
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from nightshift.dates import interval_dates, render_dates
 from nightshift.errors import JobInvalid, SettingInvalid, Unusable, nearest
 from nightshift.formats import FILE_COLUMNS
 from nightshift.job import DIMENSIONS, RETRYABLE, Expectation, Job, JobFile
 from nightshift.money.prices import makes_embeddings
 from nightshift.prompts import PromptInvalid, parse_prompt
 from nightshift.providers.bedrock_forms import MAKERS_THAT_SEE, maker_of
-from nightshift.runs import interval_dates, prompt_key, render_dates
+from nightshift.runs import prompt_key
 from nightshift.schemas import inlined, unmet
 from nightshift.shapes import Outcome
 from nightshift.stores.objects import Objects

@@ -1,11 +1,23 @@
-"""Partitions of published results: where they stand, what they consist of, and what they were made of."""
+"""Partitions of published results: what they are called, where they stand, what they consist of, and what they were made of."""
 
 from __future__ import annotations
 
-from nightshift.runs import Run
-from nightshift.shapes import Outcome, Wire
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, timedelta
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+from nightshift.dates import render_dates
+from nightshift.errors import JobInvalid
+from nightshift.job import Job
+from nightshift.runs import Run, run_id
+from nightshift.shapes import Outcome, PinnedObject, Wire
 
 MANIFEST = "_manifest.json"
+SHORTEST_DAY = timedelta(hours=20)  # whatever the clocks do
+UNSAFE = re.compile(r"[^A-Za-z0-9._=-]+")
 UNANSWERED: tuple[Outcome, ...] = ("errored", "expired", "cancelled", "missing")  # the next run asks them again
 
 
@@ -27,6 +39,39 @@ class Manifest(Wire):
     prompt_version: str
     model: str
     made_from: str | None = None  # the objects and the recipe; the same make the same partition
+
+
+def partition_of(job: Job, dates: Mapping[str, Any], objects: Sequence[PinnedObject], *, scheduled: bool) -> str:
+    """The partition a run publishes: as the job says, else by its interval, else by its input's name.
+
+    Uploading a file again under its name replaces its partition; files of the same name in two folders stay apart.
+    """
+    if job.spec.output.partition:
+        named = render_dates(job.spec.output.partition, dates)
+        partition = "/".join(UNSAFE.sub("-", part) for part in named.split("/") if part.strip("."))
+        if not partition:
+            raise JobInvalid([f"output.partition: {named!r} names no partition; write something like dt={{{{ ds }}}}"])
+        return partition
+    if scheduled:
+        return dated_partition(dates, job.spec.schedules)
+    first = objects[0].uri
+    stem = UNSAFE.sub("-", PurePosixPath(urlsplit(first).path).name.partition(".")[0])[:60] or "input"
+    return f"input={stem}-{run_id(*(found.uri for found in objects))[:8]}"
+
+
+def dated_partition(dates: Mapping[str, Any], schedules: Sequence[str]) -> str:
+    """The partition of an interval: its day; where a day may have several, also its time, in UTC, which no clock change repeats."""
+    start, end = (dates[name].astimezone(UTC) for name in ("data_interval_start", "data_interval_end"))
+    is_alone = end - start >= SHORTEST_DAY and (not schedules or ticks_once_a_day(schedules))
+    return f"dt={dates['ds']}" if is_alone else f"dt={start:%Y-%m-%d}/at={start:%H%M}Z"
+
+
+def ticks_once_a_day(schedules: Sequence[str]) -> bool:
+    """Whether cron expressions can tick no more than once on any day."""
+    if len(schedules) != 1:
+        return False
+    fields = schedules[0].split()
+    return schedules[0] != "@hourly" if len(fields) == 1 else fields[0].isdigit() and fields[1].isdigit()
 
 
 def results_folder(run: Run) -> str:

@@ -5,23 +5,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
-from urllib.parse import urlsplit
-from zoneinfo import ZoneInfo
 
-from jinja2 import TemplateError
-
-from nightshift.errors import JobInvalid, LedgerCorrupt, ProviderUnavailable, is_permanent
+from nightshift.errors import LedgerCorrupt, ProviderUnavailable, is_permanent
 from nightshift.job import Job, RequestSpec
-from nightshift.prompts import environment
 from nightshift.providers.protocol import Limits, Provider
 from nightshift.shapes import Outcome, PinnedObject, Plan, Summary, Wire
 from nightshift.stores.answers import AnswerStore
@@ -30,8 +23,6 @@ from nightshift.stores.objects import Objects
 
 VECTOR_BYTES = 32 << 20  # of a shard's embeddings: some copies of them are in memory when it is harvested and settled
 PLAN_STANDS = timedelta(days=3)  # unapproved: so long what it counts on is kept; a question stays open for one of them
-SHORTEST_DAY = timedelta(hours=20)  # whatever the clocks do
-UNSAFE = re.compile(r"[^A-Za-z0-9._=-]+")
 
 
 def utc_now() -> datetime:
@@ -204,62 +195,6 @@ def run_id(*parts: str) -> str:
 def work_of(shard: str, claim: Claim) -> str:
     """What an attempt asks, as a name: attempts that follow each other without an answer in between do the same work."""
     return run_id(shard, claim.provider, claim.model, *map(str, claim.after))
-
-
-def interval_dates(start: datetime, end: datetime, timezone: str) -> dict[str, Any]:
-    """What templates know of a run's interval, in the job's time zone: the day of a job in Berlin is Berlin's day."""
-    zone = ZoneInfo(timezone)
-    start, end = (datetime.fromtimestamp(moment.timestamp(), zone) for moment in (start, end))
-    return {
-        "ds": f"{start:%Y-%m-%d}",
-        "ds_nodash": f"{start:%Y%m%d}",
-        "ts": start.isoformat(),
-        "ts_nodash": f"{start:%Y%m%dT%H%M%S}",
-        "data_interval_start": start,
-        "data_interval_end": end,
-    }
-
-
-def render_dates(template: str, dates: Mapping[str, Any]) -> str:
-    """A URI or partition template with the run's dates filled in. Raises JobInvalid where it asks for something else."""
-    try:
-        return environment().from_string(template).render(dates) if "{" in template else template
-    except (TemplateError, TypeError, ValueError, AttributeError) as error:
-        known = "ds, ds_nodash, ts, ts_nodash, data_interval_start, data_interval_end"
-        raise JobInvalid([f"{template!r} cannot be filled in: {error}. Known in a run with an interval: {known}"]) from error
-
-
-def partition_of(job: Job, dates: Mapping[str, Any], objects: Sequence[PinnedObject], *, scheduled: bool) -> str:
-    """The partition a run publishes: as the job says, else by its interval, else by its input's name.
-
-    Uploading a file again under its name replaces its partition; files of the same name in two folders stay apart.
-    """
-    if job.spec.output.partition:
-        named = render_dates(job.spec.output.partition, dates)
-        partition = "/".join(UNSAFE.sub("-", part) for part in named.split("/") if part.strip("."))
-        if not partition:
-            raise JobInvalid([f"output.partition: {named!r} names no partition; write something like dt={{{{ ds }}}}"])
-        return partition
-    if scheduled:
-        return dated_partition(dates, job.spec.schedules)
-    first = objects[0].uri
-    stem = UNSAFE.sub("-", PurePosixPath(urlsplit(first).path).name.partition(".")[0])[:60] or "input"
-    return f"input={stem}-{run_id(*(found.uri for found in objects))[:8]}"
-
-
-def dated_partition(dates: Mapping[str, Any], schedules: Sequence[str]) -> str:
-    """The partition of an interval: its day; where a day may have several, also its time, in UTC, which no clock change repeats."""
-    start, end = (dates[name].astimezone(UTC) for name in ("data_interval_start", "data_interval_end"))
-    is_alone = end - start >= SHORTEST_DAY and (not schedules or ticks_once_a_day(schedules))
-    return f"dt={dates['ds']}" if is_alone else f"dt={start:%Y-%m-%d}/at={start:%H%M}Z"
-
-
-def ticks_once_a_day(schedules: Sequence[str]) -> bool:
-    """Whether cron expressions can tick no more than once on any day."""
-    if len(schedules) != 1:
-        return False
-    fields = schedules[0].split()
-    return schedules[0] != "@hourly" if len(fields) == 1 else fields[0].isdigit() and fields[1].isdigit()
 
 
 def last_run(store: Objects, job: str, *identity: str) -> str:

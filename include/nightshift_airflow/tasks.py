@@ -13,6 +13,7 @@ from airflow.sdk import task
 from airflow.sdk.exceptions import AirflowSkipException
 
 from nightshift.budgets import cost_of
+from nightshift.dates import interval_dates
 from nightshift.errors import (
     BEGIN_ANEW,
     GO_ON,
@@ -31,7 +32,7 @@ from nightshift.money.prices import farewells
 from nightshift.notices import event_of, listeners, notice_of
 from nightshift.partitions import results_folder
 from nightshift.redrive import begin_redrive
-from nightshift.runs import Options, Run, Site, approved_plan, current_run, interval_dates, last_run, load_run, run_folder
+from nightshift.runs import Options, Run, Site, approved_plan, current_run, last_run, load_run, run_folder
 from nightshift.shapes import Assembled, Audit, Problem, Published
 from nightshift.steps.assemble import assemble as assemble_run
 from nightshift.steps.audit import audit as audit_run

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nightshift.dates import render_dates
 from nightshift.errors import InputMissing, InputUnreadable, UpToDate
 from nightshift.formats import count_rows, guess_format
 from nightshift.job import Job
-from nightshift.partitions import is_up_to_date
-from nightshift.runs import Options, Run, RunInput, Site, check_models, partition_of, prompt_key, render_dates, run_folder, run_id
+from nightshift.partitions import is_up_to_date, partition_of
+from nightshift.runs import Options, Run, RunInput, Site, check_models, prompt_key, run_folder, run_id
 from nightshift.shapes import PinnedObject, Wire
 from nightshift.stores.objects import Found, Objects, matching
 
