@@ -12,6 +12,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import compress
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -29,7 +30,7 @@ from nightshift.providers.protocol import Garbage, Provider, Reply, Snapshot
 from nightshift.purse import purse_of
 from nightshift.runs import Run, Site
 from nightshift.settle import settle
-from nightshift.shapes import Settled
+from nightshift.shapes import Settled, Shard
 from nightshift.sheet import Sheet
 from nightshift.steps.submit import open_where, payer_of
 from nightshift.steps.wait import FILES_GRACE, is_waiting_for_files
@@ -87,50 +88,56 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
     if snapshot.state == "failed" and not snapshot.bad_lines and not snapshot.result_files:
         _end_without_answers(site, shard, attempt, attempts, snapshot, provider)
         return
-    facts = site.ledger.shard(shard)
-    waiting = pending(site.store, shard, attempt.claim.after)
-    left = asked_of(waiting, facts, attempt.claim)
-    origin = {
-        "shard": shard,
-        "attempt": attempt.number,
-        "batch_id": batch_id,
-        "answered_at": snapshot.ended_at or site.now(),
-        "tier": tier_of(attempt.claim.provider),
-        "stand_in": attempt.claim.model if attempt.claim.model != facts.model else None,
-    }
-    per_line = form_of(facts.endpoint).inputs_per_line
+    try:
+        ended = _write_answers(site, run, shard, attempt, attempts, snapshot, provider)
+    except ResultsGone as error:
+        if snapshot.ended_at is None or site.now() - snapshot.ended_at < FILES_GRACE:
+            raise  # they can lag behind the status; 30 days later they are gone (F61)
+        _give_up(site, run, shard, attempt, attempts, provider, error)
+        return
+    site.ledger.record_end(shard, attempt.number, ended)
+
+
+def _write_answers(
+    site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[Attempt], snapshot: Snapshot, provider: Provider
+) -> Ended:
+    """Write the answers file of an attempt from all that its batch has left; how it has ended. Who is first decides what is asked again."""
+    facts, waiting = site.ledger.shard(shard), pending(site.store, shard, attempt.claim.after)
+    left, per_line = asked_of(waiting, facts, attempt.claim), form_of(facts.endpoint).inputs_per_line
     with site.scratch() as folder, collector_paused():
-        sheet = Sheet(run.job, origin, Path(folder))
+        sheet = Sheet(run.job, _origin(site, facts, attempt, snapshot), Path(folder))
         matching = Matching(left, sheet.hold)
-        try:
-            replies = provider.replies(snapshot, Path(folder))
-            failed = put_down(sheet, run.job, matching, unfold(replies, shared_lines(left, per_line)) if per_line > 1 else replies, left)
-        except ResultsGone as error:
-            if snapshot.ended_at is None or site.now() - snapshot.ended_at < FILES_GRACE:
-                raise  # they can lag behind the status; 30 days later they are gone (F61)
-            _give_up(site, run, shard, attempt, attempts, provider, error)
-            return
+        replies = provider.replies(snapshot, Path(folder))
+        failed = put_down(sheet, run.job, matching, unfold(replies, shared_lines(left, per_line)) if per_line > 1 else replies, left)
         failed.update(_absent(matching.absent, snapshot, shared_lines(left, per_line)))
-        above = long_above(attempt.claim.provider, attempt.claim.model)
-        bought, payer = sheet.usage(above) + usage_of_replies(failed.values(), above), payer_of(site, run, attempt)
+        above, payer = long_above(attempt.claim.provider, attempt.claim.model), payer_of(site, run, attempt)
+        bought = sheet.usage(above) + usage_of_replies(failed.values(), above)
         purse = partial(purse_of, site, payer, facts, attempts, bought, attempt)
         for key, answer in ask_again(site, payer, attempt, facts, left, failed, purse).items():
             sheet.add(key, answer)
         path = Path(folder) / "answers.parquet"
         sheet.write(path)
-        is_first = site.store.create(answers_key(shard, attempt.number), path)  # who harvested first has decided what is asked again
-    if is_first:
-        remaining = len(waiting) - len(left) + sheet.asked_again
-    else:
-        remaining = len(pending(site.store, shard, (*attempt.claim.after, attempt.number)))
-    ended = Ended(
+        is_first = site.store.create(answers_key(shard, attempt.number), path)
+    asked_again = len(waiting) - len(left) + sheet.asked_again
+    return Ended(
         how="harvested",
         status=snapshot.status,
         ended_at=site.now(),
-        remaining=remaining,
+        remaining=asked_again if is_first else len(pending(site.store, shard, (*attempt.claim.after, attempt.number))),
         reasons=tuple(f"{name}: {count}" for name, count in sorted(matching.alarms.items())),
     )
-    site.ledger.record_end(shard, attempt.number, ended)
+
+
+def _origin(site: Site, facts: Shard, attempt: Attempt, snapshot: Snapshot) -> dict[str, Any]:
+    """The columns that are the same in every line of an attempt's answers."""
+    return {
+        "shard": facts.key,
+        "attempt": attempt.number,
+        "batch_id": _batch_of(attempt),
+        "answered_at": snapshot.ended_at or site.now(),
+        "tier": tier_of(attempt.claim.provider),
+        "stand_in": attempt.claim.model if attempt.claim.model != facts.model else None,
+    }
 
 
 def put_down(
