@@ -46,7 +46,7 @@ def test_workers_killed_at_a_sample_of_all_effects_pay_once_and_lose_nothing(tmp
         matrix.stop()
     summary = summarise(verdicts, ideal)
     assert summary["crash_points"] > 8
-    assert {name: summary[name] for name in ("duplicate_batches", "lost_rows", "double_outcomes", "torn_partitions", "stuck")} == {
-        "duplicate_batches": 0, "lost_rows": 0, "double_outcomes": 0, "torn_partitions": 0, "stuck": 0,
+    assert {name: summary[name] for name in ("duplicate_batches", "lost_rows", "double_outcomes", "torn_partitions", "misbooked", "stuck")} == {
+        "duplicate_batches": 0, "lost_rows": 0, "double_outcomes": 0, "torn_partitions": 0, "misbooked": 0, "stuck": 0,
     }  # fmt: skip
     assert provider == "live" or summary["bill_ratio"] == 1.0, "on demand, what was in flight at a death is asked again"

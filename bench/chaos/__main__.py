@@ -32,6 +32,7 @@ COLUMNS = (
     "lost_rows",
     "double_outcomes",
     "torn_partitions",
+    "misbooked",
     "stuck",
     "repeated_requests",
     "bill_ratio",
@@ -129,6 +130,7 @@ def _random(examples: int) -> dict[str, Any]:
         "lost_rows": 0,
         "double_outcomes": 0,
         "torn_partitions": 0,
+        "misbooked": 0,
         "stuck": 0,
         "repeated_requests": 0,
         "bill_ratio": 1.0,
@@ -144,7 +146,7 @@ def _totals(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _is_clean(totals: dict[str, Any]) -> bool:
-    wrong = ("duplicate_batches", "lost_rows", "double_outcomes", "torn_partitions", "stuck")
+    wrong = ("duplicate_batches", "lost_rows", "double_outcomes", "torn_partitions", "misbooked", "stuck")
     return not any(totals[name] for name in wrong) and totals["bill_ratio"] == 1.0
 
 

@@ -34,7 +34,7 @@ JOB: dict[str, Any] = {
     "input": {"uri": "file:///set/by/the/order", "id": "id", "require": {"text": {"min_length": 1}}},
     "request": {"provider": "openai", "model": "gpt-5.4-nano", "prompt": "prompt.md", "parameters": {"max_output_tokens": 60}},
     "output": {"schema": "schema.json"},
-    "policy": {"publish_at_least": 0.5, "max_requests_per_shard": 9, "retry": {"errored": 3}},
+    "policy": {"publish_at_least": 0.5, "max_requests_per_shard": 9, "retry": {"errored": 3}, "monthly_budget_usd": 1},
 }
 CHANGES: dict[ProviderName, dict[str, dict[str, Any]]] = {
     "openai": {},
@@ -52,6 +52,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 AHEAD_SECONDS = 200.0  # by which a successor's clock is ahead of the dead one's: every lease has lapsed
+ROUNDING = 1e-6  # dollars that sums of floats may differ by
 LIVES = 8  # that a run gets before it counts as stuck
 
 
@@ -77,6 +78,7 @@ class Verdict:
     lost_rows: int = 0
     double_outcomes: int = 0
     torn: bool = False  # a reader in between saw neither the old partition nor the new one
+    misbooked: bool = False  # the account of the month does not say what the bill says, or holds room for what is over
     stuck: str | None = None
     usd: float = 0.0
     repeated: int = 0  # requests on demand that were in flight when somebody died, and were asked again
@@ -214,9 +216,17 @@ class Matrix:
             lost_rows=len(wanted - set(outcomes)),
             double_outcomes=sum(1 for times in outcomes.values() if times > 1),
             torn=torn,
+            misbooked=stuck is None and self._is_misbooked(place, _usd(bill)),
             stuck=stuck,
             usd=_usd(bill) - self._usd_before,
         )
+
+    def _is_misbooked(self, place: Place, billed: float) -> bool:
+        """Whether the month's account differs from the bill. On demand, what was in flight at a death is billed and never seen."""
+        entries = [json.loads(path.read_bytes()) for path in sorted((place.store / "spending").glob(f"*/job-{JOB['name']}/*.json"))]
+        booked, is_open = (float(entries[-1]["total"]), entries[-1]["open"] > 0) if entries else (0.0, False)
+        is_other = booked > billed + ROUNDING if self.provider == "live" else abs(booked - billed) > ROUNDING
+        return is_open or is_other
 
     @contextmanager
     def _place(self, name: str) -> Iterator[Place]:
@@ -376,6 +386,7 @@ def summarise(verdicts: list[Verdict], ideal_usd: float) -> dict[str, Any]:
         "lost_rows": sum(verdict.lost_rows for verdict in verdicts),
         "double_outcomes": sum(verdict.double_outcomes for verdict in verdicts),
         "torn_partitions": sum(verdict.torn for verdict in verdicts),
+        "misbooked": sum(verdict.misbooked for verdict in verdicts),
         "stuck": sum(verdict.stuck is not None for verdict in verdicts),
         "repeated_requests": sum(verdict.repeated for verdict in verdicts),
         "bill_ratio": round(sum(verdict.usd for verdict in verdicts) / (ideal_usd * len(verdicts)), 4) if verdicts and ideal_usd else None,

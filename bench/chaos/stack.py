@@ -187,6 +187,7 @@ def _judge(stack: Stack, deaths: int, state: str) -> dict[str, Any]:
         "lost_rows": max(0, ROWS - rows),
         "double_outcomes": max(0, rows - ROWS),
         "torn_partitions": 0,
+        "misbooked": 0,
         "stuck": int(state != "success"),
         "repeated_requests": 0,
         "bill_ratio": round(bill["requests"] / bill["unique_requests"], 4) if bill["unique_requests"] else None,

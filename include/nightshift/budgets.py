@@ -125,10 +125,10 @@ def _free(site: Site, shard: str, number: int, bookings: Iterable[Booking]) -> N
 
 def settle_attempts(site: Site, shard: str, attempts: Sequence[Attempt]) -> None:
     """Put what the attempts of a shard that are over have cost in place of what was booked for them, in every account."""
-    over = [attempt for attempt in attempts if attempt.ended is not None]
-    bookings = _bookings(site, shard) if over else []
+    bookings = _bookings(site, shard) if any(attempt.ended for attempt in attempts) else []
     is_over = bool(bookings) and site.ledger.settled(shard) is not None
-    for attempt in over if bookings else ():
+    over = [attempt for attempt in attempts if is_over or attempt.ended is not None] if bookings else []
+    for attempt in over:
         cost = _cost(site, shard, attempt) if attempt in distinct(attempts) else Decimal(0)
         for booking in bookings:  # who has booked and was not quick enough to claim pays nothing
             paid = cost if booking.run == attempt.claim.run else Decimal(0)
@@ -139,6 +139,8 @@ def settle_attempts(site: Site, shard: str, attempts: Sequence[Attempt]) -> None
 
 def _cost(site: Site, shard: str, attempt: Attempt) -> Decimal | None:
     """What an attempt that is over has cost; None where nobody can tell: what was booked for it stays."""
+    if attempt.receipt is None and attempt.ended is None:
+        return Decimal(0)  # who claimed it has died, and nothing came of it
     if attempt.ended is None or attempt.ended.how == "lost":
         return None
     if not attempt.is_harvested:

@@ -255,7 +255,7 @@ def test_F87_files_that_somebody_else_has_removed_are_looked_for_again(cloud, tm
 def test_a_jobs_time_is_the_jobs_own_deadline_as_far_as_bedrock_lets_it(cloud, monkeypatch):
     asked = []
     create = BedrockJobs.create
-    monkeypatch.setattr(BedrockJobs, "create", lambda self, *given: asked.append(given[-1]) or create(self, *given))
+    monkeypatch.setattr(BedrockJobs, "create", lambda self, order, may_send: asked.append(order.window) or create(self, order, may_send))
     go(cloud, cloud.job(request=BEDROCK, policy={"deadline_hours": 72}), cloud.write("a.jsonl", reviews(100)))
     assert asked == [timedelta(hours=72)]
 
