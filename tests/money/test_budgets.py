@@ -165,6 +165,21 @@ def test_the_accounts_say_what_the_bill_says(world):
     assert book(account, "another", 99, limit=1) == Full(account.total, 0, ANY), "nothing that was put aside for asking again stays booked"
 
 
+def test_what_a_dead_attempt_had_booked_is_free_once_its_shard_is_settled(world):
+    clock = Clock()
+    world.site = replace(world.site, now=clock)
+    run, [shard] = shards_of(world, world.job(policy={"monthly_budget_usd": 1}), world.write("a.jsonl", texts(20)))
+    claim = first_claim(world.site, run, shard)
+    book_attempt(world.site, run, world.site.ledger.shard(shard), claim, [])
+    assert world.site.ledger.claim(shard, 1, claim), "and here its worker dies"
+    clock.pass_by(hours=1)
+    drive(world.site, run, ask=lambda run, planned: True)
+    account = Account(world.site.store, f"spending/{NOON:%Y-%m}/job-reviews")
+    assert len(world.site.ledger.attempts(shard)) == 2
+    assert float(account.total) == pytest.approx(world.rehearsal.bill()["usd"], abs=1e-6)
+    assert book(account, "another", 99, limit=1) == Full(account.total, 0, ANY)
+
+
 def site_estimate(world: World, run) -> Decimal:
     """What a run is expected to cost: with all that it may be, it does not fit into as much."""
     return plan(world.site, run).estimate.usd
@@ -209,12 +224,14 @@ def test_shards_that_are_harvested_at_the_same_moment_do_not_spend_the_same_mone
     assert paid * 1.2 < world.rehearsal.bill()["usd"] - before < paid * 1.8
 
 
-def book_first(site, run, shard: str) -> None:
+def first_claim(site, run, shard: str) -> Claim:
     facts = site.ledger.shard(shard)
-    claim = Claim(
-        token="t", owner="o", claimed_at=NOON, where="w", run=run.uri, provider="openai", model=facts.model, asked=facts.request_count
-    )
-    book_attempt(site, run, facts, claim, [])
+    where, model = site.open_provider(run.job.spec.request).where, facts.model
+    return Claim(token="t", owner="o", claimed_at=NOON, where=where, run=run.uri, provider="openai", model=model, asked=facts.request_count)
+
+
+def book_first(site, run, shard: str) -> None:
+    book_attempt(site, run, site.ledger.shard(shard), first_claim(site, run, shard), [])
 
 
 def test_a_shard_that_fits_only_if_others_turn_out_cheaper_is_held_and_not_for_ever(world):
