@@ -68,6 +68,11 @@ class Book:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.executescript(SCHEMA)
 
+    def close(self) -> None:
+        """Write everything into the one file. Its folder can be copied then."""
+        with self._lock:
+            self._db.close()
+
     @contextmanager
     def changing(self) -> Iterator[None]:
         """One transaction; changes of one batch never interleave."""

@@ -41,6 +41,7 @@ def build_app(folder: Path, *, key: str = KEY, pace: Pace | None = None, faults:
         state.engine.start()
         yield
         state.engine.stop()
+        book.close()
 
     app = FastAPI(title="Nightshift rehearsal", lifespan=lifespan, docs_url=None, redoc_url=None)
 
