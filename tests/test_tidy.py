@@ -61,6 +61,30 @@ def test_a_plan_that_has_waited_for_longer_than_its_answers_are_kept_is_made_ane
     assert drive(world.site, again, ask=lambda run, planned: True).outcomes["succeeded"] == 6
 
 
+def test_a_plan_whose_question_has_timed_out_can_still_be_approved_while_it_stands(world):
+    job, uri = world.job(policy={"approve_above_usd": 0}), world.write("b.jsonl", reviews(6))
+    go(world, world.job(), world.write("a.jsonl", reviews(5)))
+    waiting = begin(world.site, job, pattern=uri, dates={}, scheduled=False)
+    with pytest.raises(ApprovalNeeded):
+        drive(world.site, waiting, ask=lambda run, planned: False)
+    afterwards = later(world, days=PLAN_STANDS.days - 1)
+    assert tidy(afterwards, keep=timedelta(days=1)).dropped == 0
+    assert approve(afterwards, waiting, plan(afterwards, waiting), ask=lambda: True).reused == 5
+    assert drive(world.site, waiting, ask=lambda run, planned: True).outcomes["succeeded"] == 6
+
+
+def test_an_old_plan_that_counts_on_what_another_run_had_in_flight_is_made_anew(world):
+    uri = world.write("a.jsonl", reviews(5))
+    one = begin(world.site, world.job(), pattern=uri, dates={}, scheduled=False)
+    approve(world.site, one, plan(world.site, one), ask=lambda: True)
+    two = begin(world.site, world.job(policy={"approve_above_usd": 0}), pattern=uri, dates={}, scheduled=False)
+    planned = plan(world.site, two)
+    drive(world.site, one, ask=lambda run, planned: True)
+    assert planned.adopted == 5
+    with pytest.raises(PlanOutdated):
+        approve(later(world, days=PLAN_STANDS.days, minutes=1), two, planned, ask=lambda: True)
+
+
 def test_forget_names_the_samples_that_show_a_row(world):
     job, uri = world.job(), world.write("a.jsonl", reviews(5))
     sampled = drive(

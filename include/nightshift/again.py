@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -51,20 +51,27 @@ def ask_again(
     facts: Shard,
     left: Mapping[bytes, Left | None],
     failed: Mapping[bytes, Answer],
+    rest: Iterable[Left | None],
     purse: Callable[[], Purse],
 ) -> dict[bytes, Answer]:
     """The answers of an attempt that are not valid, each with how it is asked again, in the order of what was `left` to ask.
 
-    What that is to cost is put aside before anybody reads it: shards that are harvested at the same moment see each other's, and
-    who comes second decides anew, with what the first has left. `purse`: what is left now.
+    What that is to cost is put aside before anybody reads it, with what the `rest` costs that this attempt did not ask: shards
+    that are harvested at the same moment see each other's, and who comes second decides anew, with what the first has left.
+    `purse`: what is left now.
     """
     wanted = _wanted(site, payer.job, attempt, facts, left, failed)
+    owed = Counter(each.variant if each else AS_IT_WAS for each in rest)
     while True:
         money, decided = purse(), {}
+        for variant, count in owed.items():
+            money.owe(variant, count)
+        taken_before = money.taken
         for key, (asked_as, again) in wanted.items():
             is_granted = again is not None and (not again.is_charged or money.pays(again.variant))
             decided[key] = replace(failed[key], asked_as=asked_as, again=again.variant if again and is_granted else None)
-        if not money.taken or put_aside(site, payer, facts.key, attempt.number, money.taken):
+        is_owed = money.taken == taken_before
+        if not money.taken or put_aside(site, payer, facts.key, attempt.number, money.taken, is_owed=is_owed):
             return decided
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
+from itertools import product
 
 from nightshift.errors import BudgetExceeded, ShardHeld
 from nightshift.money.estimate import actual_cost, estimate_requests, measured_before
@@ -58,14 +59,17 @@ def budgets_of(site: Site, run: Run) -> list[Budget]:
 def book_attempt(site: Site, run: Run, facts: Shard, claim: Claim, attempts: Sequence[Attempt]) -> None:
     """Book the attempt of a shard that is about to be sent against every budget of its run, once. `attempts`: those before it.
 
-    What is asked again was put aside when its answers were harvested, so it is booked and not refused. For the first attempt it
-    raises ShardHeld where it fits only if what is in flight turns out cheaper than it may be, and BudgetExceeded where it does not fit.
+    What is asked again was decided when its answers were harvested, so it is not refused; what was put aside for it then is its
+    booking. For the first attempt it raises ShardHeld where it fits only if what is in flight turns out cheaper than it may be,
+    and BudgetExceeded where it does not fit.
     """
     budgets, number = budgets_of(site, run), len(attempts) + 1
     estimate = _estimate(site, run, facts, claim, number) if budgets else None
     if estimate is None or estimate.usd is None:
         return  # nothing bounds it, or nobody can tell what it costs, and a person was asked
     settle_attempts(site, facts.key, attempts)
+    if _is_put_aside(site, run, facts.key, fund(claim, number, attempts)):
+        return
     of, high, is_asked_again = _name(facts.key, run.uri, number), _high(estimate), any(claim.after)
     for budget in budgets if not is_asked_again else ():  # all before the first is booked: what one refuses must not weigh on another
         _refuse_full(site, facts.key, budget, Account(site.store, budget.account).fits(of, estimate.usd, budget.limit, high), estimate.usd)
@@ -73,8 +77,13 @@ def book_attempt(site: Site, run: Run, facts: Shard, claim: Claim, attempts: Seq
         _announce(site, run, facts.key, budget)
         booked = Account(site.store, budget.account).book(of, estimate.usd, None if is_asked_again else budget.limit, high, now=site.now())
         _refuse_full(site, facts.key, budget, booked, estimate.usd)
-    if is_asked_again:
-        _free(site, facts.key, number - 1, _bookings(site, facts.key))
+
+
+def fund(claim: Claim, number: int, attempts: Sequence[Attempt]) -> int | None:
+    """The attempt whose harvest has put aside what another one is about to cost; None where none has, or a lost batch has used it up."""
+    last = max(claim.after, default=0)
+    lost = (attempt.number for attempt in attempts if attempt.ended is not None and attempt.ended.how == "lost")
+    return None if not last or any(last < each < number for each in lost) else last
 
 
 def is_crowded(site: Site, run: Run, facts: Shard) -> bool:
@@ -91,36 +100,45 @@ def is_crowded(site: Site, run: Run, facts: Shard) -> bool:
 def left_for_again(site: Site, run: Run, shard: str, number: int) -> Decimal | None:
     """What the month leaves for asking again what an attempt left; once something was put aside for it, that. None: nothing bounds it."""
     of = _again(shard, run.uri, number)
-    accounts = [(budget.limit, Account(site.store, budget.account)) for budget in _of_month(site, run)]
+    accounts = [(budget.limit, Account(site.store, budget.account)) for budget in budgets_of(site, run) if not _is_own(run, budget)]
     return min((limit - account.total if (aside := account.booked(of)) is None else aside for limit, account in accounts), default=None)
 
 
-def put_aside(site: Site, run: Run, shard: str, number: int, usd: Decimal) -> bool:
-    """Book against the month, once, what asking again is to cost that an attempt left; whether it fits beside what others have booked.
+def put_aside(site: Site, run: Run, shard: str, number: int, usd: Decimal, *, is_owed: bool) -> bool:
+    """Book, once, what asking is to cost that an attempt left; whether it fits into the month beside what others have booked.
 
-    It makes room once the next attempt is booked, or the shard is settled.
+    It stands for the attempts that ask it, until one of them is harvested. `is_owed`: all of it was granted before.
     """
-    for budget in _of_month(site, run):
+    for budget in budgets_of(site, run):
         _announce(site, run, shard, budget)
-        if isinstance(Account(site.store, budget.account).book(_again(shard, run.uri, number), usd, budget.limit, now=site.now()), Full):
+        limit = None if is_owed or _is_own(run, budget) else budget.limit
+        if isinstance(Account(site.store, budget.account).book(_again(shard, run.uri, number), usd, limit, now=site.now()), Full):
             return False
     return True
 
 
-def _of_month(site: Site, run: Run) -> list[Budget]:
-    return [budget for budget in budgets_of(site, run) if budget.account != run.key("spending")]
+def months_leave(site: Site, run: Run) -> Decimal | None:
+    """What the budgets of the month leave now; None: there is none."""
+    budgets = [budget for budget in budgets_of(site, run) if not _is_own(run, budget)]
+    return min((budget.limit - Account(site.store, budget.account).total for budget in budgets), default=None)
+
+
+def _is_own(run: Run, budget: Budget) -> bool:
+    """Whether a budget is the run's alone: it is shared out among its shards."""
+    return budget.account == run.key("spending")
+
+
+def _is_put_aside(site: Site, run: Run, shard: str, number: int | None) -> bool:
+    """Whether a run has put something aside for what an attempt left, in whatever month that was."""
+    of = None if number is None else _again(shard, run.uri, number)
+    own = [booking for booking in _bookings(site, shard) if booking.run == run.uri] if of else []
+    return any(Account(site.store, booking.account).booked(of) is not None for booking in own if of)
 
 
 def _announce(site: Site, run: Run, shard: str, budget: Budget) -> None:
     """Say in a shard's folder which account it is about to be booked in, so that it is found there however this ends."""
     booking = Booking(account=budget.account, run=run.uri)
     site.store.create_shape(f"shards/{shard}/booked-{run_id(booking.account, booking.run)}.json", booking)
-
-
-def _free(site: Site, shard: str, number: int, bookings: Iterable[Booking]) -> None:
-    """Give back what was put aside for asking again what an attempt left."""
-    for booking in bookings:
-        Account(site.store, booking.account).settle(_again(shard, booking.run, number), Decimal(0), now=site.now())
 
 
 def settle_attempts(site: Site, shard: str, attempts: Sequence[Attempt]) -> None:
@@ -130,11 +148,16 @@ def settle_attempts(site: Site, shard: str, attempts: Sequence[Attempt]) -> None
     over = [attempt for attempt in attempts if is_over or attempt.ended is not None] if bookings else []
     for attempt in over:
         cost = _cost(site, shard, attempt) if attempt in distinct(attempts) else Decimal(0)
+        used = fund(attempt.claim, attempt.number, attempts) if attempt.is_harvested or cost is None else None
         for booking in bookings:  # who has booked and was not quick enough to claim pays nothing
+            account, of = Account(site.store, booking.account), _name(shard, booking.run, attempt.number)
             paid = cost if booking.run == attempt.claim.run else Decimal(0)
-            Account(site.store, booking.account).settle(_name(shard, booking.run, attempt.number), paid, now=site.now())
-        if is_over or attempt.number < attempts[-1].number:
-            _free(site, shard, attempt.number, bookings)
+            account.settle(of, paid, now=site.now())
+            if used is not None:
+                account.settle(_again(shard, booking.run, used), paid if account.booked(of) is None else Decimal(0), now=site.now())
+    if is_over:
+        for attempt, booking in product(attempts, bookings):  # what was put aside and never asked
+            Account(site.store, booking.account).settle(_again(shard, booking.run, attempt.number), Decimal(0), now=site.now())
 
 
 def _cost(site: Site, shard: str, attempt: Attempt) -> Decimal | None:
@@ -174,7 +197,7 @@ def _refuse_full(site: Site, shard: str, budget: Budget, found: Booked | Full, u
     if isinstance(found, Full):
         if _may_pass(found, site.now()):
             raise ShardHeld(shard, f"{budget.name} has no room until others in flight are paid", site.poll_seconds)
-        raise BudgetExceeded(usd, budget.limit, budget.name, found.total)
+        raise BudgetExceeded(usd, budget.limit, budget.name, found.total, shard)
 
 
 def _may_pass(full: Full, now: datetime) -> bool:

@@ -216,12 +216,12 @@ class QuotaExhausted(Permanent):
 
 
 class PlanOutdated(Permanent):
-    """A plan has waited for its approval for so long that answers which it was to reuse may have been dropped."""
+    """A plan has waited for its approval for so long that what it counts on may have been dropped."""
 
     def __init__(self, run: str, days: int) -> None:
         self.run = run
         super().__init__(
-            f"{run} was planned more than {days} days ago: answers that it was to reuse may have been tidied away since. "
+            f"{run} was planned more than {days} days ago: what it counts on may have been tidied away since. "
             "Run it again from its first task, and it is planned anew; nothing was sent."
         )
 
@@ -231,11 +231,15 @@ class BudgetExceeded(Permanent):
 
     exit_code = 4
 
-    def __init__(self, estimate: Decimal, budget: Decimal, name: str = "policy.budget_usd", spent: Decimal = Decimal(0)) -> None:
+    def __init__(
+        self, estimate: Decimal, budget: Decimal, name: str = "policy.budget_usd", spent: Decimal = Decimal(0), shard: str = ""
+    ) -> None:
+        """`shard`: the one that does not fit, where it is not the whole run."""
         self.estimate, self.budget, self.name, self.spent = estimate, budget, name, spent
+        what = f"Shard {shard[:12]}" if shard else "It"
         so_far = f", of which ${spent:.4f} are spent or in flight" if spent else ""
         super().__init__(
-            f"It is estimated at ${estimate:.4f}; {name} allows ${budget:.4f}{so_far}. "
+            f"{what} is estimated at ${estimate:.4f}; {name} allows ${budget:.4f}{so_far}. "
             "Raise the budget or shrink the input; nothing more was sent, and what was paid for is kept."
         )
 

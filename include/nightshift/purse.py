@@ -30,21 +30,29 @@ class Purse:
         price = self._price(asked_as)
         if price is None or price > self._dollars:
             return False
-        self._dollars -= price
-        self.taken += price
+        self.owe(asked_as)
         return True
+
+    def owe(self, asked_as: Variant, count: int = 1) -> None:
+        """Take out what some requests will cost that are asked in any case, whether or not as much is left."""
+        price = self._price(asked_as) if self._dollars is not None else None
+        if self._dollars is not None and price is not None:
+            self._dollars -= price * count
+            self.taken += price * count
 
 
 def purse_of(site: Site, run: Run, facts: Shard, attempts: Iterable[Attempt], bought: Usage, attempt: Attempt) -> Purse:
-    """What the job's budget leaves for a shard once all its answers so far are paid: its share by requests, less what it cost.
+    """What budgets leave for a shard once all its answers so far are paid: its share by requests, less what it cost.
 
-    `bought`: by this attempt, whose answers are not in the store yet.
+    Its share of the job's budget, and of what the month had left when the run was approved: what one shard asks again does not
+    take the money that others have not been asked with at all. `bought`: by this attempt, whose answers are not in the store yet.
     """
     budget, month = run.job.spec.policy.budget_usd, left_for_again(site, run, facts.key, attempt.number)
     if budget is None and month is None:
         return Purse(None, lambda asked_as: None)
     approved = site.store.get_shape(run.key("approved.json"), Plan)
-    share = None if budget is None else budget * facts.request_count / max(facts.request_count, approved.submitted if approved else 0)
+    whole = min((each for each in (budget, approved.month_left if approved else None) if each is not None), default=None)
+    share = None if whole is None else whole * facts.request_count / max(facts.request_count, approved.submitted if approved else 0)
     spent = _cost(attempt.claim, bought)
     for before in distinct(attempts):
         if before.is_harvested:

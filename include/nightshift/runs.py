@@ -139,10 +139,11 @@ def approved_plan(run: Run) -> Plan:
     return stored
 
 
-def under_way(store: Objects, prefix: str, planned_after: datetime | None = None) -> list[str]:
+def under_way(store: Objects, prefix: str, planned_after: datetime | None = None, *, refused: bool = False) -> list[str]:
     """The folders of runs below a prefix that are approved and have not come as far as their outcomes.
 
-    `planned_after`: with those that were planned since then, and wait for their approval.
+    `planned_after`: with those that were planned since then, and wait for their approval; `refused`: also where nobody has
+    given it in time, since a person may clear that task.
     """
     written: dict[str, dict[str, float]] = {}
     for found in store.scan(prefix):
@@ -151,7 +152,7 @@ def under_way(store: Objects, prefix: str, planned_after: datetime | None = None
     since = planned_after.timestamp() if planned_after else math.inf
 
     def waits(inside: Mapping[str, float]) -> bool:
-        return "summary.json" not in inside and inside.get("plan.json", -math.inf) >= since
+        return (refused or "summary.json" not in inside) and inside.get("plan.json", -math.inf) >= since
 
     return [folder for folder, inside in written.items() if "assembled.json" not in inside and ("approved.json" in inside or waits(inside))]
 

@@ -152,6 +152,7 @@ class Plan(Wire):
     estimate: Estimate
     saved_usd: Decimal | None  # what the duplicates and the reused requests would have cost
     approved_at: datetime | None = None
+    month_left: Decimal | None = None  # dollars that the budgets of the month left when it was approved
     seen: str  # digest of what was known then of others' answers and shards: looked at again only where it has changed
 
     @property

@@ -144,7 +144,7 @@ def forget(site: Site, job: str, ids: Collection[str]) -> Forgotten:
 def _needed(site: Site) -> frozenset[str]:
     """What runs under way count on: answers files, and the folders of their row indexes, which may be those of an earlier run."""
     needed: set[str] = set()
-    for folder in under_way(site.store, "runs", site.now() - PLAN_STANDS):
+    for folder in under_way(site.store, "runs", site.now() - PLAN_STANDS, refused=True):
         if plan := _plan(site, folder):
             answers = site.answers(plan.fingerprint)
             needed.update(answers.kept([*plan.answers, *map(answers.file_of, plan.shards)]))

@@ -224,6 +224,70 @@ def test_shards_that_are_harvested_at_the_same_moment_do_not_spend_the_same_mone
     assert paid * 1.2 < world.rehearsal.bill()["usd"] - before < paid * 1.8
 
 
+def spent(world: World) -> Decimal:
+    return Account(world.site.store, f"spending/{world.site.now():%Y-%m}/job-reviews").total
+
+
+def test_what_is_put_aside_for_asking_again_outlives_a_full_queue(world):
+    job = world.job(policy={"max_requests_per_shard": 10, "retry": {"invalid": 1}, "monthly_budget_usd": 1})
+    world.rehearsal.faults(invalid=1.0)
+    run, [shard] = shards_of(world, job, world.write("a.jsonl", texts(10)))
+    submit(world.site, run, shard)
+    list(pauses(world.site, run, shard))
+    once = spent(world)
+    collect(world.site, run, shard)
+    twice = spent(world)
+    world.rehearsal.faults(invalid=1.0, enqueued_token_limit=1)
+    submit(world.site, run, shard)
+    list(pauses(world.site, run, shard))
+    assert collect(world.site, run, shard) is None
+    assert world.site.ledger.attempts(shard)[-1].ended.how == "queue_full"
+    settle_attempts(world.site, shard, world.site.ledger.attempts(shard))
+    assert once < twice == pytest.approx(spent(world), rel=Decimal("0.05")), "another run cannot take it"
+
+
+def test_what_a_portion_of_a_shard_has_not_asked_stays_booked(world):
+    """The failures that go to another model are asked once those of the same model are in."""
+    job = world.job(
+        policy={
+            "max_requests_per_shard": 20,
+            "retry": {"invalid": {"times": 1, "model": "gpt-5.4"}, "truncated": 1},
+            "monthly_budget_usd": 1,
+        }
+    )
+    world.rehearsal.faults(invalid=0.5, truncated=0.5)
+    run, [shard] = shards_of(world, job, world.write("a.jsonl", texts(20)))
+    booked = []
+    for _ in range(3):
+        submit(world.site, run, shard)
+        list(pauses(world.site, run, shard))
+        world.rehearsal.faults()
+        word = collect(world.site, run, shard)
+        settle_attempts(world.site, shard, world.site.ledger.attempts(shard))
+        booked.append(float(spent(world)))
+    assert word is not None
+    assert len({attempt.claim.model for attempt in world.site.ledger.attempts(shard)}) == 2
+    assert booked[1] == pytest.approx(booked[0], rel=0.25), "what waits for its turn is still booked"
+    assert booked[2] == pytest.approx(world.rehearsal.bill()["usd"], abs=1e-6)
+
+
+def test_asking_again_leaves_the_money_that_the_runs_other_shards_need(world):
+    policy = {"max_requests_per_shard": 10, "retry": {"invalid": 3}}
+    go(world, world.job(policy=policy), world.write("a.jsonl", texts(100)))
+    job = world.job(prompt="user:\nOnce more: {{ text }}\n", policy=policy)
+    estimate = site_estimate(world, begin(world.site, job, pattern=world.write("b.jsonl", texts(60)), dates={}, scheduled=False))
+    world.rehearsal.faults(invalid=1.0)
+    tight = world.job(prompt="user:\nOnce more: {{ text }}\n", policy={**policy, "monthly_budget_usd": float(estimate) * 1.2})
+    run, shards = shards_of(world, tight, world.write("b.jsonl", texts(60)))
+    word = None
+    while word is None:  # the first comes to its end before another is sent
+        submit(world.site, run, shards[0])
+        list(pauses(world.site, run, shards[0]))
+        word = collect(world.site, run, shards[0])
+    summary = drive(world.site, run, ask=lambda run, planned: True)
+    assert (summary.state, summary.outcomes["invalid"]) == ("held", 60), "each row was asked, and has its outcome"
+
+
 def first_claim(site, run, shard: str) -> Claim:
     facts = site.ledger.shard(shard)
     where, model = site.open_provider(run.job.spec.request).where, facts.model

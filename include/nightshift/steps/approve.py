@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
-from nightshift.budgets import Budget, budgets_of
+from nightshift.budgets import Budget, budgets_of, months_leave
 from nightshift.errors import ApprovalNeeded, BudgetExceeded, PlanOutdated
 from nightshift.reserve import reserve
 from nightshift.runs import PLAN_STANDS, Run, Site
@@ -73,13 +73,14 @@ def approve(site: Site, run: Run, plan: Plan, *, ask: Callable[[], bool]) -> Pla
             _let_pass(site, run, revised, ask)
 
     reserved = reserve(site, run, plan, weigh=weigh)
-    return site.store.settle(run.key("approved.json"), reserved.model_copy(update={"approved_at": site.now()}))
+    approved = {"approved_at": site.now(), "month_left": months_leave(site, run)}
+    return site.store.settle(run.key("approved.json"), reserved.model_copy(update=approved))
 
 
 def _check_age(site: Site, run: Run, plan: Plan) -> None:
     found = site.store.head(run.key("plan.json"))
     is_old = found is not None and site.now().timestamp() - found.modified > PLAN_STANDS.total_seconds()
-    if is_old and (plan.reused or run.input.redrive):  # a redrive counts on the rows of another run, too
+    if is_old and (plan.reused or plan.adopted or run.input.redrive):  # a redrive counts on the rows of another run, too
         raise PlanOutdated(run.uri, PLAN_STANDS.days)
 
 

@@ -113,7 +113,8 @@ def _write_answers(
         above, payer = long_above(attempt.claim.provider, attempt.claim.model), payer_of(site, run, attempt)
         bought = sheet.usage(above) + usage_of_replies(failed.values(), above)
         purse = partial(purse_of, site, payer, facts, attempts, bought, attempt)
-        for key, answer in ask_again(site, payer, attempt, facts, left, failed, purse).items():
+        rest = [each for key, each in waiting.items() if key not in left]
+        for key, answer in ask_again(site, payer, attempt, facts, left, failed, rest, purse).items():
             sheet.add(key, answer)
         path = Path(folder) / "answers.parquet"
         sheet.write(path)
