@@ -91,6 +91,8 @@ def test_the_example_jobs_are_valid(path):
         pytest.param("provider: openai", "provider: OpenAI", "did you mean 'openai'?", id="capitals"),
         pytest.param("min_length: 1", "min_length: many", "reviews.yaml:6: input.require.text.min_length", id="wrong type"),
         pytest.param("prompts/p.md", "prompts/q.md", "reviews.yaml:10: request.prompt: prompts/q.md: no such file; did you mean 'prompts/p.md'?", id="missing prompt"),
+        pytest.param("prompts/p.md", "'Judge this: " + "x" * 300 + "'", "reviews.yaml:10: request.prompt: Judge this: xxx", id="prompt in place of its file"),
+        pytest.param("prompts/p.md", "''", "reviews.yaml:10: request.prompt: '': Is a directory", id="no prompt"),
         pytest.param("keep: [stars]", "keep: [sentiment]", "reviews.yaml:13: output.keep: 'sentiment' is an input column and an answer field", id="name taken twice"),
         pytest.param("keep: [stars]", "keep: [stars]\nreport: {drift: [sentimnt]}", "'sentimnt' is not in the results; did you mean 'sentiment'?", id="report of nothing"),
         pytest.param("  model: ", "  parameters: {stream: true}\n  model: ", "stream cannot be set here", id="reserved parameter"),
@@ -130,8 +132,8 @@ def test_all_mistakes_are_told_at_once(folder):
         "request.provider:",
         "request.prompt:",
         "not valid JSON",
-        "expectation 1: severty",
-        "expectation 2: type",
+        "expectations.0.severty: unknown key; did you mean 'severity'",
+        "expectations.1.type: missing",
     )
     assert all(part in problem for part, problem in zip(told, problems(folder, text), strict=True))
 
@@ -159,6 +161,7 @@ def test_what_is_no_job_file_is_told_so(folder, text, problem):
         pytest.param("Always the same.", "reads no column", id="no column"),
         pytest.param("user:\n{{ a }}\nuser:\n{{ b }}", "expected one `user:` part", id="two user parts"),
         pytest.param("stray\nuser:\n{{ a }}", "belongs to no part", id="text before a part"),
+        pytest.param("sytem:\nx\nuser:\n{{ a }}", "p.md:1: .* belongs to no part: 'sytem:'; did you mean 'system:'", id="misspelt part"),
     ],
 )
 def test_prompt_mistakes_name_the_prompt_file(folder, prompt, problem):
@@ -173,6 +176,16 @@ def test_prompt_mistakes_name_the_prompt_file(folder, prompt, problem):
         pytest.param('{"type": "object",}', "not valid JSON", id="not JSON"),
         pytest.param('{"type": "objekt"}', "not a JSON Schema", id="not a schema"),
         pytest.param('{"type": "array"}', "has to be an object", id="not an object"),
+        pytest.param(
+            '{"type": "object",\n"properties": {\n"a": {"type": "strng"}}}',
+            r"s\.json:3: properties\.a\.type: not a JSON Schema",
+            id="its line",
+        ),
+        pytest.param(
+            '{"type": "object",\n"properties": {"a": {}},\n"required": ["b"]}',
+            r"s\.json:3: the answer: required names 'b'",
+            id="the line of required",
+        ),
     ],
 )
 def test_schema_mistakes_name_the_schema_file(folder, schema, problem):

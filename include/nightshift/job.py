@@ -396,6 +396,12 @@ class Expectation(Section):
         return named if isinstance(named, str) else None
 
 
+class Suite(Section, extra="ignore"):
+    """A Great Expectations suite, as far as it is read."""
+
+    expectations: tuple[Expectation, ...]
+
+
 class Job(Wire):
     """A job with everything it names: what a run freezes, so that an edit never changes a run under way."""
 

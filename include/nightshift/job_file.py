@@ -11,12 +11,12 @@ from typing import Any, TypeVar, get_args
 
 import orjson
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from nightshift.dates import interval_dates, render_dates
 from nightshift.errors import JobInvalid, SettingInvalid, Unusable, nearest
 from nightshift.formats import FILE_COLUMNS
-from nightshift.job import DIMENSIONS, RETRYABLE, Expectation, Job, JobFile
+from nightshift.job import DIMENSIONS, RETRYABLE, Expectation, Job, JobFile, Suite
 from nightshift.money.prices import makes_embeddings
 from nightshift.prompts import PromptInvalid, parse_prompt
 from nightshift.providers.bedrock_forms import MAKERS_THAT_SEE, maker_of
@@ -27,6 +27,7 @@ from nightshift.stores.objects import Objects
 
 YAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with libyaml
 Loaded = TypeVar("Loaded")
+NAME_SHOWN = 80  # characters of a file's name that is none
 VERSION = re.compile(r"[0-9a-f]{12}")
 OWN_COLUMNS = frozenset({"_model", "_tier", "_prompt_version", "_request_key", "row", "outcome", "reason", "raw"})
 
@@ -248,8 +249,8 @@ def _wrong_embedding(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("policy", "retry"), "the vectors of two models do not compare; remove the other model"
 
 
-def _parse_yaml(path: Path, text: str) -> tuple[yaml.Node, Any]:
-    """A file's tree, which knows its lines, and what it holds."""
+def _parse_yaml(path: Path, text: str, keys: str = "name, input and request") -> tuple[yaml.Node, Any]:
+    """A file's tree, which knows its lines, and what it holds. `keys`: such as it should have."""
     try:
         loader = YAML(text)
         tree = loader.get_single_node()
@@ -260,7 +261,7 @@ def _parse_yaml(path: Path, text: str) -> tuple[yaml.Node, Any]:
         why = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise JobInvalid([f"{path}:{line}: not valid YAML: {why}"]) from error
     if not isinstance(tree, yaml.MappingNode):
-        raise JobInvalid([f"{path}:1: expected a mapping of keys such as name, input and request"])
+        raise JobInvalid([f"{path}:1: expected a mapping of keys such as {keys}"])
     duplicates = list(_duplicate_keys(path, tree))
     if duplicates:
         raise JobInvalid(duplicates)
@@ -278,12 +279,12 @@ def _duplicate_keys(path: Path, node: yaml.Node) -> Iterator[str]:
             yield from _duplicate_keys(path, value)
 
 
-def _problem(path: Path, tree: yaml.Node, problem: Mapping[str, Any]) -> str:
+def _problem(path: Path, tree: yaml.Node, problem: Mapping[str, Any], model: type[BaseModel] = JobFile) -> str:
     """One pydantic error as `file:line: key: what was expected`."""
     loc = tuple(str(part) for part in problem["loc"])
     where = f"{path}:{_line(tree, loc)}: {'.'.join(loc) or 'job'}"
     if problem["type"] == "extra_forbidden":
-        known = _known_names(loc[:-1])
+        known = _known_names(loc[:-1], model)
         return f"{where}: unknown key{nearest(loc[-1], known)}; known here: {', '.join(known)}"
     if problem["type"] == "missing":
         return f"{where}: missing, but required"
@@ -295,13 +296,14 @@ def _problem(path: Path, tree: yaml.Node, problem: Mapping[str, Any]) -> str:
         return f"{where}: expected a list, such as [{problem['input']}]"
     if loc == ("name",) and problem["type"] == "string_pattern_mismatch":
         return f"{where}: expected a small letter and then small letters, digits and underscores, found {problem['input']!r}"
+    if problem["type"] == "model_type":
+        return f"{where}: expected a mapping of keys, found {problem['input']!r}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{where}: {message}; found {problem['input']!r}"
 
 
-def _known_names(loc: tuple[str, ...]) -> list[str]:
-    """The keys that the contract knows below a location of the job file."""
-    model: type[BaseModel] = JobFile
+def _known_names(loc: tuple[str, ...], model: type[BaseModel]) -> list[str]:
+    """The keys that a contract knows below a location of its file."""
     for part in loc:
         field = next((each for name, each in model.model_fields.items() if part in (name, each.alias)), None)
         if field is not None:  # else a place in a list, or a free name such as a column of input.require
@@ -346,15 +348,16 @@ def _read_part(path: Path, tree: yaml.Node, held: Any, *keys: str) -> tuple[Path
         name = name.get(key) if isinstance(name, dict) else None
     if not isinstance(name, str):
         return None
-    part = _part_path(path, name)
     try:
+        part = _part_path(path, name)
         return part, part.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
         known = sorted(
             f"{Path(name).parent}/{p.name}" for p in path.parent.parent.joinpath(Path(name).parent.name).glob("*") if p.is_file()
         )
-        why = "no such file" if isinstance(error, FileNotFoundError) else str(error)
-        raise JobInvalid([f"{path}:{_line(tree, keys)}: {'.'.join(keys)}: {name}: {why}{nearest(name, known)}"]) from error
+        why = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or str(error)
+        shown = " ".join(name.split())[:NAME_SHOWN] or "''"
+        raise JobInvalid([f"{path}:{_line(tree, keys)}: {'.'.join(keys)}: {shown}: {why}{nearest(name, known)}"]) from error
 
 
 def _load_prompt(path: Path, tree: yaml.Node, held: Any) -> str | None:
@@ -382,12 +385,23 @@ def _load_schema(path: Path, tree: yaml.Node, held: Any) -> dict[str, Any] | Non
     except orjson.JSONDecodeError as error:
         raise JobInvalid([f"{part}:{error.lineno}: not valid JSON: {error.msg}"]) from error
     except (jsonschema_rs.ValidationError, ValueError) as error:
-        raise JobInvalid([f"{part}:1: not a JSON Schema: {str(error).splitlines()[0]}"]) from error
+        loc = tuple(map(str, getattr(error, "instance_path", ())))
+        where = f"{part}:{_json_line(text, loc)}: {'.'.join(loc)}".removesuffix(": ")
+        raise JobInvalid([f"{where}: not a JSON Schema: {str(error).splitlines()[0]}"]) from error
     if not isinstance(schema, dict) or schema.get("type") != "object" or not schema.get("properties"):
         raise JobInvalid([f"{part}:1: the answer has to be an object with properties: each becomes a column of the results"])
-    if problems := [f"{part}:1: {why}" for why in unmet(inlined(schema, schema))]:
+    if problems := [f"{part}:{_json_line(text, loc)}: {why}" for loc, why in unmet(inlined(schema, schema))]:
         raise JobInvalid(problems)
     return schema
+
+
+def _json_line(text: str, loc: tuple[str, ...]) -> int:
+    """1-based line of a place in JSON text: read as YAML, which knows lines, it is 1 where it is not YAML as well."""
+    try:
+        tree = yaml.compose(text, Loader=YAML)
+    except yaml.YAMLError:
+        return 1
+    return _line(tree, loc) if tree is not None else 1
 
 
 def _load_suite(path: Path, tree: yaml.Node, held: Any) -> tuple[Expectation, ...]:
@@ -395,18 +409,8 @@ def _load_suite(path: Path, tree: yaml.Node, held: Any) -> tuple[Expectation, ..
     if read is None:
         return ()
     part, text = read
+    suite_tree, suite = _parse_yaml(part, text, "expectations")
     try:
-        suite = yaml.load(text, Loader=YAML)  # noqa: S506 — a safe one
-        lines = list(suite["expectations"])
-        return tuple(TypeAdapter(list[Expectation]).validate_python(lines))
+        return Suite.model_validate(suite).expectations
     except ValidationError as error:
-        raise JobInvalid([_suite_problem(part, problem) for problem in error.errors()]) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise JobInvalid([f"{part}:1: not valid YAML: {str(error).splitlines()[0]}"]) from error
-    except (TypeError, KeyError) as error:
-        raise JobInvalid([f"{part}:1: expected a mapping with a list under `expectations`"]) from error
-
-
-def _suite_problem(part: Path, problem: Mapping[str, Any]) -> str:
-    number, *loc = problem["loc"]
-    return f"{part}: expectation {number + 1}: {'.'.join(map(str, loc))}: {problem['msg']}; found {problem['input']!r}"
+        raise JobInvalid([_problem(part, suite_tree, problem, Suite) for problem in error.errors()]) from error

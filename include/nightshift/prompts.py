@@ -17,12 +17,15 @@ import yaml
 from jinja2 import Environment, StrictUndefined, Template, TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from nightshift.errors import nearest
+
 ROLE_LINE = re.compile(r"^(system|user):[ \t]*$", re.MULTILINE)
 ASSIGNING = (
     nodes.Assign, nodes.AssignBlock, nodes.Block, nodes.Import, nodes.FromImport, nodes.Include, nodes.Macro, nodes.Extends,
     nodes.EvalContextModifier, nodes.ScopedEvalContextModifier,
 )  # fmt: skip
 LIKE_A_ROLE = re.compile(r"(system|user|usr|assistant|developer)[ \t]*:", re.IGNORECASE)
+TEXT_SHOWN = 40  # characters
 FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
@@ -208,7 +211,10 @@ def _split_roles(body: str, offset: int) -> list[tuple[str, str, int]]:
             raise PromptInvalid(offset + 1, why)
         return [("user", body.strip("\n"), offset + 1)]
     if body[: marks[0].start()].strip():
-        raise PromptInvalid(offset + 1, "text before the first `system:` or `user:` line belongs to no part")
+        first = body.lstrip().partition("\n")[0].strip()
+        meant = nearest(first, ["system:", "user:"])
+        why = f"text before the first `system:` or `user:` line belongs to no part: {first[:TEXT_SHOWN]!r}{meant}"
+        raise PromptInvalid(offset + 1, why)
     roles = [mark[1] for mark in marks]
     if sorted(roles) not in (["user"], ["system", "user"]):
         raise PromptInvalid(offset + 1, f"expected one `user:` part and at most one `system:` part, found {roles}")

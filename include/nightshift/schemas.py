@@ -43,11 +43,14 @@ def _referred(root: Any, reference: str) -> Any:
     return root
 
 
-def unmet(schema: Any, path: str = "") -> Iterator[str]:
-    """What a schema without references requires and does not describe: no answer that keeps to its properties would ever be valid."""
+def unmet(schema: Any, path: str = "", loc: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What a schema without references requires and does not describe: no answer that keeps to its properties would ever be valid.
+
+    Each with the place in the schema. `path`: in the answer; `loc`: in the schema.
+    """
     if isinstance(schema, list):
-        for each in schema:
-            yield from unmet(each, path)
+        for number, each in enumerate(schema):
+            yield from unmet(each, path, (*loc, str(number)))
     if not isinstance(schema, Mapping):
         return
     properties = schema.get("properties")
@@ -55,8 +58,9 @@ def unmet(schema: Any, path: str = "") -> Iterator[str]:
         required = schema.get("required")
         for name in required if isinstance(required, list) else ():
             if name not in properties:
-                yield f"{path or 'the answer'}: required names {name!r}, which is no property{nearest(str(name), properties)}"
+                why = f"{path or 'the answer'}: required names {name!r}, which is no property{nearest(str(name), properties)}"
+                yield (*loc, "required"), why
         for name, inner in properties.items():
-            yield from unmet(inner, f"{path}.{name}".lstrip("."))
+            yield from unmet(inner, f"{path}.{name}".lstrip("."), (*loc, "properties", name))
     for keyword in ("items", "anyOf", "oneOf"):
-        yield from unmet(schema.get(keyword), path)
+        yield from unmet(schema.get(keyword), path, (*loc, keyword))
