@@ -282,7 +282,10 @@ def test_validate_tells_of_a_name_that_airflow_refuses(world):
     assert (done.returncode, "Airflow takes this job from reviews.yaml" in done.stderr) == (0, True)
 
 
-def test_validate_tells_of_expectations_that_nobody_can_apply(world):
+SAID_OF_WRONG = ("there is no such expectation", "value_set", "'[' is no regular", "mostly")
+
+
+def test_expectations_that_nobody_can_apply_are_told_by_validate_and_before_a_run(world):
     in_set = {"type": "expect_column_values_to_be_in_set", "kwargs": {"column": "sentiment", "value_set": ["positive"]}}
     wrong = [
         {**in_set, "type": "expect_column_values_to_be_in_sett"},
@@ -293,7 +296,11 @@ def test_validate_tells_of_expectations_that_nobody_can_apply(world):
     done = nightshift("validate", file_of(world, suite=[in_set, *wrong]))
     assert done.returncode == 2
     told = done.stderr.splitlines()
-    assert [len([line for line in told if word in line]) for word in ("be_in_sett", "value_set", "'[' is no regular", "mostly")] == [1] * 4
+    assert [len([line for line in told if f": {word}" in line]) for word in SAID_OF_WRONG] == [1] * 4
+    uri, store = world.write("in.jsonl", reviews(2)), f"file://{world.folder}/store"
+    done = nightshift("run", file_of(world, suite=[in_set, *wrong]), "--input", uri, "--store", store, "--yes", rehearsal=world.rehearsal)
+    assert (done.returncode, world.rehearsal.bill()["requests"]) == (2, 0)
+    assert set(told) <= set(done.stderr.splitlines())
 
 
 def test_validate_tells_of_a_model_without_a_price(world):

@@ -33,6 +33,7 @@ from nightshift.rehearsal.served import free_port
 from nightshift.runs import Site, approved_plan
 from nightshift.shapes import Summary
 from nightshift.steps.plan import plan
+from nightshift.suite_check import check_suite
 from tests.conftest import World, go, make_world, reviews
 
 
@@ -389,9 +390,10 @@ def test_a_red_suite_holds_the_run_and_names_rows(world):
 
 
 def test_a_suite_that_cannot_be_applied_is_red_and_not_green(world):
-    summary = go(world, world.job(suite=[{"type": "expect_the_moon", "kwargs": {}}]), world.write("in.jsonl", reviews(3)))
+    mean_of_text = {"type": "expect_column_mean_to_be_between", "kwargs": {"column": "sentiment", "min_value": 1}}
+    summary = go(world, world.job(suite=[mean_of_text]), world.write("in.jsonl", reviews(3)))
     assert summary.state == "held"
-    assert "expect_the_moon" in summary.problem
+    assert "expect_column_mean_to_be_between" in summary.problem
 
 
 def test_publishing_replaces_the_partition_and_leaves_no_old_part(world):
@@ -511,6 +513,32 @@ def test_a_schema_that_requires_what_it_does_not_describe_is_told(world):
     schema = {"type": "object", "properties": {"category": {"type": "string"}}, "required": ["categry"]}
     with pytest.raises(JobInvalid, match="required names 'categry', which is no property; did you mean 'category'"):
         world.job(schema=schema)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        pytest.param({"type": "expect_column_values_to_be_betwen"}, "did you mean 'expect_column_values_to_be_between'", id="no such type"),
+        pytest.param({"type": "expect_column_values_to_be_between", "kwargs": {"column": "stars", "min_valu": 1}}, "min_valu: unknown argument; did you mean 'min_value'", id="no such argument"),
+        pytest.param({"type": "expect_column_values_to_be_between", "kwargs": {"column": "stars", "min_value": 9, "max_value": 1}}, "min_value 9 is above max_value 1", id="nothing between"),
+        pytest.param({"type": "expect_column_values_to_match_regex", "kwargs": {"column": "stars", "regex": "("}}, "no regular expression", id="no regex"),
+    ],
+)  # fmt: skip
+def test_a_suite_that_can_never_be_applied_begins_no_run(world, line, why):
+    """Each is asked of this process where Great Expectations is imported, else of another one."""
+    expected = {"type": "expect_column_values_to_not_be_null", "kwargs": {"column": "stars"}}
+    with pytest.raises(JobInvalid, match=f"suite.yaml: expectation 2: {line['type']}: .*{why}"):
+        go(world, world.job(suite=[expected, line]), world.write("in.jsonl", reviews(2)))
+    assert world.rehearsal.bill()["requests"] == 0
+    assert list(world.site.store.folders("runs/reviews")) == []
+
+
+def test_a_suite_is_looked_at_once(world, monkeypatch):
+    job = world.job(suite=[{"type": "expect_column_values_to_not_be_null", "kwargs": {"column": "stars"}}])
+    check_suite(world.site.store, job)
+    for name in ("unusable", "_asked_apart"):
+        monkeypatch.setattr(f"nightshift.suite_check.{name}", lambda suite: pytest.fail("it is known"))
+    check_suite(world.site.store, job)
 
 
 @pytest.mark.parametrize("name", ["_line", "_place"])

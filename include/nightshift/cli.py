@@ -84,7 +84,7 @@ def version(show: Annotated[bool, typer.Option("--version", help="print the vers
 @app.command()
 def validate(job: JobArgument) -> None:
     """Check a job file and everything that it names."""
-    from nightshift.suite import unusable
+    from nightshift.suite_check import unusable
 
     path = find_job(job, read_settings().jobs)
     loaded = load_job(path)

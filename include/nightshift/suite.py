@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,9 @@ IN_ONE_FIGURE = frozenset(
         "expect_column_unique_value_count_to_be_between",
     }
 )
+
+
+Build = Callable[[Expectation, int], Any]  # an expectation, its place → what Great Expectations applies
 
 
 class Parts:
@@ -254,29 +257,15 @@ def _bounds(expectation: Expectation) -> str:
     return told if len(told) <= BOUNDS_SHOWN else f"{told[:BOUNDS_SHOWN]}…"
 
 
-def unusable(expectations: Sequence[Expectation]) -> Iterator[str]:
-    """What Great Expectations would say of a suite's lines that can never be applied, before anything is paid for. Imports it: seconds."""
-    if expectations:
-        build = _builder()
-        yield from (f"{each.type}: {why}" for each in expectations if (why := _fault_of(build, each)))
+def registered() -> Mapping[str, Collection[str]]:
+    """Every expectation that Great Expectations knows, with its arguments. Imports it."""
+    from great_expectations.expectations.registry import get_expectation_impl, list_registered_expectation_implementations
+
+    return {name: get_expectation_impl(name).__fields__ for name in list_registered_expectation_implementations()}
 
 
-def _fault_of(build: Callable[[Expectation, int], Any], expectation: Expectation) -> str | None:
-    for pattern in (expectation.kwargs.get("regex"), *(expectation.kwargs.get("regex_list") or ())):
-        try:
-            re.compile(pattern or "")
-        except (re.error, TypeError) as error:
-            return f"{pattern!r} is no regular expression: {error}"
-    try:
-        build(expectation, 0)
-    except Exception as error:  # noqa: BLE001 — of whichever pydantic it is built with
-        told: list[Mapping[str, Any]] = getattr(error, "errors", list)()
-        return "; ".join(f"{one['loc'][-1]}: {one['msg']}" for one in told) or str(error).splitlines()[0]
-    return None
-
-
-def _builder() -> Callable[[Expectation, int], Any]:
-    """Great Expectations, imported: (expectation, its place) -> what it applies."""
+def builder() -> Build:
+    """Great Expectations, imported."""
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
     logging.getLogger("great_expectations._docs_decorators").addFilter(lambda record: record.levelno > logging.INFO)  # 216 lines at import
     with collector_paused():  # a million objects, and all of them stay
@@ -321,7 +310,7 @@ def _shown(expectation: Expectation, parts: Parts, id_column: str) -> pd.DataFra
 
 def _validator(id_column: str) -> Any:
     """Great Expectations, set up: (expectations, frame) -> the result of each, as a dict."""
-    build = _builder()
+    build = builder()
     import great_expectations as gx
     from great_expectations.exceptions.exceptions import GreatExpectationsError
 

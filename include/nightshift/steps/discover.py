@@ -13,6 +13,7 @@ from nightshift.partitions import is_up_to_date, partition_of
 from nightshift.runs import Options, Run, RunInput, Site, check_models, prompt_key, run_folder, run_id
 from nightshift.shapes import PinnedObject, Wire
 from nightshift.stores.objects import Found, Objects, matching
+from nightshift.suite_check import check_suite
 
 AS_THE_JOB_SAYS = Options()
 
@@ -64,7 +65,8 @@ def discover(
 ) -> Run:
     """Begin a run, or find it begun: a repeated discovery reads the objects of the first.
 
-    Raises AccessDenied or ModelNotFound now, where the provider would refuse every request later. With `unless_made` it raises UpToDate,
+    Raises JobInvalid now, where the suite can never be applied, and AccessDenied or ModelNotFound, where the provider would refuse every
+    request later. With `unless_made` it raises UpToDate,
     and begins nothing, where the partition was made of the same objects by the same job.
     """
     key = f"{run_folder(job.name, run)}/input.json"
@@ -82,6 +84,7 @@ def discover(
         )
         if unless_made and options == AS_THE_JOB_SAYS and not asked.fresh and is_up_to_date(Run(site.store, asked)):
             raise UpToDate(asked.partition)
+        check_suite(site.store, job)
         check_models(site, job)
         site.store.create(prompt_key(job.prompt.version), job.prompt_source.encode())
         begun = site.store.settle(key, asked)
