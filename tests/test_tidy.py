@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nightshift.compare import compare
 from nightshift.drive import begin, drive
 from nightshift.errors import ApprovalNeeded, InputMissing, PlanOutdated, QuotaExhausted, RowInUse
 from nightshift.runs import PLAN_STANDS, Options
@@ -153,8 +154,8 @@ def test_what_is_older_than_the_store_keeps_is_dropped_and_the_rest_is_not(world
 def test_a_forgotten_row_is_gone_from_everything_that_is_kept_for_reuse_and_is_bought_again(world):
     job, uri = world.job(), world.write("a.jsonl", reviews(10))
     first = go(world, job, uri)
-    done = forget(world.site, "reviews", ["r3", "r7"])
-    assert (done.requests, done.answers) == (2, 2)
+    done = forget(world.site, "reviews", ["r3", "r7", "nobody"])
+    assert (done.requests, done.answers, done.unknown) == (2, 2, ("nobody",))
     assert done.published == (first.results,)
     kept = b"".join(world.site.store.get(found.key) for found in world.site.store.scan("shards") if found.key.endswith("requests.jsonl"))
     assert b"room number 3 " not in kept
@@ -164,6 +165,20 @@ def test_a_forgotten_row_is_gone_from_everything_that_is_kept_for_reuse_and_is_b
     again = go(world, job, uri)
     assert (again.requests.submitted, again.requests.reused, again.outcomes["succeeded"]) == (2, 8, 10)
     assert world.rehearsal.bill()["requests"] == 12
+
+
+def test_a_forgotten_row_is_gone_from_what_runs_had_put_together_and_comparisons_are_named(world):
+    world.rehearsal.faults(invalid=0.5)
+    job, uri = world.job(policy={"publish_at_least": 0}), world.write("a.jsonl", reviews(10))
+    run = begin(world.site, job, pattern=uri, dates={}, scheduled=False)
+    summary = drive(world.site, run, ask=lambda run, planned: True)
+    assert 0 < summary.outcomes["invalid"] < 10
+    page = compare(world.site, run, run).page
+    forgotten = ["r0", "r1", "r2", "r3", "r4"]
+    assert set(forget(world.site, "reviews", forgotten).published) == {summary.results, summary.quarantine, page}
+    staged = [found.key for found in world.site.store.scan(run.key("")) if found.key.endswith(".parquet") and "/slices/" not in found.key]
+    left = [row for key in staged for row in pq.read_table(world.site.store.open(key)).column("id").to_pylist()]
+    assert sorted(left) == ["r5", "r6", "r7", "r8", "r9"]
 
 
 def test_every_row_of_a_shard_can_be_forgotten(world):

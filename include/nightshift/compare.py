@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from nightshift.overviews import Comparison, Example, Field, FieldChange, Side
 from nightshift.pages import render_comparison
 from nightshift.partitions import MANIFEST, Manifest, results_folder
 from nightshift.runs import Run, Site, run_id
-from nightshift.shapes import Summary
+from nightshift.shapes import Assembled, Summary
 from nightshift.stores.database import literals, open_database, quoted
 
 if TYPE_CHECKING:
@@ -21,7 +22,10 @@ EXAMPLES_SHOWN = 20
 
 
 def compare(site: Site, old: Run, new: Run) -> Comparison:
-    """Compare what two runs of a job have published, row by row. Raises InputMissing where one of them has published nothing."""
+    """Compare what two runs of a job have published, row by row.
+
+    Raises InputMissing where one of them has published nothing that is still there, or where they have no row in common.
+    """
     job = old.job
     identifier, fields = job.spec.input.id, [name for name in job.fields if name in new.job.fields]
     key = f"samples/{job.name}/compare-{run_id(old.input.run, new.input.run)}"
@@ -34,6 +38,8 @@ def compare(site: Site, old: Run, new: Run) -> Comparison:
             database.execute(f"CREATE VIEW {name} AS SELECT * {replaced} FROM read_parquet({each})")
         both = f"old JOIN new ON old.{quoted(identifier)} = new.{quoted(identifier)}"
         [(common,)] = database.execute(f"SELECT count(*) FROM {both}").fetchall()
+        if not common:
+            raise InputMissing(new.uri, f"it has published no row that {old.uri} has as well", RUNS_ARE_LISTED)
         counts = [database.execute(f"SELECT count(*) FROM {name}").fetchall()[0][0] for name in ("old", "new")]
         found = Comparison(
             job=job.name,
@@ -56,12 +62,17 @@ def _types(database: duckdb.DuckDBPyConnection, parts: str) -> dict[str, str]:
 
 
 def _parts(site: Site, run: Run, folder: Path, name: str) -> str:
-    """The run's published parts on local disk, as they stand in SQL."""
-    manifest = site.store.get_shape(f"{results_folder(run)}/{MANIFEST}", Manifest)
-    if manifest is None or manifest.made_from != run.made_from:
-        why = "it has published nothing, or its partition was published anew since"
-        raise InputMissing(run.uri, why, "Run it again with a sample: samples stay.")
-    keys = [f"{results_folder(run)}/{part.name}" for part in manifest.parts]
+    """What a run has published, on local disk, as it stands in SQL."""
+    summary, assembled = site.store.get_shape(run.key("summary.json"), Summary), site.store.get_shape(run.key("assembled.json"), Assembled)
+    if summary is None or assembled is None or not summary.published:
+        raise InputMissing(run.uri, "it has published nothing", RUNS_ARE_LISTED)
+    keys: Sequence[str] = assembled.parts  # as they were staged: a later run may have published its partition anew
+    if any(site.store.head(key) is None for key in keys):
+        manifest = site.store.get_shape(f"{results_folder(run)}/{MANIFEST}", Manifest)
+        if manifest is None or manifest.made_from != run.made_from:
+            why = "its partition was published anew since, and what it had staged was tidied away"
+            raise InputMissing(run.uri, why, "Run it again with a sample: samples stay.")
+        keys = [f"{results_folder(run)}/{part.name}" for part in manifest.parts]
     paths = [site.store.download(key, folder / f"{name}-{number}.parquet") for number, key in enumerate(keys)]
     return f"[{literals(paths)}]"
 

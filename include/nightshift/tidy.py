@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 from nightshift.arrow import row_groups
 from nightshift.columns import kept_lines, vector_length, write_answers
 from nightshift.errors import InputMissing, RowInUse
-from nightshift.runs import PLAN_STANDS, Site, under_way, work_of
+from nightshift.overviews import Comparison
+from nightshift.runs import PLAN_STANDS, Site, run_folder, under_way, work_of
 from nightshift.shapes import Plan
 from nightshift.stores.answers import LAST_WORD, MERGED, is_merged, placed
 from nightshift.stores.database import open_database
@@ -40,6 +41,8 @@ MERGE_BELOW = 128 << 20  # bytes: a larger file stays as it is
 PLACES_AT_ONCE = 1 << 14
 GRACE = timedelta(days=1)  # between a merge and the removal of what was merged: runs under way still read it
 BULK = re.compile(r"/(requests\.(jsonl|keys)|answers-\d+\.parquet|(slices|staged|quarantine)/[^/]+)$")  # what is large in a folder
+STAGED = re.compile(r"/(staged|quarantine)/[^/]+\.parquet$")  # of a run: what it has put together
+COMPARED = re.compile(r"/compare-[^/]+\.json$")
 SOURCES = b"nightshift.sources"  # the merged files' names, in the metadata of the file that they were merged into
 
 Keeps = Callable[[pa.Table], Any]  # the lines of a table that stay, as a mask
@@ -61,7 +64,8 @@ class Forgotten:
 
     requests: int
     answers: int  # in the answer store
-    published: tuple[str, ...]  # partitions that still show the rows
+    published: tuple[str, ...]  # partitions, and pages of `compare`, that still show the rows
+    unknown: tuple[str, ...]  # ids that no run has read
 
 
 def tidy(site: Site, *, keep: timedelta | None) -> Tidied:
@@ -120,16 +124,18 @@ def _all_older(site: Site, folder: str, cutoff: datetime) -> list[str]:
 def forget(site: Site, job: str, ids: Collection[str]) -> Forgotten:
     """Take the requests and answers of some rows out of everything that is kept for reuse; asked again, they are bought again.
 
-    Published partitions are the users' data and stay as they are: they are named. Raises InputMissing where no run of the
+    Published partitions and comparisons are the users' data and stay as they are: they are named. Raises InputMissing where no run of the
     job has read such a row, and RowInUse where a run that has read one is under way.
     """
     plans = {folder: plan for folder in site.store.folders(f"runs/{job}") if (plan := _plan(site, folder))}
-    keys = _requests_of(site, plans.values(), ids)
+    read = {folder: _requests_of(site, plan, ids) for folder, plan in plans.items()}
+    asked = [folder for folder, found in read.items() if any(found.values())]
+    keys = {key for found in read.values() for key in found.values() if key}
     if not keys:
         why = f"no run has asked anything about {', '.join(sorted(ids))}"
         raise InputMissing(site.store.uri_of(f"runs/{job}"), why, "An id is taken as it stands in the input.")
     for folder in under_way(site.store, f"runs/{job}", site.now() - PLAN_STANDS):
-        if folder in plans and _requests_of(site, [plans[folder]], ids):
+        if folder in asked:
             raise RowInUse(site.store.uri_of(folder))
     shards = [shard for shard in dict.fromkeys(shard for plan in plans.values() for shard in plan.shards) if _holds(site, shard, keys)]
     answers, mask = 0, pa.array(sorted(keys), pa.binary(32))
@@ -138,7 +144,30 @@ def forget(site: Site, job: str, ids: Collection[str]) -> Forgotten:
             answers += _rewrite(site, file, lambda table: pc.invert(pc.is_in(table.column("request_key"), mask)))
     for shard in shards:
         _strike(site, shard, keys)
-    return Forgotten(requests=len(keys), answers=answers, published=_showing(site, job, keys))
+    hexed = pa.array(sorted(key.hex() for key in keys), pa.string())
+    for file in _staged(site, asked):
+        _rewrite(site, file, lambda table: pc.invert(pc.is_in(table.column("_request_key"), hexed)))
+    return Forgotten(
+        requests=len(keys),
+        answers=answers,
+        published=(*_showing(site, job, hexed), *_compared(site, job, asked)),
+        unknown=tuple(sorted(set(ids).difference(*read.values()))),
+    )
+
+
+def _staged(site: Site, runs: Iterable[str]) -> Iterator[str]:
+    """What runs have put together before it was published."""
+    for folder in runs:
+        yield from (each.key for each in site.store.scan(folder) if STAGED.search(each.key))
+
+
+def _compared(site: Site, job: str, runs: Collection[str]) -> Iterator[str]:
+    """The pages that compare one of some runs with another."""
+    for found in site.store.scan(f"samples/{job}"):
+        is_one = COMPARED.search(found.key)
+        comparison = site.store.get_shape(found.key, Comparison) if is_one else None
+        if comparison and not {run_folder(job, side.run) for side in (comparison.old, comparison.new)}.isdisjoint(runs):
+            yield comparison.page
 
 
 def _needed(site: Site) -> frozenset[str]:
@@ -236,21 +265,19 @@ def _plan(site: Site, folder: str) -> Plan | None:
     return site.store.get_shape(f"{folder}/approved.json", Plan) or site.store.get_shape(f"{folder}/plan.json", Plan)
 
 
-def _requests_of(site: Site, plans: Iterable[Plan], ids: Collection[str]) -> set[bytes]:
-    """The requests that some rows have asked in some runs."""
-    keys: set[bytes] = set()
-    wanted = pa.array(sorted(ids), pa.string())
-    for file in dict.fromkeys(key for plan in plans for key in plan.slices):
+def _requests_of(site: Site, plan: Plan, ids: Collection[str]) -> dict[str, bytes | None]:
+    """The rows of a run among some ids, each with the request that it has asked; None: it was rejected."""
+    found, wanted = dict[str, bytes | None](), pa.array(sorted(ids), pa.string())
+    for file in plan.slices:
         if site.store.head(file) is not None:
             for batch in pq.ParquetFile(site.store.open(file)).iter_batches(columns=["id", "request_key"], use_threads=False):
-                found = batch.filter(pc.is_in(batch.column("id"), wanted)).column("request_key").to_pylist()
-                keys |= {key for key in found if key is not None}
-    return keys
+                rows = batch.filter(pc.is_in(batch.column("id"), wanted))
+                found.update(zip(rows.column("id").to_pylist(), rows.column("request_key").to_pylist(), strict=True))
+    return found
 
 
-def _showing(site: Site, job: str, keys: Collection[bytes]) -> tuple[str, ...]:
-    """The partitions of a job that show what some requests were answered."""
-    hexed = pa.array([key.hex() for key in keys], pa.string())
+def _showing(site: Site, job: str, hexed: pa.Array) -> tuple[str, ...]:
+    """The partitions of a job that show what some requests were answered. `hexed`: their keys."""
     shown = []
     for root in ("results", "quarantine", "samples"):
         for found in site.store.scan(f"{root}/{job}"):
