@@ -278,6 +278,8 @@ def test_F52_a_killed_server_goes_on_where_it_was_and_bills_once(tmp_path):
     process.wait()
     process = launch()
     try:
+        second = subprocess.run([*command[:-4], "--port", "0"], capture_output=True, text=True, timeout=60)
+        assert (second.returncode, "another rehearsal server has it" in second.stderr) == (2, True)
         ended, _ = wait(client, batch.id)
         assert (ended.status, len(output(client, ended.output_file_id))) == ("completed", 200)
         assert httpx2.get(f"http://127.0.0.1:{port}/rehearsal/bill").json()["requests"] == 200

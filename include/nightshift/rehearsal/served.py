@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import socket
 import threading
 import time
@@ -10,13 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx2
 import uvicorn
 from pydantic import ValidationError
 
-from nightshift.errors import SettingInvalid
+from nightshift.errors import SettingInvalid, nearest
 from nightshift.rehearsal.bedrock_server import ACCESS_KEY
 from nightshift.rehearsal.engine import Pace
 from nightshift.rehearsal.faults import Faults
@@ -73,8 +74,10 @@ def serve(state: Path, *, pace: Pace = FAST, faults: Faults | None = None, port:
 def serve_until_stopped(
     state: Path, address: tuple[str, int], *, key: str, paces: Mapping[str, str], faults: Mapping[str, str], told: Callable[[str], None]
 ) -> None:
-    """Serve until Ctrl-C; `told` where. Raises SettingInvalid for a pace, a fault or an address that cannot be had."""
-    app = build_app(state, key=key, pace=_pace(paces), faults=_faults(faults))
+    """Serve until Ctrl-C; `told` where. Raises SettingInvalid for a pace, a fault, a folder or an address that cannot be had."""
+    pace, wanted = _pace(paces), _faults(faults)
+    lock = _locked(state)  # held until the process ends
+    app = build_app(state, key=key, pace=pace, faults=wanted)
     try:
         listening = socket.create_server(address)
     except OSError as error:
@@ -83,6 +86,21 @@ def serve_until_stopped(
     told(f"Rehearsing OpenAI at {url}/v1 with key {key}, Bedrock at {url} with access key {ACCESS_KEY}; bill at {url}/rehearsal/bill")
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)).run([listening])
+    lock.close()
+
+
+def _locked(state: Path) -> IO[str]:
+    """A lock on a folder's state, which two servers would write at once."""
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        lock = (state / "lock").open("w")
+    except OSError as error:
+        raise SettingInvalid([f"--state {state}: {error.strerror}"]) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise SettingInvalid([f"--state {state}: another rehearsal server has it; give each a folder of its own"]) from error
+    return lock
 
 
 def _faults(given: Mapping[str, str]) -> Faults:
@@ -94,10 +112,13 @@ def _faults(given: Mapping[str, str]) -> Faults:
 
 
 def _pace(given: Mapping[str, str]) -> Pace:
+    known = [each.name for each in fields(Pace)]
+    if unknown := [f"--pace {name}: there is none{nearest(name, known)}" for name in given if name not in known]:
+        raise SettingInvalid([*unknown, f"Pace: {', '.join(known)}"])
     try:
         return Pace(**{name: float(value) for name, value in given.items()})
-    except (ValueError, TypeError) as error:
-        raise SettingInvalid([f"--pace: {error}", f"Pace: {', '.join(each.name for each in fields(Pace))}"]) from error
+    except ValueError as error:
+        raise SettingInvalid([f"--pace: {error}", f"Pace: {', '.join(known)}"]) from error
 
 
 @cache
