@@ -134,7 +134,9 @@ def test_a_held_run_ends_with_3_and_its_json(world):
         rehearsal=world.rehearsal,
     )
     assert done.returncode == 3
-    assert json.loads(done.stdout)["outcomes"]["refused"] == 3
+    told = json.loads(done.stdout)
+    assert (told["outcomes"]["refused"], told["published"], told["error"]) == (3, False, "RunHeld")
+    assert "succeeded" in told["problem"]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,12 @@ def test_a_held_run_ends_with_3_and_its_json(world):
         pytest.param(["rehearse", "--fault", "eroded=1"], "errored", id="unknown fault"),
         pytest.param(["rehearse", "--fault", "errored=7"], "--fault errored=7: Input should be less than", id="more than all"),
         pytest.param(["rehearse", "--host", "203.0.113.1"], "--host 203.0.113.1 --port 8790:", id="nowhere to listen"),
-        pytest.param(["rehearse", "--pace", "runing=1"], "runing", id="unknown pace"),
+        pytest.param(["rehearse", "--pace", "runing=1"], "--pace runing: there is none; did you mean 'running'?", id="unknown pace"),
+        pytest.param(
+            ["rehearse", "--fault", "invalid"], "--fault invalid: expected a value, such as invalid=1", id="fault without a value"
+        ),
+        pytest.param(["rehearse", "--state", "/dev/null/x"], "--state /dev/null/x: Not a directory", id="no folder"),
+        pytest.param(["status", "x", "--store", "s3://"], "names no bucket: write s3://bucket/prefix", id="no bucket"),
     ],
 )
 def test_wrong_calls_are_told_what_to_mend(arguments, message):
@@ -210,6 +217,7 @@ def test_status_and_report_show_a_run_afterwards(world):
     listed = nightshift("status", job, "--store", store).stdout
     assert [len(re.findall(word, listed)) for word in (run, "published", "published sample")] == [1, 2, 1]
     assert "3 submitted" in nightshift("report", job, run, "--store", store).stdout
+    assert nightshift("status", "reviews", "--store", store).stdout == listed, "wherever its file is"
     assert "No runs yet" in nightshift("status", job, "--store", f"file://{world.folder}/empty").stderr
     assert nightshift("report", job, "0" * 16, "--store", store).returncode == 2
 
@@ -226,7 +234,8 @@ def test_a_stopped_run_goes_on_with_the_same_command_and_pays_nothing_twice(worl
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(sign)
-    _, errors = process.communicate(timeout=30)
+    told, errors = process.communicate(timeout=30)
+    assert (sign is signal.SIGKILL) or json.loads(told)["error"] == "Interrupted"
     assert process.returncode == (130 if sign is signal.SIGINT else -signal.SIGKILL)
     assert "Traceback" not in errors
     assert ("goes on from here" in errors) is (sign is signal.SIGINT)
@@ -320,6 +329,7 @@ def test_an_address_without_v1_is_told_and_leaves_a_report(world):
     [report] = (world.folder / "store").glob("runs/*/*/report.html")
     assert "Not known: the run ended before" in report.read_text()
     assert "adds up" not in report.read_text()
+    assert "<b>–</b><span>of the rows succeeded</span>" in report.read_text()
 
 
 def test_an_address_that_is_none_is_told_before_a_run_begins(world):

@@ -48,6 +48,22 @@ def test_the_same_run_twice_differs_in_nothing(world):
     assert found.examples == ()
 
 
+def test_two_runs_over_the_same_objects_are_compared_as_each_had_published(world):
+    """The second has published the partition of the first anew."""
+    job, uri = world.job(), world.write("in.jsonl", reviews(20))
+    old = go(world, job, uri)
+    new = go(world, vary(job, prompt_source="user:\nA terrible, awful, dirty hotel. {{ text }}\n"), uri)
+    found = compare(world.site, old, new)
+    assert (found.common, found.only_old, found.only_new) == (20, 0, 0)
+    assert next(field for field in found.fields if field.name == "sentiment").changed > 5
+
+
+def test_runs_without_a_row_in_common_are_told_so(world):
+    old, new = (go(world, world.job(), world.write(f"{at}.jsonl", reviews(at + 5)[at:])) for at in (0, 10))
+    with pytest.raises(InputMissing, match=r"it has published no row that .* has as well"):
+        compare(world.site, old, new)
+
+
 def test_a_field_whose_type_has_changed_is_compared_as_text(world, monkeypatch):
     uri, found = world.write("in.jsonl", reviews(4)), []
     for kind, value in (("number", "1.5"), ("string", '"low"')):
@@ -87,3 +103,6 @@ def test_the_command_runs_both_samples_and_says_what_changed(world, tmp_path):
     assert world.rehearsal.bill()["requests"] == 20
     wrong = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert (wrong.returncode, "say what is new" in wrong.stderr) == (2, True)
+    for more in ([found["old"]["run"]], [found["old"]["run"], found["new"]["run"], "--model", "gpt-5.4"]):
+        wrong = subprocess.run([*command, *more], env=env, capture_output=True, text=True, timeout=120)
+        assert (wrong.returncode, "compared as they are, without other options" in wrong.stderr) == (2, True)

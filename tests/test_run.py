@@ -25,7 +25,9 @@ from nightshift.errors import (
     ModelNotFound,
     ProviderUnavailable,
     QuotaExhausted,
+    ReportUnwritten,
     RequestTooLarge,
+    StoreUnavailable,
 )
 from nightshift.progress import latest
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
@@ -33,6 +35,7 @@ from nightshift.rehearsal.served import free_port
 from nightshift.runs import Site, approved_plan
 from nightshift.shapes import Summary
 from nightshift.steps.plan import plan
+from nightshift.stores.objects import Objects
 from nightshift.suite_check import check_suite
 from tests.conftest import World, go, make_world, reviews
 
@@ -539,6 +542,22 @@ def test_a_suite_is_looked_at_once(world, monkeypatch):
     for name in ("unusable", "_asked_apart"):
         monkeypatch.setattr(f"nightshift.suite_check.{name}", lambda suite: pytest.fail("it is known"))
     check_suite(world.site.store, job)
+
+
+def test_a_report_that_cannot_be_written_after_the_publication_does_not_deny_it(world, monkeypatch):
+    job, uri = world.job(), world.write("in.jsonl", reviews(3))
+    put = Objects.put_shape
+
+    def full(self, key, shape):
+        if key.endswith("/measured.json"):
+            raise StoreUnavailable(key, "No space left on device")
+        put(self, key, shape)
+
+    monkeypatch.setattr(Objects, "put_shape", full)
+    with pytest.raises(ReportUnwritten, match=r"The results are published at .*No space left on device.* The same command writes it"):
+        go(world, job, uri)
+    monkeypatch.undo()
+    assert go(world, job, uri).published
 
 
 @pytest.mark.parametrize("name", ["_line", "_place"])

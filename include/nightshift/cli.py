@@ -8,23 +8,32 @@ import getpass
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
-from zoneinfo import ZoneInfo
 
 import orjson
 import typer
 from rich.table import Table
 
 from nightshift import __version__
-from nightshift.errors import RUNS_ARE_LISTED, InputMissing, JobInvalid, NightshiftError, SettingInvalid, Transient
-from nightshift.job import Job, Policy, job_schema
-from nightshift.job_file import find_job, load_job, load_jobs, read_prompt, redriven, vary
+from nightshift.errors import (
+    RUNS_ARE_LISTED,
+    InputMissing,
+    Interrupted,
+    JobInvalid,
+    NightshiftError,
+    ReportUnwritten,
+    SettingInvalid,
+    Transient,
+)
+from nightshift.given import dates_of, day_of, job_name, pairs_of, pattern_of, store_of, varied
+from nightshift.job import Policy, job_schema
+from nightshift.job_file import find_job, load_job, load_jobs, redriven
 from nightshift.money.prices import farewells, price_at
 from nightshift.pages import render_job_reference, usd
-from nightshift.settings import Settings, read_settings
+from nightshift.settings import read_settings
 from nightshift.shapes import Approval, Plan, Summary
 from nightshift.terminal import output, people, plan_table, show_comparison, show_summary, shown
 
@@ -51,8 +60,13 @@ PromptOption = Annotated[
 SampleOption = Annotated[int | None, typer.Option(min=1, help="ask about so many rows only, and publish them beside the results")]
 YesOption = Annotated[bool, typer.Option("--yes", help="approve an estimate above policy.approve_above_usd")]
 
+GO_ON = "Batches that were sent go on at the provider; the same command goes on from here and pays nothing twice."
+GO_ON_LIVE = "What was answered is kept; the same command goes on from here, and asks again at most what was in flight."
 TOLD: Any = {  # of a summary, by `run --json`
-    **dict.fromkeys(("job", "run", "state", "rows", "outcomes", "requests", "batches", "paid", "published", "results", "report"), True),
+    **dict.fromkeys(
+        ("job", "run", "state", "problem", "error", "rows", "outcomes", "requests", "batches", "paid", "published", "results", "report"),
+        True,
+    ),
     "cost_usd": {"estimated", "actual", "saved"},
 }
 
@@ -63,7 +77,12 @@ def main() -> None:
         app(standalone_mode=True)
     except (NightshiftError, OSError) as error:  # OSError: a disk that is full, a folder that may not be written
         if "--json" in sys.argv:
-            told = {"published": False, "error": type(error).__name__, "problem": str(error), "transient": isinstance(error, Transient)}
+            told = {
+                "published": isinstance(error, ReportUnwritten),
+                "error": type(error).__name__,
+                "problem": str(error),
+                "transient": isinstance(error, Transient),
+            }
             with suppress(OSError):  # it may be stdout that is full
                 typer.echo(orjson.dumps(told).decode())
         people.print(f"[bold red]{type(error).__name__}[/]", end=" ")
@@ -135,9 +154,9 @@ def plan(
     from nightshift.steps.plan import draft
 
     settings = read_settings()
-    site = local_site(settings, _store(store, settings))
-    loaded = _varied(site, job, settings, model, prompt)
-    objects = pin(site, loaded, render_dates(_pattern(loaded, input, ds), _dates(loaded, ds))).objects
+    site = local_site(settings, store_of(store, settings))
+    loaded = varied(site, job, settings, model, prompt)
+    objects = pin(site, loaded, render_dates(pattern_of(loaded, input, ds), dates_of(loaded, ds))).objects
     asked = RunInput(
         run="draft",
         label="draft",
@@ -172,10 +191,10 @@ def run(
     from nightshift.runs import Options
 
     settings = read_settings()
-    site = local_site(settings, _store(store, settings))
-    loaded = _varied(site, job, settings, model, prompt)
+    site = local_site(settings, store_of(store, settings))
+    loaded = varied(site, job, settings, model, prompt)
     options = Options(fresh=fresh, sample=sample)
-    pattern, dates, scheduled = _pattern(loaded, input, ds), _dates(loaded, ds), ds is not None and input is None
+    pattern, dates, scheduled = pattern_of(loaded, input, ds), dates_of(loaded, ds), ds is not None and input is None
     _drive(
         site,
         lambda: begin(site, loaded, pattern=pattern, dates=dates, scheduled=scheduled, options=options),
@@ -197,7 +216,7 @@ def redrive(
     from nightshift.local_site import local_site
 
     settings = read_settings()
-    site = local_site(settings, _store(store, settings))
+    site = local_site(settings, store_of(store, settings))
 
     def policy(job: str) -> Policy | None:
         try:
@@ -220,7 +239,7 @@ def tidy(
     from nightshift.tidy import tidy
 
     settings = read_settings()
-    done = tidy(local_site(settings, _store(store, settings)), keep=None if keep_days is None else timedelta(days=keep_days))
+    done = tidy(local_site(settings, store_of(store, settings)), keep=None if keep_days is None else timedelta(days=keep_days))
     people.print(
         f"{done.merged:,} answers files merged, {done.removed:,} merged earlier and removed; "
         f"{done.dropped:,} answers dropped, {done.emptied:,} shards and runs emptied"
@@ -238,10 +257,13 @@ def forget(
     from nightshift.tidy import forget
 
     settings = read_settings()
-    done = forget(local_site(settings, _store(store, settings)), _job_name(job, settings), id)
+    site = local_site(settings, store_of(store, settings))
+    done = forget(site, job_name(job, settings, site.store), id)
     people.print(f"{done.requests:,} requests forgotten, {done.answers:,} answers dropped")
     for partition in done.published:
         people.print(f"still published, as your data: {partition}", markup=False, soft_wrap=True)
+    if done.unknown:
+        people.print(f"no run has read {', '.join(done.unknown)}", markup=False, soft_wrap=True)
 
 
 def _drive(site: Site, begin: Callable[[], Run], *, json: bool, yes: bool) -> None:
@@ -259,14 +281,14 @@ def _take(site: Site, begin: Callable[[], Run], *, yes: bool, quiet: bool = Fals
     """Take a run the whole way, with progress bars or in silence."""
     from nightshift.drive import drive
 
+    kept = GO_ON
     try:
         with shown(quiet=quiet) as watcher:
             run = begin()
+            kept = GO_ON_LIVE if run.job.spec.request.provider == "live" else GO_ON
             return run, drive(site, run, ask=_asker(yes), watcher=watcher)
     except KeyboardInterrupt as error:
-        told = "\nStopped. Batches that were sent go on at the provider; the same command goes on from here and pays nothing twice."
-        people.print(told, soft_wrap=True)
-        raise typer.Exit(130) from error
+        raise Interrupted(kept) from error
 
 
 @app.command()
@@ -276,11 +298,11 @@ def status(job: JobArgument, store: StoreOption = None, last: Annotated[int, typ
     from nightshift.stores.objects import open_objects
 
     settings = read_settings()
-    objects = open_objects(_store(store, settings))
+    objects = open_objects(store_of(store, settings))
     table = Table(box=None, header_style="dim")
     for column in ("run", "state", "partition", "rows", "succeeded", "submitted", "cost", "finished"):
         table.add_column(column, justify="right" if column in ("rows", "succeeded", "submitted", "cost") else "left")
-    for run in latest(objects, _job_name(job, settings), last):
+    for run in latest(objects, job_name(job, settings, objects), last):
         summary = objects.get_shape(run.key("summary.json"), Summary)
         if summary is None:
             begun = f"begun {run.input.started_at:%Y-%m-%d %H:%M}"
@@ -291,8 +313,8 @@ def status(job: JobArgument, store: StoreOption = None, last: Annotated[int, typ
                 f"{summary.state} sample" if summary.sample else summary.state,
                 summary.partition,
                 f"{summary.rows:,}",
-                f"{summary.outcomes['succeeded']:,}",
-                f"{summary.requests.submitted:,}",
+                f"{summary.outcomes['succeeded']:,}" if any(summary.outcomes.values()) or not summary.rows else "–",
+                f"{summary.requests.submitted:,}" if summary.batches or summary.paid or summary.state != "failed" else "–",
                 usd(summary.cost_usd.actual),
                 f"{summary.finished_at:%Y-%m-%d %H:%M}",
             )
@@ -314,8 +336,8 @@ def report(
     from nightshift.stores.objects import open_objects
 
     settings = read_settings()
-    objects = open_objects(_store(store, settings))
-    folder = run_folder(_job_name(job, settings), run)
+    objects = open_objects(store_of(store, settings))
+    folder = run_folder(job_name(job, settings, objects), run)
     summary = objects.get_shape(f"{folder}/summary.json", Summary)
     if summary is None:
         raise InputMissing(objects.uri_of(folder), "there is no such run, or it has not ended", RUNS_ARE_LISTED)
@@ -344,14 +366,16 @@ def compare(
     from nightshift.runs import Options
 
     settings = read_settings()
-    site = local_site(settings, _store(store, settings))
-    if runs and len(runs) == 2:
+    site = local_site(settings, store_of(store, settings))
+    if runs and (len(runs) != 2 or any((input, ds, model, prompt))):
+        raise SettingInvalid([f"Two runs that have ended are compared as they are, without other options; {len(runs)} named"])
+    if runs:
         old, new = (find_run(site.store, name) for name in runs)
-    elif runs or (model is None and prompt is None):
+    elif model is None and prompt is None:
         raise SettingInvalid(["Compare what? Name two runs, or say what is new: --prompt or --model"])
     else:
-        wanted = [_varied(site, job, settings, None, None), _varied(site, job, settings, model, prompt)]
-        pattern, dates = _pattern(wanted[0], input, ds), _dates(wanted[0], ds)
+        wanted = [varied(site, job, settings, None, None), varied(site, job, settings, model, prompt)]
+        pattern, dates = pattern_of(wanted[0], input, ds), dates_of(wanted[0], ds)
         asked = partial(begin, pattern=pattern, dates=dates, scheduled=False, options=Options(sample=sample))
         old, new = (_take(site, partial(asked, site, each), yes=yes, quiet=json)[0] for each in wanted)
     found = compare(site, old, new)
@@ -373,10 +397,10 @@ def periodic(
     from nightshift.periodic import write_periodic
 
     settings = read_settings()
-    start, end = _day(since, "--since"), _day(until, "--until")
+    start, end = day_of(since, "--since"), day_of(until, "--until")
     if end <= start:
         raise SettingInvalid([f"--until {until}: expected a day after --since {since}"])
-    report = write_periodic(local_site(settings, _store(store, settings)), load_jobs(settings.jobs), name=name, since=start, until=end)
+    report = write_periodic(local_site(settings, store_of(store, settings)), load_jobs(settings.jobs), name=name, since=start, until=end)
     people.print(
         f"{report.total('runs'):,} runs, {report.total('rows'):,} rows, cost {usd(report.cost_usd)}, saved {usd(report.saved_usd)}"
     )
@@ -403,69 +427,10 @@ def rehearse(
         state,
         (host, port),
         key=key,
-        paces=_pairs(pace),
-        faults=_pairs(fault),
+        paces=pairs_of("--pace", pace),
+        faults=pairs_of("--fault", fault),
         told=lambda said: people.print(said, highlight=False, soft_wrap=True),
     )
-
-
-def _store(given: str | None, settings: Settings) -> str:
-    store = given or settings.store
-    if not store:
-        raise SettingInvalid(["No store: give --store or set NIGHTSHIFT_STORE (s3://bucket/prefix or file:///folder)"])
-    if "://" not in store:
-        raise SettingInvalid([f"The store {store!r} is not a URI: write s3://bucket/prefix or file://{Path(store).absolute()}"])
-    return store
-
-
-def _varied(site: Site, job: str, settings: Settings, model: str | None, prompt: str | None) -> Job:
-    """The job of a command, with another model or prompt where they are given."""
-    path = find_job(job, settings.jobs)
-    loaded = load_job(path)
-    if prompt is not None and Path(prompt).is_file():
-        prompt = str(Path(prompt).absolute())
-    source = None if prompt is None else read_prompt(site.store, path, prompt)
-    return loaded if model is None and source is None else vary(loaded, model=model, prompt_source=source)
-
-
-def _pattern(job: Job, given: str | None, ds: str | None) -> str:
-    if given is None:
-        if "{{" in job.spec.input.uri and ds is None:
-            raise SettingInvalid([f"{job.name} reads {job.spec.input.uri}: give the date with --ds, or the objects with --input"])
-        return job.spec.input.uri
-    if "://" in given:
-        return given
-    path = Path(given).absolute()
-    return f"file://{path}{'/' if path.is_dir() else ''}"
-
-
-def _dates(job: Job, ds: str | None) -> dict[str, Any]:
-    """The dates a template may use: those of the day `ds`, in the job's time zone."""
-    from nightshift.dates import interval_dates
-
-    if ds is None:
-        return {}
-    try:
-        start = datetime.combine(date.fromisoformat(ds), time(), ZoneInfo(job.spec.timezone))
-        return interval_dates(start, start + timedelta(days=1), job.spec.timezone)
-    except (ValueError, OverflowError) as error:
-        raise SettingInvalid([f"--ds {ds}: expected a date such as 2026-11-22"]) from error
-
-
-def _day(text: str, option: str) -> datetime:
-    try:
-        return datetime.combine(date.fromisoformat(text), time(), UTC)
-    except ValueError as error:
-        raise SettingInvalid([f"{option} {text}: expected a date such as 2026-11-22"]) from error
-
-
-def _pairs(given: list[str] | None) -> dict[str, str]:
-    pairs = (pair.partition("=") for pair in given or [])
-    return {name: value if equals else "1" for name, equals, value in pairs}
-
-
-def _job_name(job: str, settings: Settings) -> str:
-    return load_job(find_job(job, settings.jobs)).name
 
 
 def _asker(yes: bool) -> Callable[[Run, Plan], bool]:

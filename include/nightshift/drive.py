@@ -9,7 +9,7 @@ from threading import Event
 from typing import Any
 
 from nightshift.dates import render_dates
-from nightshift.errors import Interrupted, NightshiftError, RunHeld, ShardHeld, Transient
+from nightshift.errors import Interrupted, NightshiftError, ReportUnwritten, RunHeld, ShardHeld, StoreUnavailable, Transient
 from nightshift.job import Job, Policy
 from nightshift.providers.protocol import Snapshot
 from nightshift.redrive import begin_redrive, find_run
@@ -72,7 +72,12 @@ def drive(site: Site, run: Run, *, ask: Callable[[Run, Plan], bool], watcher: Wa
         problem = error
     watcher.stage("report")
     told = {"problem": str(problem), "error": type(problem).__name__} if problem else {}
-    summary = report(site, run, published=published, **told)
+    try:
+        summary = report(site, run, published=published, **told)
+    except (StoreUnavailable, OSError) as error:
+        if published is None:
+            raise
+        raise ReportUnwritten(published.uri, error) from error
     if problem is not None and not isinstance(problem, RunHeld):
         raise problem
     return summary
@@ -107,6 +112,7 @@ def _settle_all(site: Site, run: Run, approved: Plan, watcher: Watcher) -> None:
                 future.result()
         except BaseException:  # Ctrl-C too: it wakes every sleeping shard, so that the process ends at once
             stop.set()
+            watcher.stage("stop")
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
@@ -125,6 +131,8 @@ def _settle(site: Site, run: Run, shard: str, watcher: Watcher, stop: Event, har
             watcher.shard(shard, held)
             _sleep(stop, min(max(held.seconds_left, 1.0), 30.0))
             continue
+        except Interrupted:
+            raise
         except Transient as error:
             failures += 1
             if failures == TRANSIENT_TRIES:
@@ -139,4 +147,4 @@ def _settle(site: Site, run: Run, shard: str, watcher: Watcher, stop: Event, har
 
 def _sleep(stop: Event, seconds: float) -> None:
     if stop.wait(seconds):
-        raise Interrupted
+        raise Interrupted("Stopped between two looks.")

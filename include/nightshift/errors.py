@@ -37,6 +37,7 @@ NightshiftError
     ├── RowInUse                  a run under way counts on the answer that is to be forgotten
     ├── ShardHeld                 a shard waits: for who is at it, for the provider's queue, or for room in a budget
     ├── SubmissionInDoubt         a create call was sent and its answer never came
+    ├── ReportUnwritten           the results are published, and only their report is not written
     └── Interrupted               stopped in the middle; the same call goes on from there
 """
 
@@ -383,8 +384,18 @@ class SubmissionInDoubt(Transient):
         )
 
 
+class ReportUnwritten(Transient):
+    """The results are published, and their report could not be written."""
+
+    def __init__(self, results: str, why: Exception) -> None:
+        self.results = results
+        super().__init__(f"The results are published at {results}, but their report was not written ({why}). The same command writes it.")
+
+
 class Interrupted(Transient):
     """Another shard failed, or a person stopped the process; this work can be gone on with."""
+
+    exit_code = 130
 
 
 def nearest(word: str, known: Collection[str]) -> str:

@@ -18,7 +18,17 @@ from pathlib import Path
 import orjson
 
 from nightshift.budgets import book_attempt, settle_attempts
-from nightshift.errors import BudgetExceeded, LedgerCorrupt, Permanent, QueueFull, ShardHeld, SubmissionInDoubt, Transient, WrongPlace
+from nightshift.errors import (
+    BudgetExceeded,
+    Interrupted,
+    LedgerCorrupt,
+    Permanent,
+    QueueFull,
+    ShardHeld,
+    SubmissionInDoubt,
+    Transient,
+    WrongPlace,
+)
 from nightshift.money.estimate import sum_estimates
 from nightshift.packing import asked_from, estimate_shards
 from nightshift.providers.forms import form_of, vary_line
@@ -210,7 +220,7 @@ def _provider(site: Site, run: Run, name: ProviderName) -> Provider:
 class Holding:
     """Asked before a create call goes out: whether the claim is still ours, renewing its lease in time.
 
-    A process that slept past its lease finds it taken over, or leaves it to be, and sends nothing.
+    A process that slept past its lease finds it taken over, or leaves it to be, and sends nothing. One that is stopped raises Interrupted.
     """
 
     def __init__(self, site: Site, shard: str, attempt: Attempt) -> None:
@@ -218,7 +228,9 @@ class Holding:
 
     def __call__(self) -> bool:
         now = self._site.now()
-        if now >= self._attempt.lapses_at or self._site.stopped():
+        if self._site.stopped():
+            raise Interrupted("Stopped before the next call went out.")
+        if now >= self._attempt.lapses_at:
             return False
         if now <= self._attempt.lapses_at - 2 * CREATE_TIMEOUT:
             return True

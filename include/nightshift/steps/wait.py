@@ -133,4 +133,4 @@ def _room(site: Site, run: Run, shard: str) -> Iterator[float]:
 
 def _backoff(poll_seconds: float, failures: int) -> float:
     """Doubling, capped, jittered: a provider that comes back is not met by every waiter at once."""
-    return float(min(poll_seconds * 2 ** min(failures, 10), ERROR_PAUSE_MAX_SECONDS)) * random.uniform(0.75, 1.25)
+    return float(min(poll_seconds * 2 ** min(failures, 4), ERROR_PAUSE_MAX_SECONDS)) * random.uniform(0.75, 1.25)
