@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from nightshift import terminal
-from nightshift.errors import ProviderUnavailable
+from nightshift.errors import ProviderUnavailable, ShardHeld
 from nightshift.providers.protocol import Snapshot
 from tests.conftest import Rehearsal, World, reviews
 
@@ -389,6 +389,15 @@ def test_trouble_is_told_once_until_it_is_over(capsys, monkeypatch):
         ):
             watcher.shard("ab" * 32, error)
     assert capsys.readouterr().out.count("looking again: ") == 2
+
+
+def test_trouble_of_one_shard_is_not_told_anew_because_another_goes_well(capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "people", Console(width=200))
+    with terminal.shown(quiet=False) as watcher:
+        for _ in range(3):
+            watcher.shard("ab" * 32, ShardHeld("ab" * 32, "the budget has no room", 5))
+            watcher.shard("cd" * 32, look("in_progress"))
+    assert capsys.readouterr().out.count("looking again: ") == 1
 
 
 def look(status: str) -> Snapshot:

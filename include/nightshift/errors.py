@@ -269,8 +269,8 @@ class RunHeld(Permanent):
     def __init__(self, reasons: Sequence[str], report: str) -> None:
         self.reasons, self.report = tuple(reasons), report
         super().__init__(
-            f"Held, not published: {'; '.join(reasons)}. The answers are paid for and kept; readers still see the old partition. "
-            f"Report: {report}"
+            f"Held, not published: {'; '.join(reasons)}. What was answered is kept, and not paid again; "
+            f"readers still see the old partition. Report: {report}"
         )
 
 

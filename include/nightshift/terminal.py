@@ -42,14 +42,15 @@ def show_summary(summary: Summary, console: Console = people) -> None:
     batches = f" in {plural(summary.batches, 'batch', 'batches')}" if summary.batches else ""
     console.print(
         f"\nrequests  {counts.submitted:,} {'to submit' if summary.state == 'failed' else 'submitted'}{batches}, {counts.reused:,} reused, "
-        f"{counts.adopted:,} adopted, {counts.duplicates:,} duplicates; {summary.paid:,} answers paid for",
+        f"{counts.adopted:,} adopted, {counts.duplicates:,} duplicates; {plural(summary.paid, 'answer')} paid for",
         soft_wrap=True,
     )
     if summary.taken_over:
         console.print(f"          {summary.taken_over:,} of the adopted were sent by this run: nobody else had", soft_wrap=True)
     if counts.submitted == 0 and summary.paid == 0:
         console.print("          nothing had to be paid for: every request is answered, or in flight, elsewhere")
-    console.print(f"cost      {usd(cost.actual)}, estimated {usd(cost.estimated)}, saved {usd(cost.saved)}")
+    saved = "" if summary.redrive_of else f", saved {usd(cost.saved)}"
+    console.print(f"cost      {usd(cost.actual)}, estimated {usd(cost.estimated)}{saved}")
     colour = {"published": "green", "held": "yellow"}.get(summary.state, "red")
     console.print(f"state     [{colour}]{summary.state}[/]")
     if summary.problem:
@@ -152,9 +153,9 @@ def shown(*, quiet: bool) -> Iterator[Watcher]:
 
         def shard(key: str, seen: Snapshot | NightshiftError | Settled) -> None:
             if isinstance(seen, NightshiftError):
-                trouble.tell(seen)
+                trouble.tell(key, seen)
                 return
-            trouble.end()
+            trouble.end(key)
             shards[key] = (seen.requests, True) if isinstance(seen, Settled) else (seen.done, False)
             done, finished = sum(count for count, _ in shards.values()), sum(1 for _, ended in shards.values() if ended)
             note = f"requests, {finished} shards settled"
@@ -175,9 +176,9 @@ def _lines() -> Watcher:
 
     def shard(key: str, seen: Snapshot | NightshiftError | Settled) -> None:
         if isinstance(seen, NightshiftError):
-            trouble.tell(seen)
+            trouble.tell(key, seen)
             return
-        trouble.end()
+        trouble.end(key)
         if isinstance(seen, Settled):
             settled.add(key)
             people.print(f"shard {key[:12]} is settled, {len(settled)} so far", style="dim")
@@ -186,16 +187,17 @@ def _lines() -> Watcher:
 
 
 class _Trouble:
-    """What goes wrong with shards: told once, until it is over."""
+    """What goes wrong with shards: told once, until it is over for all of them."""
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
+        self._shards: dict[str, set[str]] = {}  # by what is wrong with them
 
-    def tell(self, error: NightshiftError) -> None:
+    def tell(self, shard: str, error: NightshiftError) -> None:
         what = error.why if isinstance(error, ShardHeld) else str(error)
-        if what not in self._told:
-            self._told.add(what)
+        if not self._shards.get(what):
             people.print(f"looking again: {error}", style="dim", markup=False, soft_wrap=True)
+        self._shards.setdefault(what, set()).add(shard)
 
-    def end(self) -> None:
-        self._told.clear()
+    def end(self, shard: str) -> None:
+        for shards in self._shards.values():
+            shards.discard(shard)
