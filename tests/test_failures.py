@@ -18,7 +18,16 @@ import pytest
 from pytest_httpserver import HTTPServer
 
 from nightshift.drive import drive
-from nightshift.errors import BatchLost, BatchRejected, InputChanged, ProviderUnavailable, QuotaExhausted, ShardHeld, StoreUnavailable
+from nightshift.errors import (
+    BatchLost,
+    BatchRejected,
+    InputChanged,
+    ProviderUnavailable,
+    QuotaExhausted,
+    ReportUnwritten,
+    ShardHeld,
+    StoreUnavailable,
+)
 from nightshift.events import Hint, read_message
 from nightshift.inbox import hear, heard_uploads, new_uploads, note_started, starts, still_there
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
@@ -421,7 +430,7 @@ def test_F106_F107_a_store_that_fails_between_two_effects_leaves_a_run_that_goes
         later["tries"] += 1
         try:
             summary = go(world, job, uri, store=store, now=lambda: datetime.now(UTC) + later["tries"] * (LEASE + timedelta(seconds=1)))
-        except StoreUnavailable:
+        except (StoreUnavailable, ReportUnwritten):
             continue
         if summary.published:
             break
