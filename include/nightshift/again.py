@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from nightshift.budgets import put_aside
 from nightshift.job import Job
 from nightshift.judge import AS_IT_WAS, Answer
 from nightshift.providers.protocol import Reply
@@ -66,12 +65,10 @@ def ask_again(
         money, decided = purse(), {}
         for variant, count in owed.items():
             money.owe(variant, count)
-        taken_before = money.taken
         for key, (asked_as, again) in wanted.items():
             is_granted = again is not None and (not again.is_charged or money.pays(again.variant))
             decided[key] = replace(failed[key], asked_as=asked_as, again=again.variant if again and is_granted else None)
-        is_owed = money.taken == taken_before
-        if not money.taken or put_aside(site, payer, facts.key, attempt.number, money.taken, is_owed=is_owed):
+        if money.put_aside():
             return decided
 
 

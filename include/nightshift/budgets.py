@@ -68,8 +68,7 @@ def book_attempt(site: Site, run: Run, facts: Shard, claim: Claim, attempts: Seq
     if estimate is None or estimate.usd is None:
         return  # nothing bounds it, or nobody can tell what it costs, and a person was asked
     settle_attempts(site, facts.key, attempts)
-    if _is_put_aside(site, run, facts.key, fund(claim, number, attempts)):
-        return
+    budgets = _without_aside(site, run, facts.key, _funded_by(claim, number, attempts), budgets)
     of, high, is_asked_again = _name(facts.key, run.uri, number), _high(estimate), any(claim.after)
     for budget in budgets if not is_asked_again else ():  # all before the first is booked: what one refuses must not weigh on another
         _refuse_full(site, facts.key, budget, Account(site.store, budget.account).fits(of, estimate.usd, budget.limit, high), estimate.usd)
@@ -79,11 +78,25 @@ def book_attempt(site: Site, run: Run, facts: Shard, claim: Claim, attempts: Seq
         _refuse_full(site, facts.key, budget, booked, estimate.usd)
 
 
-def fund(claim: Claim, number: int, attempts: Sequence[Attempt]) -> int | None:
+def _funded_by(claim: Claim, number: int, attempts: Sequence[Attempt]) -> int | None:
     """The attempt whose harvest has put aside what another one is about to cost; None where none has, or a lost batch has used it up."""
     last = max(claim.after, default=0)
     lost = (attempt.number for attempt in attempts if attempt.ended is not None and attempt.ended.how == "lost")
     return None if not last or any(last < each < number for each in lost) else last
+
+
+def _without_aside(site: Site, run: Run, shard: str, number: int | None, budgets: Sequence[Budget]) -> list[Budget]:
+    """The budgets in which a run has nothing put aside for what an attempt left, in whatever month that was."""
+    if number is None:
+        return list(budgets)
+    of, own = _again(shard, run.uri, number), [booking.account for booking in _bookings(site, shard) if booking.run == run.uri]
+    held = {_place(account) for account in own if Account(site.store, account).held(of)}
+    return [budget for budget in budgets if _place(budget.account) not in held]
+
+
+def _place(account: str) -> str:
+    """What an account is of, without its month."""
+    return account.rpartition("/")[2]
 
 
 def is_crowded(site: Site, run: Run, facts: Shard) -> bool:
@@ -97,24 +110,55 @@ def is_crowded(site: Site, run: Run, facts: Shard) -> bool:
     return any(isinstance(full, Full) and _may_pass(full, site.now()) for full in found)
 
 
-def left_for_again(site: Site, run: Run, shard: str, number: int) -> Decimal | None:
-    """What the month leaves for asking again what an attempt left; once something was put aside for it, that. None: nothing bounds it."""
-    of = _again(shard, run.uri, number)
-    accounts = [(budget.limit, Account(site.store, budget.account)) for budget in budgets_of(site, run) if not _is_own(run, budget)]
-    return min((limit - account.total if (aside := account.booked(of)) is None else aside for limit, account in accounts), default=None)
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """What asking is to cost that an attempt leaves.
 
-
-def put_aside(site: Site, run: Run, shard: str, number: int, usd: Decimal, *, is_owed: bool) -> bool:
-    """Book, once, what asking is to cost that an attempt left; whether it fits into the month beside what others have booked.
-
-    It stands for the attempts that ask it, until one of them is harvested. `is_owed`: all of it was granted before.
+    It is booked before the attempt's answers can be read, and held until an attempt that asks it is harvested.
     """
-    for budget in budgets_of(site, run):
-        _announce(site, run, shard, budget)
-        limit = None if is_owed or _is_own(run, budget) else budget.limit
-        if isinstance(Account(site.store, budget.account).book(_again(shard, run.uri, number), usd, limit, now=site.now()), Full):
-            return False
-    return True
+
+    site: Site
+    payer: Run
+    shard: str
+    attempt: Attempt
+    attempts: Sequence[Attempt]
+    cost: Decimal  # of the attempt, whose own booking is still open
+
+    def left(self) -> Decimal | None:
+        """What the month leaves for it; once something was put aside, that. None: nothing bounds it."""
+        accounts = [(budget, Account(self.site.store, budget.account)) for budget in budgets_of(self.site, self.payer)]
+        months = [(budget, account, account.booked(self._of)) for budget, account in accounts if not _is_own(self.payer, budget)]
+        return min((self._limit(budget, account) - account.total if was is None else was for budget, account, was in months), default=None)
+
+    def book(self, usd: Decimal, *, is_owed: bool) -> bool:
+        """Book it once; whether it fits into the month beside what others have booked. `is_owed`: all of it was granted before."""
+        for budget in budgets_of(self.site, self.payer):
+            _announce(self.site, self.payer, self.shard, budget)
+            account = Account(self.site.store, budget.account)
+            limit = None if is_owed or _is_own(self.payer, budget) else self._limit(budget, account)
+            if isinstance(account.book(self._of, usd, limit, now=self.site.now()), Full):
+                return False
+        return True
+
+    @property
+    def _of(self) -> str:
+        return _again(self.shard, self.payer.uri, self.attempt.number)
+
+    def _limit(self, budget: Budget, account: Account) -> Decimal:
+        """A budget's limit, as if the attempt were settled already."""
+        funded_by = _funded_by(self.attempt.claim, self.attempt.number, self.attempts)
+        names = [_name(self.shard, self.payer.uri, self.attempt.number)]
+        names += [] if funded_by is None else [_again(self.shard, self.payer.uri, funded_by)]
+        held = sum((account.held(name) for name in names), Decimal(0))
+        return budget.limit + held - self.cost if held else budget.limit
+
+
+def give_back(site: Site, shard: str, attempts: Sequence[Attempt]) -> None:
+    """Free what was put aside for an attempt that was refused for good, the last: whoever goes on with the shard books it anew."""
+    funded_by = _funded_by(attempts[-1].claim, attempts[-1].number, attempts)
+    if funded_by is not None:
+        for booking in _bookings(site, shard):
+            Account(site.store, booking.account).settle(_again(shard, booking.run, funded_by), Decimal(0), now=site.now())
 
 
 def months_leave(site: Site, run: Run) -> Decimal | None:
@@ -126,13 +170,6 @@ def months_leave(site: Site, run: Run) -> Decimal | None:
 def _is_own(run: Run, budget: Budget) -> bool:
     """Whether a budget is the run's alone: it is shared out among its shards."""
     return budget.account == run.key("spending")
-
-
-def _is_put_aside(site: Site, run: Run, shard: str, number: int | None) -> bool:
-    """Whether a run has put something aside for what an attempt left, in whatever month that was."""
-    of = None if number is None else _again(shard, run.uri, number)
-    own = [booking for booking in _bookings(site, shard) if booking.run == run.uri] if of else []
-    return any(Account(site.store, booking.account).booked(of) is not None for booking in own if of)
 
 
 def _announce(site: Site, run: Run, shard: str, budget: Budget) -> None:
@@ -148,13 +185,13 @@ def settle_attempts(site: Site, shard: str, attempts: Sequence[Attempt]) -> None
     over = [attempt for attempt in attempts if is_over or attempt.ended is not None] if bookings else []
     for attempt in over:
         cost = _cost(site, shard, attempt) if attempt in distinct(attempts) else Decimal(0)
-        used = fund(attempt.claim, attempt.number, attempts) if attempt.is_harvested or cost is None else None
+        funded_by = _funded_by(attempt.claim, attempt.number, attempts) if attempt.is_harvested or cost is None else None
         for booking in bookings:  # who has booked and was not quick enough to claim pays nothing
             account, of = Account(site.store, booking.account), _name(shard, booking.run, attempt.number)
             paid = cost if booking.run == attempt.claim.run else Decimal(0)
             account.settle(of, paid, now=site.now())
-            if used is not None:
-                account.settle(_again(shard, booking.run, used), paid if account.booked(of) is None else Decimal(0), now=site.now())
+            if funded_by is not None:
+                account.settle(_again(shard, booking.run, funded_by), paid if account.booked(of) is None else Decimal(0), now=site.now())
     if is_over:
         for attempt, booking in product(attempts, bookings):  # what was put aside and never asked
             Account(site.store, booking.account).settle(_again(shard, booking.run, attempt.number), Decimal(0), now=site.now())

@@ -13,7 +13,8 @@ import pytest
 
 from nightshift.budgets import PATIENCE, book_attempt, settle_attempts
 from nightshift.drive import begin, drive
-from nightshift.errors import BudgetExceeded, ShardHeld
+from nightshift.errors import BudgetExceeded, QuotaExhausted, ShardHeld
+from nightshift.purse import Purse
 from nightshift.steps.approve import approve
 from nightshift.steps.collect import collect
 from nightshift.steps.discover import discover
@@ -286,6 +287,85 @@ def test_asking_again_leaves_the_money_that_the_runs_other_shards_need(world):
         word = collect(world.site, run, shards[0])
     summary = drive(world.site, run, ask=lambda run, planned: True)
     assert (summary.state, summary.outcomes["invalid"]) == ("held", 60), "each row was asked, and has its outcome"
+
+
+def test_what_was_left_of_another_month_bounds_nothing(world):
+    """Approved on its last day, harvested in the next month, whose budget is untouched."""
+    clock = Clock()
+    world.site = replace(world.site, now=clock)
+    go(world, world.job(), world.write("a.jsonl", texts(20)))
+    cost = spent_on(world)
+    job = world.job(policy={"retry": {"invalid": 1}, "monthly_budget_usd": float(cost) * 1.2})
+    world.rehearsal.faults(invalid=1.0)
+    run, [shard] = shards_of(world, job, world.write("b.jsonl", texts(20, 100)))
+    submit(world.site, run, shard)
+    list(pauses(world.site, run, shard))
+    clock.pass_by(days=20)
+    collect(world.site, run, shard)
+    assert world.site.ledger.attempts(shard)[0].ended.remaining > 10
+
+
+def spent_on(world: World) -> Decimal:
+    """What the bill says, as a month's budget."""
+    return Decimal(str(world.rehearsal.bill()["usd"]))
+
+
+def test_what_waits_for_its_turn_is_counted_once(world):
+    """What is put aside for all is still held when the first of them are harvested."""
+    retry = {"invalid": {"times": 1, "model": "gpt-5.4"}, "truncated": 2}
+    go(world, world.job(), world.write("a.jsonl", texts(40)))
+    before = spent_on(world)
+    world.rehearsal.faults(invalid=0.5, truncated=0.5)
+    free = go(world, world.job(prompt="user:\nOnce: {{ text }}\n", policy={"retry": retry}), world.write("b.jsonl", texts(40)))
+    world.rehearsal.faults(invalid=0.5, truncated=0.5)
+    needed = spent_on(world) - before
+    tight = world.job(prompt="user:\nTwice: {{ text }}\n", policy={"retry": retry, "monthly_budget_usd": float(needed) * 1.25})
+    bound = go(world, tight, world.write("b.jsonl", texts(40)))
+    assert bound.paid == pytest.approx(free.paid, rel=0.15)
+
+
+def test_what_was_put_aside_is_free_once_its_attempt_is_refused_for_good(world):
+    job = world.job(policy={"retry": {"invalid": 1}, "monthly_budget_usd": 1})
+    world.rehearsal.faults(invalid=1.0)
+    run, [shard] = shards_of(world, job, world.write("a.jsonl", texts(10)))
+    submit(world.site, run, shard)
+    list(pauses(world.site, run, shard))
+    collect(world.site, run, shard)
+    world.rehearsal.faults(create_quota=1)
+    with pytest.raises(QuotaExhausted):
+        submit(world.site, run, shard)
+    account = Account(world.site.store, f"spending/{world.site.now():%Y-%m}/job-reviews")
+    assert book(account, "another", 99, limit=1) == Full(account.total, 0, ANY)
+    assert account.total == spent_on(world)
+    drive(world.site, run, ask=lambda run, planned: True)
+    assert account.total == pytest.approx(spent_on(world), abs=Decimal("1e-6")), "and who goes on books it anew"
+
+
+def test_a_budget_that_is_set_while_a_shard_is_asked_again_counts_that(world):
+    job = world.job(policy={"retry": {"invalid": 1}, "monthly_budget_usd": 1})
+    world.rehearsal.faults(invalid=1.0)
+    run, [shard] = shards_of(world, job, world.write("a.jsonl", texts(10)))
+    submit(world.site, run, shard)
+    list(pauses(world.site, run, shard))
+    collect(world.site, run, shard)
+    first = spent_on(world)
+    world.site = replace(world.site, monthly_budget=lambda connection: Decimal(1))
+    drive(world.site, run, ask=lambda run, planned: True)
+    account = Account(world.site.store, f"spending/{world.site.now():%Y-%m}/connection-openai_default")
+    assert account.total == pytest.approx(spent_on(world) - first, abs=Decimal("1e-6"))
+
+
+def test_sums_of_quotients_do_not_pass_what_is_left_by_their_last_digit(world):
+    """They did, by 1e-28 dollars, and the shard decided anew for ever."""
+
+    class Strict:
+        def book(self, usd: Decimal, *, is_owed: bool) -> bool:
+            return usd <= Decimal("0.011351")
+
+    prices = {"a": Decimal("0.008756") / 7, "b": Decimal("0.002595") / 7}
+    purse = Purse(Decimal("0.011351"), lambda variant: prices[variant], Strict())
+    assert all(purse.pays(variant) for variant in "ab" * 7)
+    assert purse.put_aside()
 
 
 def first_claim(site, run, shard: str) -> Claim:

@@ -149,7 +149,10 @@ class Provider(Protocol):
         """Make the input file of an attempt known to the provider. Free, and harmless when repeated."""
 
     def create(self, order: Order, may_send: Callable[[], bool]) -> Receipt:
-        """Start the paid work. `may_send` is asked before every call that goes out: no means that the claim has lapsed."""
+        """Start the paid work. `may_send` is asked before every call that goes out: no means that the claim has lapsed.
+
+        It raises Interrupted in a process that was stopped, which is passed on: nothing more goes out.
+        """
 
     def find(self, tokens: Sequence[str], since: datetime) -> Receipt | None:
         """The batch that carries one of these tokens, oldest first, among those created after `since` (less clock skew)."""

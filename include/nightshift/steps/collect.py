@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from nightshift.again import ask_again
 from nightshift.arrow import collector_paused, keep_pandas_out
-from nightshift.budgets import settle_attempts
+from nightshift.budgets import give_back, settle_attempts
 from nightshift.columns import answers_schema, rows_at_once
 from nightshift.errors import BatchLost, BatchRejected, BatchUnfinished, BatchUnknown, NightshiftError, ProviderUnavailable, ResultsGone
 from nightshift.job import Job
@@ -233,6 +233,7 @@ def _end_without_answers(site: Site, shard: str, attempt: Attempt, attempts: lis
     site.ledger.record_end(shard, attempt.number, ended)
     settle_attempts(site, shard, site.ledger.attempts(shard))
     if how == "rejected":
+        give_back(site, shard, site.ledger.attempts(shard))
         raise BatchRejected(_batch_of(attempt), snapshot.reasons)
 
 

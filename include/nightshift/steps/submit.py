@@ -17,7 +17,7 @@ from pathlib import Path
 
 import orjson
 
-from nightshift.budgets import book_attempt, settle_attempts
+from nightshift.budgets import book_attempt, give_back, settle_attempts
 from nightshift.errors import (
     BudgetExceeded,
     Interrupted,
@@ -262,6 +262,8 @@ def _refusals_recorded(site: Site, shard: str, attempt: int, count: int, before:
         ended = Ended(how="refused", status="refused", ended_at=site.now(), remaining=count, reasons=(str(error)[:500],))
         site.ledger.record_end(shard, attempt, ended)
         settle_attempts(site, shard, site.ledger.attempts(shard))
+        if isinstance(error, Permanent):
+            give_back(site, shard, site.ledger.attempts(shard))
         raise
 
 

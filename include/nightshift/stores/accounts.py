@@ -57,6 +57,11 @@ def fits(last: Entry | None, usd: Decimal, usd_high: Decimal, limit: Decimal | N
     return last.total + (usd_high if last.open else usd) <= limit
 
 
+def _closing(of: str) -> str:
+    """What the entry is of that settles another one."""
+    return f"{of}/settled"
+
+
 class Account:
     """One account of a store."""
 
@@ -93,6 +98,11 @@ class Account:
         entry = self._entered(of)
         return None if entry is None else entry.usd
 
+    def held(self, of: str) -> Decimal:
+        """What is booked for something and not settled yet."""
+        entry = self._entered(of)
+        return NOTHING if entry is None or self._entered(_closing(of)) is not None else entry.usd
+
     def fits(self, of: str, usd: Decimal, limit: Decimal, usd_high: Decimal) -> Booked | Full:
         """Whether something would be entered now; enters nothing."""
         _, last = self._last()
@@ -105,7 +115,7 @@ class Account:
 
         What was never booked stays out.
         """
-        closing, booked = f"{of}/settled", self._entered(of)
+        closing, booked = _closing(of), self._entered(of)
         while booked is not None:
             number, last = self._last()
             if self._entered(closing) is not None:
