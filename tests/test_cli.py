@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -400,8 +402,20 @@ def test_trouble_of_one_shard_is_not_told_anew_because_another_goes_well(capsys,
     assert capsys.readouterr().out.count("looking again: ") == 1
 
 
-def look(status: str) -> Snapshot:
-    return Snapshot(state="running", status=status, done=0, total=1, result_files=(), reasons=(), bad_lines={})
+def test_the_bars_of_a_stopped_run_stay_where_they_were(monkeypatch):
+    written = StringIO()
+    monkeypatch.setattr(terminal, "people", Console(file=written, force_terminal=True, width=120))
+    with terminal.shown(quiet=False) as watcher:
+        watcher.planned(SimpleNamespace(submitted=2500, adopted=0))
+        watcher.stage("wait")
+        watcher.shard("ab" * 32, look("in_progress", done=3))
+        watcher.stopping()
+        watcher.stage("report")
+    assert ("3/2500" in written.getvalue(), "2500/2500" in written.getvalue()) == (True, False)
+
+
+def look(status: str, done: int = 0) -> Snapshot:
+    return Snapshot(state="running", status=status, done=done, total=1, result_files=(), reasons=(), bad_lines={})
 
 
 def test_a_pace_that_there_is_not_is_told_with_those_that_there_are():

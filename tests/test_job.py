@@ -92,6 +92,7 @@ def test_the_example_jobs_are_valid(path):
         pytest.param("min_length: 1", "min_length: many", "reviews.yaml:6: input.require.text.min_length", id="wrong type"),
         pytest.param("prompts/p.md", "prompts/q.md", "reviews.yaml:10: request.prompt: prompts/q.md: no such file; did you mean 'prompts/p.md'?", id="missing prompt"),
         pytest.param("prompts/p.md", "'Judge this: " + "x" * 300 + "'", "reviews.yaml:10: request.prompt: Judge this: xxx", id="prompt in place of its file"),
+        pytest.param("prompts/p.md", "Judge/" + "x" * 300 + "/this", "reviews.yaml:10: request.prompt: Judge/xxx", id="prompt with slashes in place of its file"),
         pytest.param("prompts/p.md", "''", "reviews.yaml:10: request.prompt: '': Is a directory", id="no prompt"),
         pytest.param("keep: [stars]", "keep: [sentiment]", "reviews.yaml:13: output.keep: 'sentiment' is an input column and an answer field", id="name taken twice"),
         pytest.param("keep: [stars]", "keep: [stars]\nreport: {drift: [sentimnt]}", "'sentimnt' is not in the results; did you mean 'sentiment'?", id="report of nothing"),

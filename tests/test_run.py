@@ -525,10 +525,10 @@ def test_a_schema_that_requires_what_it_does_not_describe_is_told(world):
         pytest.param({"type": "expect_column_values_to_be_between", "kwargs": {"column": "stars", "min_valu": 1}}, "min_valu: unknown argument; did you mean 'min_value'", id="no such argument"),
         pytest.param({"type": "expect_column_values_to_be_between", "kwargs": {"column": "stars", "min_value": 9, "max_value": 1}}, "min_value 9 is above max_value 1", id="nothing between"),
         pytest.param({"type": "expect_column_values_to_match_regex", "kwargs": {"column": "stars", "regex": "("}}, "no regular expression", id="no regex"),
+        pytest.param({"type": "expect_column_values_to_match_regex_list", "kwargs": {"column": "stars", "regex_list": 5}}, "regex_list", id="no list"),
     ],
 )  # fmt: skip
 def test_a_suite_that_can_never_be_applied_begins_no_run(world, line, why):
-    """Each is asked of this process where Great Expectations is imported, else of another one."""
     expected = {"type": "expect_column_values_to_not_be_null", "kwargs": {"column": "stars"}}
     with pytest.raises(JobInvalid, match=f"suite.yaml: expectation 2: {line['type']}: .*{why}"):
         go(world, world.job(suite=[expected, line]), world.write("in.jsonl", reviews(2)))
@@ -544,20 +544,26 @@ def test_a_suite_is_looked_at_once(world, monkeypatch):
     check_suite(world.site.store, job)
 
 
-def test_a_report_that_cannot_be_written_after_the_publication_does_not_deny_it(world, monkeypatch):
-    job, uri = world.job(), world.write("in.jsonl", reviews(3))
-    put = Objects.put_shape
+@pytest.mark.parametrize("name", ["report.html", "measured.json", "last-published.json", "summary.json"])
+@pytest.mark.parametrize("error", [StoreUnavailable, AccessDenied])
+def test_a_report_that_cannot_be_written_does_not_deny_the_publication_and_the_same_command_writes_it(world, monkeypatch, name, error):
+    job, uri, real = world.job(report={"drift": ["sentiment"]}), world.write("in.jsonl", reviews(3)), Objects._change
+    before = go(world, job, world.write("before.jsonl", reviews(3)))
 
-    def full(self, key, shape):
-        if key.endswith("/measured.json"):
-            raise StoreUnavailable(key, "No space left on device")
-        put(self, key, shape)
+    def fails(self, verb, key, act):
+        if key.endswith(f"/{name}"):
+            raise error(key, "No space left on device")
+        return real(self, verb, key, act)
 
-    monkeypatch.setattr(Objects, "put_shape", full)
+    monkeypatch.setattr(Objects, "_change", fails)
     with pytest.raises(ReportUnwritten, match=r"The results are published at .*No space left on device.* The same command writes it"):
-        go(world, job, uri)
+        go(world, job, uri, fresh=True)
     monkeypatch.undo()
-    assert go(world, job, uri).published
+    paid = world.rehearsal.bill()["requests"]
+    summary = go(world, job, uri, fresh=True)
+    assert (summary.published, summary.drift_against) == (True, before.label)
+    assert world.site.store.get(world.site.store.key_of(summary.report)) is not None
+    assert (world.rehearsal.bill()["requests"], len(list(world.site.store.folders("runs/reviews")))) == (paid, 2)
 
 
 @pytest.mark.parametrize("name", ["_line", "_place"])

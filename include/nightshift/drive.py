@@ -9,7 +9,7 @@ from threading import Event
 from typing import Any
 
 from nightshift.dates import render_dates
-from nightshift.errors import Interrupted, NightshiftError, ReportUnwritten, RunHeld, ShardHeld, StoreUnavailable, Transient
+from nightshift.errors import CountsDisagree, Interrupted, NightshiftError, ReportUnwritten, RunHeld, ShardHeld, Transient
 from nightshift.job import Job, Policy
 from nightshift.providers.protocol import Snapshot
 from nightshift.redrive import begin_redrive, find_run
@@ -36,6 +36,7 @@ class Watcher:
     """What a person is shown while a run goes on; every part may stay silent."""
 
     stage: Callable[[str], None] = lambda name: None
+    stopping: Callable[[], None] = lambda: None  # nothing more is sent; what is being asked gets some seconds
     rows: Callable[[int], None] = lambda rows: None
     planned: Callable[[Plan], None] = lambda plan: None
     shard: Callable[[str, Snapshot | NightshiftError | Settled], None] = lambda shard, seen: None
@@ -74,8 +75,8 @@ def drive(site: Site, run: Run, *, ask: Callable[[Run, Plan], bool], watcher: Wa
     told = {"problem": str(problem), "error": type(problem).__name__} if problem else {}
     try:
         summary = report(site, run, published=published, **told)
-    except (StoreUnavailable, OSError) as error:
-        if published is None:
+    except (NightshiftError, OSError) as error:
+        if published is None or isinstance(error, CountsDisagree):
             raise
         raise ReportUnwritten(published.uri, error) from error
     if problem is not None and not isinstance(problem, RunHeld):
@@ -112,7 +113,7 @@ def _settle_all(site: Site, run: Run, approved: Plan, watcher: Watcher) -> None:
                 future.result()
         except BaseException:  # Ctrl-C too: it wakes every sleeping shard, so that the process ends at once
             stop.set()
-            watcher.stage("stop")
+            watcher.stopping()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 

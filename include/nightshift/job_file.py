@@ -352,9 +352,10 @@ def _read_part(path: Path, tree: yaml.Node, held: Any, *keys: str) -> tuple[Path
         part = _part_path(path, name)
         return part, part.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
-        known = sorted(
-            f"{Path(name).parent}/{p.name}" for p in path.parent.parent.joinpath(Path(name).parent.name).glob("*") if p.is_file()
-        )
+        known = list[str]()
+        with suppress(OSError, ValueError):  # the folder may be no name either
+            folder = path.parent.parent / Path(name).parent.name
+            known = sorted(f"{Path(name).parent}/{found.name}" for found in folder.glob("*") if found.is_file())
         why = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or str(error)
         shown = " ".join(name.split())[:NAME_SHOWN] or "''"
         raise JobInvalid([f"{path}:{_line(tree, keys)}: {'.'.join(keys)}: {shown}: {why}{nearest(name, known)}"]) from error

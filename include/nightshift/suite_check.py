@@ -26,9 +26,11 @@ LIBRARY = "great_expectations"
 
 def check_suite(store: Objects, job: Job) -> None:
     """Raise JobInvalid where a job's suite has lines that can never be applied."""
+    if not job.expectations:
+        return
     lines = orjson.dumps([each.model_dump(mode="json") for each in job.expectations])
     known = f"suites/{run_id(version(LIBRARY), lines.decode())}"
-    if not job.expectations or store.head(known) is not None:
+    if store.head(known) is not None:
         return
     if problems := unusable(job.expectations) if LIBRARY in sys.modules else _asked_apart(lines):
         raise JobInvalid([f"{job.spec.output.expectations}: {why}" for why in problems])
@@ -39,15 +41,18 @@ def unusable(expectations: Sequence[Expectation]) -> list[str]:
     """What is wrong with the lines of a suite that can never be applied. Imports Great Expectations: seconds."""
     if not expectations:
         return []
-    build = builder()
-    faults = ((number, each, _fault_of(build, each)) for number, each in enumerate(expectations, start=1))
+    build, known = builder(), registered()
+    faults = ((number, each, _fault_of(build, known, each)) for number, each in enumerate(expectations, start=1))
     return [f"expectation {number}: {each.type}: {why}" for number, each, why in faults if why]
 
 
 def _asked_apart(lines: bytes) -> list[str]:
     """The same of another process, which finds modules where this one does."""
     told = subprocess.run(
-        [sys.executable, "-m", __name__], input=lines, capture_output=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        [sys.executable, "-P", "-m", __name__],  # -P: not where this happens to run
+        input=lines,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     if told.returncode:
         raise ChildProcessError(f"The suite could not be looked at: {told.stderr.decode(errors='replace').strip()[-300:]}")
@@ -55,13 +60,14 @@ def _asked_apart(lines: bytes) -> list[str]:
     return problems
 
 
-def _fault_of(build: Build, expectation: Expectation) -> str | None:
-    for pattern in (expectation.kwargs.get("regex"), *(expectation.kwargs.get("regex_list") or ())):
+def _fault_of(build: Build, known: Mapping[str, Collection[str]], expectation: Expectation) -> str | None:
+    several = expectation.kwargs.get("regex_list")
+    for pattern in (expectation.kwargs.get("regex"), *(several if isinstance(several, list) else ())):
         try:
             re.compile(pattern or "")
         except (re.error, TypeError) as error:
             return f"{pattern!r} is no regular expression: {error}"
-    if expectation.type not in (known := registered()):
+    if expectation.type not in known:
         return f"there is no such expectation{nearest(expectation.type, known)}"
     try:
         build(expectation, 0)

@@ -134,16 +134,23 @@ def shown(*, quiet: bool) -> Iterator[Watcher]:
     with Progress(*columns, console=people) as progress:
         bars: dict[str, TaskID] = {}
         shards: dict[str, tuple[int, bool]] = {}
+        halted = set[TaskID]()  # bars that stay as they are
         totals, trouble = {"requests": 0}, _Trouble()
 
         def finish() -> None:
             for task in progress.tasks:
+                if task.id in halted:
+                    continue
                 total = task.total or max(task.completed, 1)
                 progress.update(task.id, completed=total, total=total)
 
         def stage(name: str) -> None:
             finish()
             bars[name] = progress.add_task(name, total=None, note="")
+
+        def stopping() -> None:
+            halted.update(task.id for task in progress.tasks)
+            _tell_stopping()
 
         def rows(count: int) -> None:
             progress.update(bars["plan"], completed=count, note="rows")
@@ -161,7 +168,7 @@ def shown(*, quiet: bool) -> Iterator[Watcher]:
             note = f"requests, {finished} shards settled"
             progress.update(bars["wait"], completed=min(done, totals["requests"]), total=max(totals["requests"], 1), note=note)
 
-        yield Watcher(stage=stage, rows=rows, planned=planned, shard=shard)
+        yield Watcher(stage=stage, stopping=stopping, rows=rows, planned=planned, shard=shard)
         finish()
 
 
@@ -183,7 +190,11 @@ def _lines() -> Watcher:
             settled.add(key)
             people.print(f"shard {key[:12]} is settled, {len(settled)} so far", style="dim")
 
-    return Watcher(stage=stage, shard=shard)
+    return Watcher(stage=stage, stopping=_tell_stopping, shard=shard)
+
+
+def _tell_stopping() -> None:
+    people.print("stopping: what is being asked gets some seconds to be answered", style="dim")
 
 
 class _Trouble:

@@ -108,12 +108,13 @@ def test_F60_a_batch_whose_result_files_lag_behind_is_waited_for(waited, move):
 
 
 def test_failed_looks_come_at_growing_distances_up_to_a_bound():
-    def pause(failures: int) -> float:
+    def pause(failures: int, poll_seconds: float = 10) -> float:
         look = ProviderUnavailable("x", "y")
-        return next_look(look, failures=failures, failing=HOUR, waited=HOUR, patience=DAY, poll_seconds=10).after_seconds
+        return next_look(look, failures=failures, failing=HOUR, waited=HOUR, patience=DAY, poll_seconds=poll_seconds).after_seconds
 
     assert pause(1) < pause(3) < pause(9) <= 300 * 1.25
-    assert pause(1000) <= 300 * 1.25
+    assert pause(1000, poll_seconds=60) <= 300 * 1.25
+    assert pause(1000, poll_seconds=1) <= 20, "who looks often hears soon that it is back"
 
 
 @pytest.mark.parametrize(

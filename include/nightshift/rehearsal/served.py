@@ -94,12 +94,11 @@ def _locked(state: Path) -> IO[str]:
     try:
         state.mkdir(parents=True, exist_ok=True)
         lock = (state / "lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise SettingInvalid([f"--state {state}: another rehearsal server has it; give each a folder of its own"]) from error
     except OSError as error:
         raise SettingInvalid([f"--state {state}: {error.strerror}"]) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise SettingInvalid([f"--state {state}: another rehearsal server has it; give each a folder of its own"]) from error
     return lock
 
 

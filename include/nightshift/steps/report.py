@@ -15,7 +15,7 @@ from nightshift.money.estimate import is_worth_keeping, measure, measured_before
 from nightshift.money.prices import tier_of
 from nightshift.pages import render_report
 from nightshift.partitions import quarantine_folder
-from nightshift.runs import Run, Site
+from nightshift.runs import Run, Site, run_folder
 from nightshift.shapes import OUTCOMES, Assembled, Audit, Cost, Counts, Distribution, Paid, Plan, Published, Summary, Tier, Usage, Wire
 
 MEASURED_SHARDS = 50  # of a run: so many tell what its requests cost
@@ -26,6 +26,7 @@ class LastPublished(Wire):
     """The newest published run of a job: what the next run's drift is measured against."""
 
     run: str
+    before: str | None = None  # the one that was it before: what this run's own is measured against, whenever its report is written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +58,12 @@ def report(site: Site, run: Run, *, published: Published | None, problem: str | 
     figures = distributions(site, run.job, facts.assembled, last.figures if last else {}) if facts.assembled else {}
     summary = summarise(site, run, facts, figures, last)
     check_sums(summary)
-    store.put_shape(run.key("summary.json"), summary)
     store.put(run.key("report.html"), render_report(summary).encode())
     if facts.plan and facts.assembled and not run.input.redrive:  # a redrive asks otherwise, and says nothing of the next run
         _measure(site, run, facts.plan)
     if published and run.input.sample is None:
-        store.put_shape(f"runs/{run.job.name}/last-published.json", LastPublished(run=run.input.run))
+        store.put_shape(_last_key(run), LastPublished(run=run.input.run, before=last.run if last else None))
+    store.put_shape(run.key("summary.json"), summary)  # last: a run that has one is over, and the same command begins another
     return summary
 
 
@@ -192,10 +193,13 @@ def check_sums(summary: Summary) -> None:
 
 
 def _last_published(site: Site, run: Run) -> Summary | None:
-    last = site.store.get_shape(f"runs/{run.job.name}/last-published.json", LastPublished)
-    if last is None or last.run == run.input.run:
-        return None
-    return site.store.get_shape(f"runs/{run.job.name}/{last.run}/summary.json", Summary)
+    last = site.store.get_shape(_last_key(run), LastPublished)
+    name = last and (last.before if last.run == run.input.run else last.run)
+    return site.store.get_shape(f"{run_folder(run.job.name, name)}/summary.json", Summary) if name else None
+
+
+def _last_key(run: Run) -> str:
+    return f"runs/{run.job.name}/last-published.json"
 
 
 def _dollars(value: Decimal | None) -> float | None:

@@ -19,6 +19,7 @@ from nightshift.stores.ledger import Attach, Hold, Send, next_move
 UNKNOWN_PATIENCE = timedelta(minutes=10)  # how long a batch that we hold a receipt for may be unknown to the provider
 FILES_GRACE = timedelta(minutes=10)  # after its end, for a completed batch to show its result files
 ERROR_PAUSE_MAX_SECONDS = 300.0
+DOUBLINGS = 4  # of the pause between looks: who looks often wants to know soon that the provider is back
 
 Seen = Callable[[Snapshot | NightshiftError], None]  # told of every look, also of those that failed
 
@@ -133,4 +134,4 @@ def _room(site: Site, run: Run, shard: str) -> Iterator[float]:
 
 def _backoff(poll_seconds: float, failures: int) -> float:
     """Doubling, capped, jittered: a provider that comes back is not met by every waiter at once."""
-    return float(min(poll_seconds * 2 ** min(failures, 4), ERROR_PAUSE_MAX_SECONDS)) * random.uniform(0.75, 1.25)
+    return float(min(poll_seconds * 2 ** min(failures, DOUBLINGS), ERROR_PAUSE_MAX_SECONDS)) * random.uniform(0.75, 1.25)
