@@ -14,6 +14,7 @@ import pytest
 
 from nightshift.drive import begin, begin_again, drive
 from nightshift.errors import BatchLost, BatchUnfinished, BatchUnknown, BudgetExceeded, InputMissing, SettingInvalid, ShardHeld
+from nightshift.forget import forget
 from nightshift.job import RETRYABLE
 from nightshift.job_file import redriven
 from nightshift.progress import latest
@@ -28,7 +29,6 @@ from nightshift.steps.submit import submit
 from nightshift.steps.wait import pauses
 from nightshift.stores.answers import Reservation
 from nightshift.stores.shards import pending, read_answers, request_keys
-from nightshift.tidy import forget
 from tests.conftest import World, go, make_world, reviews
 
 

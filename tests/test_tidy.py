@@ -12,16 +12,18 @@ import pytest
 
 from nightshift.compare import compare
 from nightshift.drive import begin, drive
-from nightshift.errors import ApprovalNeeded, InputMissing, PlanOutdated, QuotaExhausted, RowInUse
+from nightshift.errors import ApprovalNeeded, InputMissing, PlanOutdated, QuotaExhausted, RowInUse, StoreUnavailable
+from nightshift.forget import forget
 from nightshift.runs import PLAN_STANDS, Options
 from nightshift.steps.approve import approve
 from nightshift.steps.discover import discover
 from nightshift.steps.plan import plan
+from nightshift.steps.report import report
 from nightshift.steps.submit import submit
 from nightshift.steps.wait import pauses
 from nightshift.stores.answers import AnswerStore
 from nightshift.stores.database import open_database
-from nightshift.tidy import GRACE, MERGE_AT, _best, forget, tidy
+from nightshift.tidy import GRACE, MERGE_AT, _best, tidy
 from tests.conftest import World, go, reviews
 
 
@@ -181,6 +183,60 @@ def test_a_forgotten_row_is_gone_from_what_runs_had_put_together_and_comparisons
     assert sorted(left) == ["r5", "r6", "r7", "r8", "r9"]
 
 
+def test_a_row_that_was_put_together_and_not_published_cannot_be_forgotten(world, monkeypatch):
+    job, uri = world.job(), world.write("a.jsonl", reviews(5))
+    run = begin(world.site, job, pattern=uri, dates={}, scheduled=False)
+    with monkeypatch.context() as patched:
+        patched.setattr("nightshift.drive.audit", lambda *args: (_ for _ in ()).throw(StoreUnavailable("x", "away")))
+        with pytest.raises(StoreUnavailable):
+            drive(world.site, run, ask=lambda run, planned: True)
+    with pytest.raises(RowInUse):
+        forget(world.site, "reviews", ["r3"])
+    assert drive(world.site, run, ask=lambda run, planned: True).published
+    assert forget(world.site, "reviews", ["r3"]).answers == 1
+
+
+def test_a_run_of_forgotten_rows_only_keeps_its_parts_and_is_told_from_one_without_results(world):
+    job, uri = world.job(), world.write("a.jsonl", reviews(1))
+    old, new = (begin(world.site, job, pattern=uri, dates={}, scheduled=False, options=Options(sample=sample)) for sample in (1, 2))
+    for run in (old, new):
+        drive(world.site, run, ask=lambda run, planned: True)
+    forget(world.site, "reviews", ["r0"])
+    with pytest.raises(InputMissing, match="it has published no row that"):
+        compare(world.site, old, new)
+
+
+def test_a_row_whose_id_stands_twice_is_forgotten(world):
+    rows = [*reviews(2), {**reviews(3)[2], "id": "r0"}]
+    go(world, world.job(policy={"publish_at_least": 0}), world.write("a.jsonl", rows))
+    assert forget(world.site, "reviews", ["r0"]).requests == 1
+
+
+def test_a_row_that_was_only_rejected_is_forgotten_too(world):
+    rows = [*reviews(2), {"id": "long", "text": "x" * 600, "stars": 3}]
+    summary = go(world, world.job(policy={"publish_at_least": 0}), world.write("a.jsonl", rows))
+    done = forget(world.site, "reviews", ["long"])
+    assert (done.requests, done.published, done.unknown) == (0, (summary.quarantine,), ())
+    staged = next(found.key for found in world.site.store.scan("runs") if "/quarantine/" in found.key)
+    assert pq.read_table(world.site.store.open(staged)).num_rows == 0
+
+
+def test_a_plan_that_was_refused_keeps_its_rows_while_it_stands_and_a_dry_run_keeps_none(world):
+    uri = world.write("a.jsonl", reviews(3))
+    refused = begin(world.site, world.job(policy={"approve_above_usd": 0}), pattern=uri, dates={}, scheduled=False)
+    with pytest.raises(ApprovalNeeded):
+        drive(world.site, refused, ask=lambda run, planned: False)
+    with pytest.raises(RowInUse):
+        forget(world.site, "reviews", ["r1"])
+    world.write("b.jsonl", reviews(9)[6:])
+    dry = begin(
+        world.site, world.job(), pattern=f"file://{world.folder}/input/b.jsonl", dates={}, scheduled=False, options=Options(dry_run=True)
+    )
+    plan(world.site, dry)
+    report(world.site, dry, published=None)
+    assert forget(world.site, "reviews", ["r7"]).requests == 1
+
+
 def test_every_row_of_a_shard_can_be_forgotten(world):
     job, uri = world.job(), world.write("a.jsonl", reviews(3))
     go(world, job, uri)
@@ -195,7 +251,7 @@ def test_a_row_that_is_being_asked_cannot_be_forgotten_and_an_unknown_one_is_tol
     submit(world.site, run, shard)
     with pytest.raises(RowInUse):
         forget(world.site, "reviews", ["r1"])
-    with pytest.raises(InputMissing, match="no run has asked anything about nobody"):
+    with pytest.raises(InputMissing, match="no run has read nobody"):
         forget(world.site, "reviews", ["nobody"])
 
 

@@ -253,8 +253,8 @@ def forget(
     store: StoreOption = None,
 ) -> None:
     """Take rows' requests and answers out of all that is kept for reuse; asked again, they are bought again."""
+    from nightshift.forget import forget
     from nightshift.local_site import local_site
-    from nightshift.tidy import forget
 
     settings = read_settings()
     site = local_site(settings, store_of(store, settings))
@@ -367,9 +367,11 @@ def compare(
 
     settings = read_settings()
     site = local_site(settings, store_of(store, settings))
-    if runs and (len(runs) != 2 or any((input, ds, model, prompt))):
-        raise SettingInvalid([f"Two runs that have ended are compared as they are, without other options; {len(runs)} named"])
     if runs:
+        if len(runs) != 2:
+            raise SettingInvalid([f"Two runs that have ended are compared, old and new; named were {len(runs)}"])
+        if given := [name for name, value in (("input", input), ("ds", ds), ("model", model), ("prompt", prompt)) if value]:
+            raise SettingInvalid([f"Two runs are compared as they were: --{given[0]} says nothing beside them"])
         old, new = (find_run(site.store, name) for name in runs)
     elif model is None and prompt is None:
         raise SettingInvalid(["Compare what? Name two runs, or say what is new: --prompt or --model"])

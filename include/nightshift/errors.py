@@ -361,7 +361,8 @@ class RowInUse(Transient):
     def __init__(self, run: str) -> None:
         self.run = run
         super().__init__(
-            f"{run} is under way, or waits for approval, and counts on a row that is to be forgotten. Let it come to its end first."
+            f"{run} is under way, waits for approval, or can be gone on with, and counts on a row that is to be forgotten. "
+            "Let it come to its end first; a plan that nobody approves is over after some days."
         )
 
 

@@ -139,11 +139,11 @@ def approved_plan(run: Run) -> Plan:
     return stored
 
 
-def under_way(store: Objects, prefix: str, planned_after: datetime | None = None, *, refused: bool = False) -> list[str]:
+def under_way(store: Objects, prefix: str, planned_after: datetime | None = None) -> list[str]:
     """The folders of runs below a prefix that are approved and have not come as far as their outcomes.
 
-    `planned_after`: with those that were planned since then, and wait for their approval; `refused`: also where nobody has
-    given it in time, since a person may clear that task.
+    `planned_after`: with those that were planned since then and are not approved, also where that was refused, or nobody has answered:
+    a person may clear that task. A dry run is not approved ever.
     """
     written: dict[str, dict[str, float]] = {}
     for found in store.scan(prefix):
@@ -151,10 +151,14 @@ def under_way(store: Objects, prefix: str, planned_after: datetime | None = None
         written.setdefault(folder, {})[name] = found.modified
     since = planned_after.timestamp() if planned_after else math.inf
 
-    def waits(inside: Mapping[str, float]) -> bool:
-        return (refused or "summary.json" not in inside) and inside.get("plan.json", -math.inf) >= since
+    def waits(folder: str, inside: Mapping[str, float]) -> bool:
+        if inside.get("plan.json", -math.inf) < since:
+            return False
+        summary = store.get_shape(f"{folder}/summary.json", Summary) if "summary.json" in inside else None
+        return summary is None or summary.state != "planned"
 
-    return [folder for folder, inside in written.items() if "assembled.json" not in inside and ("approved.json" in inside or waits(inside))]
+    ongoing = ((folder, inside) for folder, inside in written.items() if "assembled.json" not in inside)
+    return [folder for folder, inside in ongoing if "approved.json" in inside or waits(folder, inside)]
 
 
 def awaited_elsewhere(run: Run) -> frozenset[str]:
