@@ -324,13 +324,19 @@ def test_what_waits_for_its_turn_is_counted_once(world):
     assert bound.paid == pytest.approx(free.paid, rel=0.15)
 
 
-def test_what_was_put_aside_is_free_once_its_attempt_is_refused_for_good(world):
+def asked_once(world: World):
+    """A run whose one shard has only answers that are to be asked again."""
     job = world.job(policy={"retry": {"invalid": 1}, "monthly_budget_usd": 1})
     world.rehearsal.faults(invalid=1.0)
     run, [shard] = shards_of(world, job, world.write("a.jsonl", texts(10)))
     submit(world.site, run, shard)
     list(pauses(world.site, run, shard))
     collect(world.site, run, shard)
+    return run, shard
+
+
+def test_what_was_put_aside_is_free_once_its_attempt_is_refused_for_good(world):
+    run, shard = asked_once(world)
     world.rehearsal.faults(create_quota=1)
     with pytest.raises(QuotaExhausted):
         submit(world.site, run, shard)
@@ -342,12 +348,7 @@ def test_what_was_put_aside_is_free_once_its_attempt_is_refused_for_good(world):
 
 
 def test_a_budget_that_is_set_while_a_shard_is_asked_again_counts_that(world):
-    job = world.job(policy={"retry": {"invalid": 1}, "monthly_budget_usd": 1})
-    world.rehearsal.faults(invalid=1.0)
-    run, [shard] = shards_of(world, job, world.write("a.jsonl", texts(10)))
-    submit(world.site, run, shard)
-    list(pauses(world.site, run, shard))
-    collect(world.site, run, shard)
+    run, _ = asked_once(world)
     first = spent_on(world)
     world.site = replace(world.site, monthly_budget=lambda connection: Decimal(1))
     drive(world.site, run, ask=lambda run, planned: True)
