@@ -23,6 +23,7 @@ from nightshift.steps.submit import submit
 from nightshift.steps.wait import pauses
 from nightshift.stores.answers import AnswerStore
 from nightshift.stores.database import open_database
+from nightshift.stores.objects import Objects
 from nightshift.tidy import GRACE, MERGE_AT, _best, tidy
 from tests.conftest import World, go, reviews
 
@@ -204,6 +205,45 @@ def test_a_run_of_forgotten_rows_only_keeps_its_parts_and_is_told_from_one_witho
     forget(world.site, "reviews", ["r0"])
     with pytest.raises(InputMissing, match="it has published no row that"):
         compare(world.site, old, new)
+
+
+def test_a_forget_that_died_in_the_middle_is_done_by_the_next(world, monkeypatch):
+    go(world, world.job(), world.write("a.jsonl", reviews(5)))
+    real = Objects._change
+
+    def dies(self, verb, key, act):
+        if "/answers-" in key:
+            raise KeyboardInterrupt
+        return real(self, verb, key, act)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Objects, "_change", dies)
+        with pytest.raises(KeyboardInterrupt):
+            forget(world.site, "reviews", ["r3"])
+    forget(world.site, "reviews", ["r3"])
+    [file] = [found.key for found in world.site.store.scan("shards") if "/answers-" in found.key]
+    assert pq.read_table(world.site.store.open(file)).num_rows == 4
+
+
+def test_a_row_that_another_job_counts_on_cannot_be_forgotten_under_it(world):
+    uri = world.write("a.jsonl", reviews(5))
+    go(world, world.job(), uri)
+    second = begin(world.site, world.job(name="second"), pattern=uri, dates={}, scheduled=False)
+    assert approve(world.site, second, plan(world.site, second), ask=lambda: True).reused == 5
+    with pytest.raises(RowInUse, match="runs/second"):
+        forget(world.site, "reviews", ["r0"])
+    drive(world.site, second, ask=lambda run, planned: True)
+    assert forget(world.site, "reviews", ["r0"]).requests == 1
+
+
+def test_a_run_that_has_failed_and_that_nobody_goes_on_with_holds_no_row_for_ever(world):
+    run = begin(world.site, world.job(), pattern=world.write("a.jsonl", reviews(5)), dates={}, scheduled=False)
+    world.rehearsal.faults(create_quota=99)
+    with pytest.raises(QuotaExhausted):
+        drive(world.site, run, ask=lambda run, planned: True)
+    with pytest.raises(RowInUse):
+        forget(world.site, "reviews", ["r3"])
+    assert forget(later(world, days=PLAN_STANDS.days, minutes=1), "reviews", ["r3"]).requests == 1
 
 
 def test_a_row_whose_id_stands_twice_is_forgotten(world):

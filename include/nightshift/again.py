@@ -61,6 +61,7 @@ def ask_again(
     """
     wanted = _wanted(site, payer.job, attempt, facts, left, failed)
     owed = Counter(each.variant if each else AS_IT_WAS for each in rest)
+    owed.update(again.variant for _, again in wanted.values() if again and not again.is_charged)
     while True:
         money, decided = purse(), {}
         for variant, count in owed.items():

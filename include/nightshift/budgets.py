@@ -56,42 +56,46 @@ def budgets_of(site: Site, run: Run) -> list[Budget]:
     return [Budget(name=name, limit=limit, account=account) for name, limit, account in found if limit is not None]
 
 
-def book_attempt(site: Site, run: Run, facts: Shard, claim: Claim, attempts: Sequence[Attempt]) -> None:
+def book_attempt(site: Site, run: Run, facts: Shard, claim: Claim, attempts: Sequence[Attempt], *, only_look: bool = False) -> None:
     """Book the attempt of a shard that is about to be sent against every budget of its run, once. `attempts`: those before it.
 
     What is asked again was decided when its answers were harvested, so it is not refused; what was put aside for it then is its
     booking. For the first attempt it raises ShardHeld where it fits only if what is in flight turns out cheaper than it may be,
-    and BudgetExceeded where it does not fit.
+    and BudgetExceeded where it does not fit. `only_look`: raises the same, and books nothing.
     """
     budgets, number = budgets_of(site, run), len(attempts) + 1
-    estimate = _estimate(site, run, facts, claim, number) if budgets else None
+    estimate = _estimate(site, run, facts, claim) if budgets else None
     if estimate is None or estimate.usd is None:
         return  # nothing bounds it, or nobody can tell what it costs, and a person was asked
     settle_attempts(site, facts.key, attempts)
-    budgets = _without_aside(site, run, facts.key, _funded_by(claim, number, attempts), budgets)
+    held = _places_held(site, run, facts.key, _entries(facts.key, run.uri, claim, number, attempts))
+    budgets = [budget for budget in budgets if _place(budget.account) not in held]
     of, high, is_asked_again = _name(facts.key, run.uri, number), _high(estimate), any(claim.after)
     for budget in budgets if not is_asked_again else ():  # all before the first is booked: what one refuses must not weigh on another
         _refuse_full(site, facts.key, budget, Account(site.store, budget.account).fits(of, estimate.usd, budget.limit, high), estimate.usd)
-    for budget in budgets:
+    for budget in budgets if not only_look else ():
         _announce(site, run, facts.key, budget)
         booked = Account(site.store, budget.account).book(of, estimate.usd, None if is_asked_again else budget.limit, high, now=site.now())
         _refuse_full(site, facts.key, budget, booked, estimate.usd)
 
 
 def _funded_by(claim: Claim, number: int, attempts: Sequence[Attempt]) -> int | None:
-    """The attempt whose harvest has put aside what another one is about to cost; None where none has, or a lost batch has used it up."""
+    """The attempt whose harvest has put aside what another one is about to cost; None where none has, or one in between may use it up."""
     last = max(claim.after, default=0)
-    lost = (attempt.number for attempt in attempts if attempt.ended is not None and attempt.ended.how == "lost")
-    return None if not last or any(last < each < number for each in lost) else last
+    doubtful = (attempt.number for attempt in attempts if attempt.ended is None or attempt.ended.how == "lost")
+    return None if not last or any(last < each < number for each in doubtful) else last
 
 
-def _without_aside(site: Site, run: Run, shard: str, number: int | None, budgets: Sequence[Budget]) -> list[Budget]:
-    """The budgets in which a run has nothing put aside for what an attempt left, in whatever month that was."""
-    if number is None:
-        return list(budgets)
-    of, own = _again(shard, run.uri, number), [booking.account for booking in _bookings(site, shard) if booking.run == run.uri]
-    held = {_place(account) for account in own if Account(site.store, account).held(of)}
-    return [budget for budget in budgets if _place(budget.account) not in held]
+def _entries(shard: str, run: str, claim: Claim, number: int, attempts: Sequence[Attempt]) -> list[str]:
+    """What an attempt can be booked as: by itself, or as what was put aside for it."""
+    funded_by = _funded_by(claim, number, attempts)
+    return [_name(shard, run, number), *([] if funded_by is None else [_again(shard, run, funded_by)])]
+
+
+def _places_held(site: Site, run: Run, shard: str, names: Sequence[str]) -> set[str]:
+    """What the accounts are of, of whatever month, in which a run has something booked for a shard that is not settled yet."""
+    own = [booking.account for booking in _bookings(site, shard) if booking.run == run.uri]
+    return {_place(account) for account in own if any(Account(site.store, account).held(name) for name in names)}
 
 
 def _place(account: str) -> str:
@@ -132,7 +136,10 @@ class Aside:
 
     def book(self, usd: Decimal, *, is_owed: bool) -> bool:
         """Book it once; whether it fits into the month beside what others have booked. `is_owed`: all of it was granted before."""
+        held = _places_held(self.site, self.payer, self.shard, [self._of])  # by who has died before the month turned
         for budget in budgets_of(self.site, self.payer):
+            if _place(budget.account) in held:
+                continue
             _announce(self.site, self.payer, self.shard, budget)
             account = Account(self.site.store, budget.account)
             limit = None if is_owed or _is_own(self.payer, budget) else self._limit(budget, account)
@@ -146,16 +153,14 @@ class Aside:
 
     def _limit(self, budget: Budget, account: Account) -> Decimal:
         """A budget's limit, as if the attempt were settled already."""
-        funded_by = _funded_by(self.attempt.claim, self.attempt.number, self.attempts)
-        names = [_name(self.shard, self.payer.uri, self.attempt.number)]
-        names += [] if funded_by is None else [_again(self.shard, self.payer.uri, funded_by)]
+        names = _entries(self.shard, self.payer.uri, self.attempt.claim, self.attempt.number, self.attempts)
         held = sum((account.held(name) for name in names), Decimal(0))
         return budget.limit + held - self.cost if held else budget.limit
 
 
-def give_back(site: Site, shard: str, attempts: Sequence[Attempt]) -> None:
-    """Free what was put aside for an attempt that was refused for good, the last: whoever goes on with the shard books it anew."""
-    funded_by = _funded_by(attempts[-1].claim, attempts[-1].number, attempts)
+def give_back(site: Site, shard: str, claim: Claim, number: int, attempts: Sequence[Attempt]) -> None:
+    """Free what was put aside for an attempt that is refused for good, before that is recorded: who goes on books it anew."""
+    funded_by = _funded_by(claim, number, attempts)
     if funded_by is not None:
         for booking in _bookings(site, shard):
             Account(site.store, booking.account).settle(_again(shard, booking.run, funded_by), Decimal(0), now=site.now())
@@ -184,6 +189,8 @@ def settle_attempts(site: Site, shard: str, attempts: Sequence[Attempt]) -> None
     is_over = bool(bookings) and site.ledger.settled(shard) is not None
     over = [attempt for attempt in attempts if is_over or attempt.ended is not None] if bookings else []
     for attempt in over:
+        if not any(_is_held(site, shard, booking, attempt, attempts) for booking in bookings):
+            continue  # it is settled, and its answers may be gone since
         cost = _cost(site, shard, attempt) if attempt in distinct(attempts) else Decimal(0)
         funded_by = _funded_by(attempt.claim, attempt.number, attempts) if attempt.is_harvested or cost is None else None
         for booking in bookings:  # who has booked and was not quick enough to claim pays nothing
@@ -195,6 +202,11 @@ def settle_attempts(site: Site, shard: str, attempts: Sequence[Attempt]) -> None
     if is_over:
         for attempt, booking in product(attempts, bookings):  # what was put aside and never asked
             Account(site.store, booking.account).settle(_again(shard, booking.run, attempt.number), Decimal(0), now=site.now())
+
+
+def _is_held(site: Site, shard: str, booking: Booking, attempt: Attempt, attempts: Sequence[Attempt]) -> bool:
+    account = Account(site.store, booking.account)
+    return any(account.held(name) for name in _entries(shard, booking.run, attempt.claim, attempt.number, attempts))
 
 
 def _cost(site: Site, shard: str, attempt: Attempt) -> Decimal | None:
@@ -215,9 +227,9 @@ def _bookings(site: Site, shard: str) -> list[Booking]:
     return [booking for key in keys if (booking := site.store.get_shape(key, Booking)) is not None]
 
 
-def _estimate(site: Site, run: Run, facts: Shard, claim: Claim, number: int) -> Estimate:
-    """What an attempt is expected to cost: the shard's own estimate for the first, what it asks for those after it."""
-    if number == 1:
+def _estimate(site: Site, run: Run, facts: Shard, claim: Claim) -> Estimate:
+    """What an attempt is expected to cost: all of the shard until some of it is answered, what it asks for those after it."""
+    if not any(claim.after):
         return estimate_shards(site.store, run.job, [facts])
     asked_as = Variant(provider=claim.provider, model=claim.model)
     size = facts.request_bytes * claim.asked // facts.request_count

@@ -52,12 +52,13 @@ def forget(site: Site, job: str, ids: Collection[str]) -> Forgotten:
     if not read:
         why = f"no run has read {', '.join(sorted(ids))}"
         raise InputMissing(site.store.uri_of(f"runs/{job}"), why, "An id is taken as it stands in the input.")
-    ongoing = {*under_way(site.store, f"runs/{job}", site.now() - PLAN_STANDS), *_unpublished(site, read)}
-    if busy := sorted(ongoing & read.keys()):
-        raise RowInUse(site.store.uri_of(busy[0]))
     keys = {key for found in read.values() for key in found.keys}
+    mask = pa.array(sorted(keys), pa.binary(32))
+    for folder in (*under_way(site.store, "runs", site.now() - PLAN_STANDS), *_unpublished(site, read)):
+        if not _is_given_up(site, folder) and (folder in read or _asks(site, folder, {plan.fingerprint for plan in plans.values()}, mask)):
+            raise RowInUse(site.store.uri_of(folder))
     shards = [shard for shard in dict.fromkeys(shard for plan in plans.values() for shard in plan.shards) if _holds(site, shard, keys)]
-    answers, mask = 0, pa.array(sorted(keys), pa.binary(32))
+    answers = 0
     for fingerprint in dict.fromkeys(plan.fingerprint for plan in plans.values()):
         for file in site.answers(fingerprint).files():
             answers += rewrite(site, file, lambda table: pc.invert(pc.is_in(table.column("request_key"), mask)))
@@ -74,6 +75,21 @@ def forget(site: Site, job: str, ids: Collection[str]) -> Forgotten:
         published=(*_showing(site, job, shows, names), *_compared(site, job, read)),
         unknown=tuple(sorted(set(ids).difference(*(found.ids for found in read.values())))),
     )
+
+
+def _is_given_up(site: Site, folder: str) -> bool:
+    """Whether a run has failed and nobody has gone on with it for some days."""
+    summary = site.store.get_shape(f"{folder}/summary.json", Summary)
+    return summary is not None and summary.state == "failed" and site.now() - summary.finished_at > PLAN_STANDS
+
+
+def _asks(site: Site, folder: str, fingerprints: Collection[str], mask: pa.Array) -> bool:
+    """Whether a run, also of another job that asks the same way, counts on the answer to one of some requests."""
+    plan = plan_of(site, folder)
+    files = plan.slices if plan and plan.fingerprint in fingerprints else ()
+    parquets = (pq.ParquetFile(site.store.open(file)) for file in files if site.store.head(file) is not None)
+    batches = (batch for parquet in parquets for batch in parquet.iter_batches(columns=["request_key"], use_threads=False))
+    return any(pc.any(pc.is_in(batch.column(0), mask)).as_py() for batch in batches)
 
 
 def _unpublished(site: Site, runs: Iterable[str]) -> Iterator[str]:
@@ -138,7 +154,15 @@ def _holds(site: Site, shard: str, keys: set[bytes]) -> bool:
 
 
 def _strike(site: Site, shard: str, keys: set[bytes]) -> None:
-    """Take requests out of a shard's folder: their lines, and what every attempt answered."""
+    """Take requests out of a shard: what every attempt answered, then their lines, and last their keys, by which they are found."""
+    mask = pa.array(sorted(keys), pa.binary(32))
+
+    def keeps(answers: pa.Table) -> Any:
+        return pc.invert(pc.is_in(answers.column("request_key"), mask))
+
+    for number in range(len(site.ledger.attempts(shard)) + 1):
+        if site.store.head(answers_key(shard, number)) is not None:
+            rewrite(site, answers_key(shard, number), keeps, keep_empty=True)
     with site.scratch() as scratch:
         lines, kept = site.store.download(requests_key(shard), Path(scratch) / "before.jsonl"), Path(scratch) / "after.jsonl"
         with lines.open("rb") as source, kept.open("wb") as target:
@@ -146,7 +170,3 @@ def _strike(site: Site, shard: str, keys: set[bytes]) -> None:
         left = [key for key in request_keys(site.store, shard) if key not in keys]
         site.store.put(requests_key(shard), kept)
         site.store.put(keys_key(shard), b"".join(left))
-    mask = pa.array(sorted(keys), pa.binary(32))
-    for number in range(len(site.ledger.attempts(shard)) + 1):
-        if site.store.head(answers_key(shard, number)) is not None:
-            rewrite(site, answers_key(shard, number), lambda table: pc.invert(pc.is_in(table.column("request_key"), mask)))

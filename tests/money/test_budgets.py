@@ -5,15 +5,15 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from unittest.mock import ANY
 
 import pytest
 
-from nightshift.budgets import PATIENCE, book_attempt, settle_attempts
+from nightshift.budgets import PATIENCE, _funded_by, book_attempt, settle_attempts
 from nightshift.drive import begin, drive
-from nightshift.errors import BudgetExceeded, QuotaExhausted, ShardHeld
+from nightshift.errors import AccessDenied, BudgetExceeded, QuotaExhausted, ShardHeld
 from nightshift.purse import Purse
 from nightshift.steps.approve import approve
 from nightshift.steps.collect import collect
@@ -345,6 +345,77 @@ def test_what_was_put_aside_is_free_once_its_attempt_is_refused_for_good(world):
     assert account.total == spent_on(world)
     drive(world.site, run, ask=lambda run, planned: True)
     assert account.total == pytest.approx(spent_on(world), abs=Decimal("1e-6")), "and who goes on books it anew"
+
+
+def test_what_an_attempt_in_flight_costs_is_entered_though_another_one_is_refused(world):
+    """A worker sleeps past its lease before its create call; another one sends; then the first one's call is refused for good."""
+    clock = Clock(datetime.now(UTC))
+    world.site = replace(world.site, now=clock)
+    run, shard = asked_once(world)
+    provider = world.site.open_provider(run.job.spec.request)
+    create = provider.create
+
+    def sleeps(order, may_send):
+        provider.create = create
+        clock.pass_by(minutes=5)
+        assert submit(world.site, run, shard) is not None
+        raise QuotaExhausted("no credit")
+
+    provider.create = sleeps
+    with pytest.raises(QuotaExhausted):
+        submit(world.site, run, shard)
+    assert len(world.site.ledger.attempts(shard)) == 3
+    drive(world.site, run, ask=lambda run, planned: True)
+    assert spent(world) == pytest.approx(spent_on(world), abs=Decimal("1e-6"))
+
+
+@pytest.mark.parametrize(
+    ("second", "funded_by"),
+    [
+        pytest.param(Ended(how="refused", status="refused", ended_at=NOON, remaining=10), 1, id="refused"),
+        pytest.param(Ended(how="queue_full", status="failed", ended_at=NOON, remaining=10), 1, id="no room"),
+        pytest.param(Ended(how="lost", status="lost", ended_at=NOON, remaining=10), None, id="lost, and perhaps paid"),
+        pytest.param(None, None, id="dead, and perhaps sent"),
+    ],
+)
+def test_what_was_put_aside_pays_for_one_attempt(second, funded_by):
+    claim = Claim(token="t", owner="o", claimed_at=NOON, where="w", run="r", provider="openai", model="m", asked=10)
+    again = claim.model_copy(update={"after": (1,)})
+    harvested = Ended(how="harvested", status="completed", ended_at=NOON, remaining=10)
+    attempts = [Attempt(number=1, claim=claim, ended=harvested), Attempt(number=2, claim=again, ended=second)]
+    assert _funded_by(again, 3, attempts) == funded_by
+    assert _funded_by(again, 2, attempts) == 1
+    assert _funded_by(claim, 1, attempts) is None
+
+
+def test_a_portion_is_booked_as_the_whole_shard_while_nothing_of_it_is_answered(world):
+    run, [shard] = shards_of(world, world.job(policy={"monthly_budget_usd": 1}), world.write("a.jsonl", texts(20)))
+    claim = first_claim(world.site, run, shard)
+    book_attempt(world.site, run, world.site.ledger.shard(shard), claim.model_copy(update={"asked": 5, "most": 5}), [])
+    assert spent(world) == site_estimate(world, run)
+
+
+def test_what_cannot_be_uploaded_is_not_booked(world, monkeypatch):
+    run, [shard] = shards_of(world, world.job(policy={"monthly_budget_usd": 1}), world.write("a.jsonl", texts(20)))
+
+    def denied(token, path):
+        raise AccessDenied("x", "no")
+
+    monkeypatch.setattr(world.site.open_provider(run.job.spec.request), "upload", denied)
+    with pytest.raises(AccessDenied):
+        submit(world.site, run, shard)
+    assert spent(world) == 0
+
+
+def test_what_was_booked_before_the_month_turned_is_not_booked_again(world):
+    clock = Clock()
+    world.site = replace(world.site, now=clock)
+    run, [shard] = shards_of(world, world.job(policy={"monthly_budget_usd": 1}), world.write("a.jsonl", texts(20)))
+    book_first(world.site, run, shard)
+    first = spent(world)
+    clock.pass_by(days=31)
+    book_first(world.site, run, shard)
+    assert (first > 0, spent(world)) == (True, 0)
 
 
 def test_a_budget_that_is_set_while_a_shard_is_asked_again_counts_that(world):

@@ -230,10 +230,11 @@ def _end_without_answers(site: Site, shard: str, attempt: Attempt, attempts: lis
         alone=how == "queue_full" and not provider.is_busy(),
         reasons=snapshot.reasons[:10],
     )
+    if how == "rejected":
+        give_back(site, shard, attempt.claim, attempt.number, attempts)
     site.ledger.record_end(shard, attempt.number, ended)
     settle_attempts(site, shard, site.ledger.attempts(shard))
     if how == "rejected":
-        give_back(site, shard, site.ledger.attempts(shard))
         raise BatchRejected(_batch_of(attempt), snapshot.reasons)
 
 

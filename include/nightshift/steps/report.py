@@ -194,8 +194,13 @@ def check_sums(summary: Summary) -> None:
 
 def _last_published(site: Site, run: Run) -> Summary | None:
     last = site.store.get_shape(_last_key(run), LastPublished)
-    name = last and (last.before if last.run == run.input.run else last.run)
-    return site.store.get_shape(f"{run_folder(run.job.name, name)}/summary.json", Summary) if name else None
+    for name in (last.run, last.before) if last else ():
+        summary = (
+            site.store.get_shape(f"{run_folder(run.job.name, name)}/summary.json", Summary) if name and name != run.input.run else None
+        )
+        if summary is not None:  # else it has died before its last write
+            return summary
+    return None
 
 
 def _last_key(run: Run) -> str:

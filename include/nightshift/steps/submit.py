@@ -149,14 +149,21 @@ def find(site: Site, shard: str, search: Search, open_attempt: Callable[[Attempt
 
 
 def _send(site: Site, run: Run, shard: str, number: int, attempts: list[Attempt]) -> Receipt:
-    """Book, upload, claim, create, record. Whatever happens in between is found again by the claim's token."""
+    """Upload, book, claim, create, record. Whatever happens in between is found again by the claim's token."""
     claim = _next_claim(site, run, shard, number, attempts)
-    book_attempt(site, run, site.ledger.shard(shard), claim, attempts)
+    book = partial(book_attempt, site, run, site.ledger.shard(shard), claim, attempts)
+    book(only_look=True)  # nothing is uploaded for what does not fit
     provider = _provider(site, run, claim.provider)
     with site.scratch() as folder:
         path = _write_requests(site, shard, claim, Path(folder))
+        try:
+            uploaded = provider.upload(claim.token, path)
+        except Permanent:
+            give_back(site, shard, claim, number, attempts)
+            raise
+        book()
         order = Order(
-            uploaded=provider.upload(claim.token, path),
+            uploaded=uploaded,
             model=claim.model,
             token=claim.token,
             work=work_of(shard, claim),
@@ -172,7 +179,7 @@ def pay(site: Site, provider: Provider, shard: str, claim: Claim, order: Order, 
     claim = claim.model_copy(update={"claimed_at": site.now()})
     if not site.ledger.claim(shard, number, claim):
         raise ShardHeld(shard, CLAIMED, LEASE.total_seconds())
-    with _refusals_recorded(site, shard, number, claim.asked, attempts):
+    with _refusals_recorded(site, shard, number, claim, attempts):
         receipt = provider.create(order, Holding(site, shard, Attempt(number=number, claim=claim)))
     return site.ledger.record_receipt(shard, number, receipt)
 
@@ -242,7 +249,7 @@ class Holding:
 
 
 @contextmanager
-def _refusals_recorded(site: Site, shard: str, attempt: int, count: int, before: list[Attempt]) -> Iterator[None]:
+def _refusals_recorded(site: Site, shard: str, attempt: int, claim: Claim, before: list[Attempt]) -> Iterator[None]:
     """A refused create call ends its attempt, so that the next one need not wait for the claim to lapse. A doubt does not.
 
     Where the provider has as many batches as it takes, the shard waits for a place: it is held, for some time.
@@ -252,18 +259,18 @@ def _refusals_recorded(site: Site, shard: str, attempt: int, count: int, before:
     except SubmissionInDoubt:
         raise
     except QueueFull as error:
-        ended = Ended(how="queue_full", status="refused", ended_at=site.now(), remaining=count, reasons=(str(error)[:500],))
+        ended = Ended(how="queue_full", status="refused", ended_at=site.now(), remaining=claim.asked, reasons=(str(error)[:500],))
         site.ledger.record_end(shard, attempt, ended)
         settle_attempts(site, shard, site.ledger.attempts(shard))
         if is_stuck(before, site.now()):
             raise
         raise ShardHeld(shard, "the provider's queue is full", QUEUE_PAUSE.total_seconds()) from error
     except (Permanent, Transient) as error:
-        ended = Ended(how="refused", status="refused", ended_at=site.now(), remaining=count, reasons=(str(error)[:500],))
+        if isinstance(error, Permanent):
+            give_back(site, shard, claim, attempt, before)
+        ended = Ended(how="refused", status="refused", ended_at=site.now(), remaining=claim.asked, reasons=(str(error)[:500],))
         site.ledger.record_end(shard, attempt, ended)
         settle_attempts(site, shard, site.ledger.attempts(shard))
-        if isinstance(error, Permanent):
-            give_back(site, shard, site.ledger.attempts(shard))
         raise
 
 
