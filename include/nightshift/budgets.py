@@ -21,6 +21,7 @@ from nightshift.stores.ledger import Attempt, Claim
 from nightshift.stores.shards import read_answers
 
 PATIENCE = timedelta(hours=26)  # with what is in flight: where nothing has been settled for so long, it is not waited for
+BILLIONTH = Decimal("1e-9")  # of a dollar: sums of quotients differ in their last digits, and nobody decides anew for that
 UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -142,7 +143,7 @@ class Aside:
                 continue
             _announce(self.site, self.payer, self.shard, budget)
             account = Account(self.site.store, budget.account)
-            limit = None if is_owed or _is_own(self.payer, budget) else self._limit(budget, account)
+            limit = None if is_owed or _is_own(self.payer, budget) else self._limit(budget, account) + BILLIONTH
             if isinstance(account.book(self._of, usd, limit, now=self.site.now()), Full):
                 return False
         return True

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from decimal import ROUND_DOWN, Decimal
 from functools import cache
 
-from nightshift.budgets import Aside
+from nightshift.budgets import BILLIONTH, Aside
 from nightshift.money.estimate import actual_cost, estimate_requests, measured_before
 from nightshift.money.prices import long_above
 from nightshift.runs import Run, Site
@@ -14,8 +14,6 @@ from nightshift.settle import TOKENS, distinct, usage_of
 from nightshift.shapes import Plan, Shard, Usage, Variant
 from nightshift.stores.ledger import Attempt, Claim
 from nightshift.stores.shards import read_answers
-
-BILLIONTH = Decimal("1e-9")  # of a dollar
 
 
 class Purse:
@@ -30,7 +28,7 @@ class Purse:
         if self._dollars is None:
             return True
         price = self._price(asked_as)
-        if price is None or price > self._dollars:
+        if price is None or price > self._dollars + BILLIONTH:
             return False
         self._dollars -= price
         self._granted += price
@@ -45,9 +43,7 @@ class Purse:
 
     def put_aside(self) -> bool:
         """Book all that was taken out; False where others have booked so much meanwhile that it does not fit any more."""
-        taken = (self._granted + self._owed).quantize(
-            BILLIONTH, ROUND_DOWN
-        )  # a sum of quotients may be beyond what is left by its last digit
+        taken = (self._granted + self._owed).quantize(BILLIONTH, ROUND_DOWN)
         return self._aside is None or not taken or self._aside.book(taken, is_owed=not self._granted)
 
 

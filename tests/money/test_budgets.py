@@ -11,7 +11,7 @@ from unittest.mock import ANY
 
 import pytest
 
-from nightshift.budgets import PATIENCE, _funded_by, book_attempt, settle_attempts
+from nightshift.budgets import BILLIONTH, PATIENCE, _funded_by, book_attempt, settle_attempts
 from nightshift.drive import begin, drive
 from nightshift.errors import AccessDenied, BudgetExceeded, QuotaExhausted, ShardHeld
 from nightshift.purse import Purse
@@ -347,6 +347,21 @@ def test_what_was_put_aside_is_free_once_its_attempt_is_refused_for_good(world):
     assert account.total == pytest.approx(spent_on(world), abs=Decimal("1e-6")), "and who goes on books it anew"
 
 
+@pytest.mark.parametrize("requests", [7, 9, 11, 13])
+def test_a_harvest_that_died_asks_as_many_again_when_it_is_repeated(world, monkeypatch, requests):
+    world.rehearsal.faults(invalid=1.0)
+    job = world.job(policy={"retry": {"invalid": 1}, "monthly_budget_usd": 1})
+    run, [shard] = shards_of(world, job, world.write("a.jsonl", texts(requests)))
+    submit(world.site, run, shard)
+    list(pauses(world.site, run, shard))
+    with monkeypatch.context() as patched:
+        patched.setattr("nightshift.sheet.Sheet.write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            collect(world.site, run, shard)
+    collect(world.site, run, shard)
+    assert world.site.ledger.attempts(shard)[0].ended.remaining == requests
+
+
 def test_what_an_attempt_in_flight_costs_is_entered_though_another_one_is_refused(world):
     """A worker sleeps past its lease before its create call; another one sends; then the first one's call is refused for good."""
     clock = Clock(datetime.now(UTC))
@@ -427,17 +442,23 @@ def test_a_budget_that_is_set_while_a_shard_is_asked_again_counts_that(world):
     assert account.total == pytest.approx(spent_on(world) - first, abs=Decimal("1e-6"))
 
 
-def test_sums_of_quotients_do_not_pass_what_is_left_by_their_last_digit(world):
-    """They did, by 1e-28 dollars, and the shard decided anew for ever."""
+@pytest.mark.parametrize("requests", [7, 11, 13, 30, 77])
+def test_who_decides_again_after_a_crash_asks_as_many_again(requests):
+    """With what the first has put aside: sums of quotients, rounded, let one request fall, or decided anew for ever."""
+    booked = []
 
-    class Strict:
+    class Taken:
         def book(self, usd: Decimal, *, is_owed: bool) -> bool:
-            return usd <= Decimal("0.011351")
+            booked.append(usd)
+            return usd <= left + BILLIONTH
 
-    prices = {"a": Decimal("0.008756") / 7, "b": Decimal("0.002595") / 7}
-    purse = Purse(Decimal("0.011351"), lambda variant: prices[variant], Strict())
-    assert all(purse.pays(variant) for variant in "ab" * 7)
-    assert purse.put_aside()
+    prices = {"a": Decimal("0.008756") / requests, "b": Decimal("0.002595") / requests}
+    left = Decimal("0.011351")
+    for _ in range(3):
+        purse = Purse(booked[-1] if booked else left, lambda variant: prices[variant], Taken())
+        assert all(purse.pays(variant) for variant in "ab" * requests)
+        assert purse.put_aside()
+    assert len(set(booked)) == 1
 
 
 def first_claim(site, run, shard: str) -> Claim:
