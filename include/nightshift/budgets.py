@@ -74,7 +74,9 @@ def book_attempt(site: Site, run: Run, facts: Shard, claim: Claim, attempts: Seq
     of, high, is_asked_again = _name(facts.key, run.uri, number), _high(estimate), any(claim.after)
     for budget in budgets if not is_asked_again else ():  # all before the first is booked: what one refuses must not weigh on another
         _refuse_full(site, facts.key, budget, Account(site.store, budget.account).fits(of, estimate.usd, budget.limit, high), estimate.usd)
-    for budget in budgets if not only_look else ():
+    if only_look:
+        return
+    for budget in budgets:
         _announce(site, run, facts.key, budget)
         booked = Account(site.store, budget.account).book(of, estimate.usd, None if is_asked_again else budget.limit, high, now=site.now())
         _refuse_full(site, facts.key, budget, booked, estimate.usd)

@@ -18,6 +18,7 @@ import typer
 from rich.table import Table
 
 from nightshift import __version__
+from nightshift.dates import render_dates
 from nightshift.errors import (
     RUNS_ARE_LISTED,
     InputMissing,
@@ -147,7 +148,6 @@ def plan(
     sample: SampleOption = None,
 ) -> None:
     """Rows, requests, reuse, shards and the estimate; sends nothing and keeps nothing."""
-    from nightshift.dates import render_dates
     from nightshift.local_site import local_site
     from nightshift.runs import Run, RunInput
     from nightshift.steps.discover import pin

@@ -29,6 +29,7 @@ def compare(site: Site, old: Run, new: Run) -> Comparison:
     job = old.job
     identifier, fields = job.spec.input.id, [name for name in job.fields if name in new.job.fields]
     key = f"samples/{job.name}/compare-{run_id(old.input.run, new.input.run)}"
+    summaries = [_summary(site, run) for run in (old, new)]
     with site.scratch() as folder, open_database(Path(folder)) as database:
         parts = {name: _parts(site, run, Path(folder), name) for name, run in (("old", old), ("new", new))}
         types = [_types(database, each) for each in parts.values()]
@@ -43,8 +44,8 @@ def compare(site: Site, old: Run, new: Run) -> Comparison:
         counts = [database.execute(f"SELECT count(*) FROM {name}").fetchall()[0][0] for name in ("old", "new")]
         found = Comparison(
             job=job.name,
-            old=_side(site, old, counts[0]),
-            new=_side(site, new, counts[1]),
+            old=_side(old, summaries[0], counts[0]),
+            new=_side(new, summaries[1], counts[1]),
             common=common,
             only_old=counts[0] - common,
             only_new=counts[1] - common,
@@ -63,11 +64,9 @@ def _types(database: duckdb.DuckDBPyConnection, parts: str) -> dict[str, str]:
 
 def _parts(site: Site, run: Run, folder: Path, name: str) -> str:
     """What a run has published, on local disk, as it stands in SQL."""
-    summary, assembled = site.store.get_shape(run.key("summary.json"), Summary), site.store.get_shape(run.key("assembled.json"), Assembled)
-    if summary is None or assembled is None or not summary.published:
-        raise InputMissing(run.uri, "it has published nothing", RUNS_ARE_LISTED)
-    keys: Sequence[str] = assembled.parts  # as they were staged: a later run may have published its partition anew
-    if any(site.store.head(key) is None for key in keys):
+    assembled = site.store.get_shape(run.key("assembled.json"), Assembled)
+    keys: Sequence[str] = assembled.parts if assembled else ()  # as they were staged: a later run may have published its partition anew
+    if assembled is None or any(site.store.head(key) is None for key in keys):
         manifest = site.store.get_shape(f"{results_folder(run)}/{MANIFEST}", Manifest)
         if manifest is None or manifest.made_from != run.made_from:
             why = "its partition was published anew since, and what it had staged was tidied away"
@@ -77,10 +76,14 @@ def _parts(site: Site, run: Run, folder: Path, name: str) -> str:
     return f"[{literals(paths)}]"
 
 
-def _side(site: Site, run: Run, answered: int) -> Side:
+def _summary(site: Site, run: Run) -> Summary:
     summary = site.store.get_shape(run.key("summary.json"), Summary)
-    if summary is None:
-        raise InputMissing(run.uri, "it has not come to its end", RUNS_ARE_LISTED)
+    if summary is None or not summary.published:
+        raise InputMissing(run.uri, "it has published nothing" if summary else "it has not come to its end", RUNS_ARE_LISTED)
+    return summary
+
+
+def _side(run: Run, summary: Summary, answered: int) -> Side:
     return Side(
         run=run.input.run,
         label=run.input.label,

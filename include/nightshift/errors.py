@@ -356,7 +356,7 @@ class DownloadIncomplete(Transient):
 
 
 class RowInUse(Transient):
-    """A run that has read the row is approved and has not come to its outcomes."""
+    """A run that counts on the row can still be gone on with."""
 
     def __init__(self, run: str) -> None:
         self.run = run

@@ -53,13 +53,13 @@ def forget(site: Site, job: str, ids: Collection[str]) -> Forgotten:
         why = f"no run has read {', '.join(sorted(ids))}"
         raise InputMissing(site.store.uri_of(f"runs/{job}"), why, "An id is taken as it stands in the input.")
     keys = {key for found in read.values() for key in found.keys}
-    mask = pa.array(sorted(keys), pa.binary(32))
-    for folder in (*under_way(site.store, "runs", site.now() - PLAN_STANDS), *_unpublished(site, read)):
-        if not _is_given_up(site, folder) and (folder in read or _asks(site, folder, {plan.fingerprint for plan in plans.values()}, mask)):
+    mask, fingerprints = pa.array(sorted(keys), pa.binary(32)), dict.fromkeys(plan.fingerprint for plan in plans.values())
+    for folder in _ongoing(site, read):
+        if folder in read or _asks(site, folder, fingerprints, mask):
             raise RowInUse(site.store.uri_of(folder))
     shards = [shard for shard in dict.fromkeys(shard for plan in plans.values() for shard in plan.shards) if _holds(site, shard, keys)]
     answers = 0
-    for fingerprint in dict.fromkeys(plan.fingerprint for plan in plans.values()):
+    for fingerprint in fingerprints:
         for file in site.answers(fingerprint).files():
             answers += rewrite(site, file, lambda table: pc.invert(pc.is_in(table.column("request_key"), mask)))
     for shard in shards:
@@ -77,10 +77,12 @@ def forget(site: Site, job: str, ids: Collection[str]) -> Forgotten:
     )
 
 
-def _is_given_up(site: Site, folder: str) -> bool:
-    """Whether a run has failed and nobody has gone on with it for some days."""
-    summary = site.store.get_shape(f"{folder}/summary.json", Summary)
-    return summary is not None and summary.state == "failed" and site.now() - summary.finished_at > PLAN_STANDS
+def _ongoing(site: Site, read: Collection[str]) -> Iterator[str]:
+    """The runs of all jobs that are under way, and those of `read` that may still publish; not what has failed some days ago."""
+    for folder in (*under_way(site.store, "runs", site.now() - PLAN_STANDS), *_unpublished(site, read)):
+        summary = site.store.get_shape(f"{folder}/summary.json", Summary)
+        if summary is None or summary.state != "failed" or site.now() - summary.finished_at <= PLAN_STANDS:
+            yield folder
 
 
 def _asks(site: Site, folder: str, fingerprints: Collection[str], mask: pa.Array) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
+from nightshift.dates import interval_dates
 from nightshift.errors import JobInvalid, SettingInvalid
 from nightshift.job import Job
 from nightshift.job_file import find_job, load_job, read_prompt, vary
@@ -55,8 +56,6 @@ def pattern_of(job: Job, given: str | None, ds: str | None) -> str:
 
 def dates_of(job: Job, ds: str | None) -> dict[str, Any]:
     """The dates a template may use: those of the day `ds`, in the job's time zone."""
-    from nightshift.dates import interval_dates
-
     if ds is None:
         return {}
     try:

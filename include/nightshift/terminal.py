@@ -194,7 +194,7 @@ def _lines() -> Watcher:
 
 
 def _tell_stopping() -> None:
-    people.print("stopping: what is being asked gets some seconds to be answered", style="dim")
+    people.print("stopping: calls that are under way get some seconds", style="dim")
 
 
 class _Trouble:

@@ -65,9 +65,9 @@ def discover(
 ) -> Run:
     """Begin a run, or find it begun: a repeated discovery reads the objects of the first.
 
-    Raises JobInvalid now, where the suite can never be applied, and AccessDenied or ModelNotFound, where the provider would refuse every
-    request later. With `unless_made` it raises UpToDate,
-    and begins nothing, where the partition was made of the same objects by the same job.
+    Raises JobInvalid now, where the suite can never be applied, and AccessDenied or ModelNotFound, where the provider would refuse
+    every request later. With `unless_made` it raises UpToDate, and begins nothing, where the partition was made of the same objects by
+    the same job.
     """
     key = f"{run_folder(job.name, run)}/input.json"
     begun = site.store.get_shape(key, RunInput)

@@ -194,13 +194,9 @@ def check_sums(summary: Summary) -> None:
 
 def _last_published(site: Site, run: Run) -> Summary | None:
     last = site.store.get_shape(_last_key(run), LastPublished)
-    for name in (last.run, last.before) if last else ():
-        summary = (
-            site.store.get_shape(f"{run_folder(run.job.name, name)}/summary.json", Summary) if name and name != run.input.run else None
-        )
-        if summary is not None:  # else it has died before its last write
-            return summary
-    return None
+    others = [name for name in (last.run, last.before) if name and name != run.input.run] if last else []
+    summaries = (site.store.get_shape(f"{run_folder(run.job.name, name)}/summary.json", Summary) for name in others)
+    return next((summary for summary in summaries if summary), None)  # the last one may have died before it wrote its own
 
 
 def _last_key(run: Run) -> str:
