@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 with suppress(ModuleNotFoundError):  # a peer has an environment of its own
-    import nightshift.lean  # noqa: F401  first of all: see there
+    import nightshift.process  # noqa: F401  first of all: see there
 
 PEAK = "NIGHTSHIFT_BENCH_PEAK"  # names a file that a process of the benchmark leaves its peak of memory in
 

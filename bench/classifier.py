@@ -21,7 +21,7 @@ from typing import Any
 import orjson
 
 from bench.question import FILE_REQUESTS, job_parts
-from nightshift.lean import leave
+from nightshift.process import end_process
 
 FOLDER = Path(".nightshift/bench/peers/classifier")
 COMMIT = "63032654cf1c1ae0781cd42cb4ba98282fcbc222"
@@ -152,7 +152,7 @@ def main() -> None:
         given.out.mkdir(parents=True, exist_ok=True)
         PEERS[given.name](given.folder, given.out)
         print(json.dumps({"bytes": sum(path.stat().st_size for path in given.out.iterdir())}))
-    leave(0)
+    end_process(0)
 
 
 if __name__ == "__main__":

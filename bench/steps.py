@@ -21,7 +21,7 @@ from nightshift.encode import Encoder
 from nightshift.formats import read_rows
 from nightshift.job import Job
 from nightshift.job_file import load_job
-from nightshift.lean import leave
+from nightshift.process import end_process
 from nightshift.providers.forms import form_of
 from nightshift.providers.protocol import Garbage, Limits, Order, Reply, Snapshot
 from nightshift.providers.results import read_file
@@ -223,7 +223,7 @@ def main() -> None:
     given = parser.parse_args()
     rest = [int(each) if each.isdigit() else each for each in given.rest]
     print(json.dumps(STEPS[given.step](given.folder.resolve(), *rest)))
-    leave(0)
+    end_process(0)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import msgspec
 import orjson
 
 from bench.question import COLUMNS, FILE_REQUESTS, MODEL, PARAMETERS, job_parts
-from nightshift.lean import leave
+from nightshift.process import end_process
 
 BATCH_ROWS = 2048
 MARK = "\x00{}\x00"
@@ -206,7 +206,7 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     by_name[given.name](given.folder, given.out)
-    leave(0)
+    end_process(0)
 
 
 if __name__ == "__main__":

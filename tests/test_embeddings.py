@@ -8,7 +8,6 @@ import pytest
 from msgspec import structs
 
 from nightshift.job import Job
-from nightshift.judge import judge_for
 from nightshift.matching import unfold
 from nightshift.providers.openai_forms import OpenAIForm
 from nightshift.providers.protocol import Reply
@@ -16,6 +15,7 @@ from nightshift.rehearsal import model, openai_desk
 from nightshift.rehearsal.engine import error_body
 from nightshift.shapes import Variant
 from nightshift.stores.shards import Left, shared_lines
+from nightshift.validation import validator_for
 from nightshift.vectors import LINE, with_vectors
 from tests.conftest import World, go, make_world, reviews
 
@@ -130,6 +130,6 @@ def test_tokens_of_a_line_are_divided_and_none_is_lost():
 
 
 def test_F81_a_vector_that_is_no_whole_number_of_numbers_is_invalid(world):
-    judge = judge_for(embedding_job(world, {"provider": "openai", **SMALL}))
+    judge = validator_for(embedding_job(world, {"provider": "openai", **SMALL}))
     answer = judge(Reply(custom_id="", outcome="succeeded", vectors=(b"\x00" * 254,)))
     assert (answer.reply.outcome, answer.reply.reason, answer.output) == ("invalid", "63.5 numbers in place of 64", None)

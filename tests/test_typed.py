@@ -16,16 +16,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nightshift.answer_writer import AnswerWriter
 from nightshift.columns import UNFIT, answer_type
 from nightshift.job import Job, JobFile
-from nightshift.judge import Answer
 from nightshift.matching import Matching
 from nightshift.providers.protocol import Garbage, Reply
 from nightshift.shapes import Variant
-from nightshift.sheet import Sheet
-from nightshift.steps.collect import put_down
+from nightshift.steps.collect import write_valid
 from nightshift.stores.shards import Left
 from nightshift.typed import reader_of
+from nightshift.validation import Answer
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
 NAMES = st.text("abc é", max_size=2)
@@ -222,9 +222,9 @@ def taken(job: Job, replies: list[Reply | Garbage], left: dict[bytes, Left | Non
     """The lines of the good answers, by request; the others; and what was odd."""
     matching = Matching(left)
     with TemporaryDirectory() as folder:
-        sheet = Sheet(job, ORIGIN, Path(folder))
-        others = put_down(sheet, job, matching, replies, left)
-        sheet.write(Path(folder) / "answers.parquet")
+        writer = AnswerWriter(job, ORIGIN, Path(folder))
+        others = write_valid(writer, job, matching, replies, left)
+        writer.write(Path(folder) / "answers.parquet")
         lines = pq.read_table(Path(folder) / "answers.parquet").to_pylist()
     return sorted(lines, key=lambda line: line["request_key"]), others, matching
 
@@ -252,9 +252,9 @@ def test_F67_of_two_lines_for_a_request_the_valid_one_stays_and_both_are_paid_fo
         [line], others, _ = taken(job, [answered(5, text) for text in texts], dict.fromkeys(KEYS[5:6]))
         assert (line["outcome"], line["output"], line["input_tokens"], others) == ("succeeded", {"n": 1, "s": "en"}, 10, {})
     left = dict.fromkeys(KEYS[5:6])
-    sheet = Sheet(job, ORIGIN, tmp_path)
-    others = put_down(sheet, job, Matching(left, sheet.hold), [answered(5, broken), answered(5, "{")], left)
-    sheet.add(KEYS[5], others[KEYS[5]])
-    sheet.write(tmp_path / "answers.parquet")
+    writer = AnswerWriter(job, ORIGIN, tmp_path)
+    others = write_valid(writer, job, Matching(left, writer.hold), [answered(5, broken), answered(5, "{")], left)
+    writer.add(KEYS[5], others[KEYS[5]])
+    writer.write(tmp_path / "answers.parquet")
     [line] = pq.read_table(tmp_path / "answers.parquet").to_pylist()
     assert (line["outcome"], line["text"], line["input_tokens"]) == ("invalid", broken, 10)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from nightshift.job import Job
-from nightshift.judge import AS_IT_WAS, Answer
 from nightshift.providers.protocol import Reply
-from nightshift.purse import Purse
+from nightshift.retry_budget import RetryBudget
 from nightshift.runs import Run, Site
 from nightshift.shapes import Shard, Variant
 from nightshift.stores.ledger import Attempt
 from nightshift.stores.shards import Left, read_answers
+from nightshift.validation import AS_IT_WAS, Answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,19 +51,19 @@ def ask_again(
     left: Mapping[bytes, Left | None],
     failed: Mapping[bytes, Answer],
     rest: Iterable[Left | None],
-    purse: Callable[[], Purse],
+    budget: Callable[[], RetryBudget],
 ) -> dict[bytes, Answer]:
     """The answers of an attempt that are not valid, each with how it is asked again, in the order of what was `left` to ask.
 
     What that is to cost is put aside before anybody reads it, with what the `rest` costs that this attempt did not ask: shards
     that are harvested at the same moment see each other's, and who comes second decides anew, with what the first has left.
-    `purse`: what is left now.
+    `budget`: what is left now.
     """
     wanted = _wanted(site, payer.job, attempt, facts, left, failed)
     owed = Counter(each.variant if each else AS_IT_WAS for each in rest)
     owed.update(again.variant for _, again in wanted.values() if again and not again.is_charged)
     while True:
-        money, decided = purse(), {}
+        money, decided = budget(), {}
         for variant, count in owed.items():
             money.owe(variant, count)
         for key, (asked_as, again) in wanted.items():

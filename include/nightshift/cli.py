@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nightshift.lean import leave  # isort: skip  first of all: what it sets is read by all that is imported after it
+from nightshift.process import end_process  # isort: skip  first of all: what it sets is read by all that is imported after it
 
 import getpass
 import sys
@@ -18,6 +18,7 @@ import typer
 from rich.table import Table
 
 from nightshift import __version__
+from nightshift.arguments import dates_of, day_of, job_name, pairs_of, pattern_of, store_of, varied
 from nightshift.dates import render_dates
 from nightshift.errors import (
     RUNS_ARE_LISTED,
@@ -29,10 +30,9 @@ from nightshift.errors import (
     SettingInvalid,
     Transient,
 )
-from nightshift.given import dates_of, day_of, job_name, pairs_of, pattern_of, store_of, varied
 from nightshift.job import Policy, job_schema
 from nightshift.job_file import find_job, load_job, load_jobs, redriven
-from nightshift.money.prices import farewells, price_at
+from nightshift.money.prices import price_at, retirements
 from nightshift.pages import render_job_reference, usd
 from nightshift.settings import read_settings
 from nightshift.shapes import Approval, Plan, Summary
@@ -88,9 +88,9 @@ def main() -> None:
                 typer.echo(orjson.dumps(told).decode())
         people.print(f"[bold red]{type(error).__name__}[/]", end=" ")
         people.print(str(error), markup=False, soft_wrap=True)
-        leave(error.exit_code if isinstance(error, NightshiftError) else 1)
+        end_process(error.exit_code if isinstance(error, NightshiftError) else 1)
     except SystemExit as end:
-        leave(int(end.code or 0))
+        end_process(int(end.code or 0))
 
 
 @app.callback(invoke_without_command=True)
@@ -124,7 +124,7 @@ def validate(job: JobArgument) -> None:
     for model in models:
         if spec.request.provider != "live" and price_at(spec.request.provider, model) is None:
             people.print(f"[yellow]price[/] none is known of {model}, so nothing is estimated: NIGHTSHIFT_PRICES can name it")
-    for said in farewells(spec.request.provider, models, date.today()):
+    for said in retirements(spec.request.provider, models, date.today()):
         people.print(f"[yellow]soon[/] {said}")
 
 

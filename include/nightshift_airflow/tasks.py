@@ -28,7 +28,7 @@ from nightshift.errors import (
 )
 from nightshift.job import Job
 from nightshift.job_file import load_job, read_prompt, redriven, vary
-from nightshift.money.prices import farewells
+from nightshift.money.prices import retirements
 from nightshift.notices import event_of, listeners, notice_of
 from nightshift.partitions import results_folder
 from nightshift.redrive import begin_redrive
@@ -133,7 +133,7 @@ def _redrive(site: Site, job: Job, params: Any, dag_run: Any) -> str:
 def plan(run_uri: str, **context: Any) -> str:
     """Plan the run; approve and everything after it read the plan in the store."""
     site, run = run_at(run_uri, owner_of(context))
-    for said in farewells(run.job.spec.request.provider, (run.job.spec.request.model, *run.job.spec.stand_ins), site.now().date()):
+    for said in retirements(run.job.spec.request.provider, (run.job.spec.request.model, *run.job.spec.stand_ins), site.now().date()):
         log.warning(said)
     planned = plan_run(site, run, progress=_every(100_000))
     log.info(

@@ -14,7 +14,7 @@ import pytest
 from nightshift.budgets import BILLIONTH, PATIENCE, _funded_by, book_attempt, settle_attempts
 from nightshift.drive import begin, drive
 from nightshift.errors import AccessDenied, BudgetExceeded, QuotaExhausted, ShardHeld
-from nightshift.purse import Purse
+from nightshift.retry_budget import RetryBudget
 from nightshift.steps.approve import approve
 from nightshift.steps.collect import collect
 from nightshift.steps.discover import discover
@@ -355,7 +355,7 @@ def test_a_harvest_that_died_asks_as_many_again_when_it_is_repeated(world, monke
     submit(world.site, run, shard)
     list(pauses(world.site, run, shard))
     with monkeypatch.context() as patched:
-        patched.setattr("nightshift.sheet.Sheet.write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("nightshift.answer_writer.AnswerWriter.write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             collect(world.site, run, shard)
     collect(world.site, run, shard)
@@ -455,9 +455,9 @@ def test_who_decides_again_after_a_crash_asks_as_many_again(requests):
     prices = {"a": Decimal("0.008756") / requests, "b": Decimal("0.002595") / requests}
     left = Decimal("0.011351")
     for _ in range(3):
-        purse = Purse(booked[-1] if booked else left, lambda variant: prices[variant], Taken())
-        assert all(purse.pays(variant) for variant in "ab" * requests)
-        assert purse.put_aside()
+        budget = RetryBudget(booked[-1] if booked else left, lambda variant: prices[variant], Taken())
+        assert all(budget.pays(variant) for variant in "ab" * requests)
+        assert budget.put_aside()
     assert len(set(booked)) == 1
 
 

@@ -199,6 +199,6 @@ def _price(line: dict[str, str]) -> Price:
     return Price(input=amounts[0], cached=cached, output=amounts[1], retires=retires)
 
 
-def farewells(provider: str, models: Iterable[str], today: date) -> list[str]:
+def retirements(provider: str, models: Iterable[str], today: date) -> list[str]:
     """What is to be said of some models' ends."""
     return [said for model in models if (said := farewell(provider, model, today))]

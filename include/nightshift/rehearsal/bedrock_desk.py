@@ -14,7 +14,7 @@ import orjson
 from nightshift.errors import NightshiftError
 from nightshift.money.prices import base_model, price_of
 from nightshift.providers.bedrock_forms import TITAN, maker_of
-from nightshift.rehearsal import eyes, model
+from nightshift.rehearsal import model, vision
 from nightshift.rehearsal.book import StoredBatch
 from nightshift.rehearsal.engine import Line, Results
 from nightshift.rehearsal.faults import Faults, drawn
@@ -272,8 +272,8 @@ def _asked_text(body: Mapping[str, Any], shape: str) -> str | None:
     typed = shape == "anthropic"
     if shape in ("mistral", "openai") or not content or any(("type" in part) != typed for part in content):
         return None
-    if seen := list(eyes.pictures_in(content)):
-        return " ".join(map(eyes.describe, seen))
+    if seen := list(vision.pictures_in(content)):
+        return " ".join(map(vision.describe, seen))
     return " ".join(str(part.get("text", "")) for part in content)
 
 
@@ -293,9 +293,9 @@ def _schema_of(body: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _tokens(body: Mapping[str, Any]) -> int:
     """Everything the model is billed for reading, and for looking at."""
-    read = [body.get("system"), eyes.without_pictures(body.get("messages")), body.get("prompt"), body.get("inputText")]
+    read = [body.get("system"), vision.without_pictures(body.get("messages")), body.get("prompt"), body.get("inputText")]
     text = "".join(part if isinstance(part, str) else orjson.dumps(part).decode() for part in read if part)
-    return model.count_tokens(text) + sum(map(eyes.tokens, eyes.pictures_in(body.get("messages"))))
+    return model.count_tokens(text) + sum(map(vision.tokens, vision.pictures_in(body.get("messages"))))
 
 
 def _limit(body: Mapping[str, Any]) -> int:

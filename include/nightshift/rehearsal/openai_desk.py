@@ -14,7 +14,7 @@ import orjson
 from nightshift.job import DIMENSIONS
 from nightshift.money.prices import price_of
 from nightshift.providers.openai_forms import is_strict
-from nightshift.rehearsal import eyes, model
+from nightshift.rehearsal import model, vision
 from nightshift.rehearsal.book import Book, StoredBatch
 from nightshift.rehearsal.engine import Line, Results, error_body
 from nightshift.rehearsal.faults import Faults
@@ -252,8 +252,8 @@ def _tokens(body: Mapping[str, Any]) -> int:
     """Everything the model is billed for reading, and for looking at."""
     schema = body.get("response_format") or body.get("text")
     turns = [body.get("messages"), body.get("input")]
-    read = [body.get("instructions"), *eyes.without_pictures(turns), schema]
-    return model.count_tokens(_joined(read)) + sum(map(eyes.tokens, eyes.pictures_in(turns)))
+    read = [body.get("instructions"), *vision.without_pictures(turns), schema]
+    return model.count_tokens(_joined(read)) + sum(map(vision.tokens, vision.pictures_in(turns)))
 
 
 def _joined(read: list[Any]) -> str:
@@ -268,8 +268,8 @@ def _asked_text(endpoint: str, body: Mapping[str, Any]) -> str:
     content = next((each.get("content") for each in messages or [] if each.get("role") == "user"), "")
     if isinstance(content, str):
         return content
-    if seen := list(eyes.pictures_in(content)):
-        return " ".join(map(eyes.describe, seen))
+    if seen := list(vision.pictures_in(content)):
+        return " ".join(map(vision.describe, seen))
     return " ".join(str(part.get("text", "")) for part in content or [])
 
 

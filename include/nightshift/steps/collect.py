@@ -17,26 +17,26 @@ from typing import Any
 from msgspec.structs import replace
 
 from nightshift.again import ask_again
+from nightshift.answer_writer import AnswerWriter
 from nightshift.arrow import collector_paused, keep_pandas_out
 from nightshift.budgets import give_back, settle_attempts
 from nightshift.columns import answers_schema, rows_at_once
 from nightshift.errors import BatchLost, BatchRejected, BatchUnfinished, BatchUnknown, NightshiftError, ProviderUnavailable, ResultsGone
 from nightshift.job import Job
-from nightshift.judge import Answer, judge_for, reader_for, usage_of_replies
 from nightshift.matching import AT_ONCE, Matching, unfold, with_tokens
 from nightshift.money.prices import long_above, tier_of
 from nightshift.providers.forms import form_of
 from nightshift.providers.protocol import Garbage, Provider, Reply, Snapshot
-from nightshift.purse import purse_of
+from nightshift.retry_budget import retry_budget_of
 from nightshift.runs import Run, Site
 from nightshift.settle import settle
 from nightshift.shapes import Settled, Shard
-from nightshift.sheet import Sheet
 from nightshift.steps.submit import open_where, payer_of
 from nightshift.steps.wait import FILES_GRACE, is_waiting_for_files
 from nightshift.stores.ledger import Attach, Attempt, Done, Ended, is_stuck, next_move
 from nightshift.stores.shards import Left, answers_key, asked_of, pending, shared_lines
 from nightshift.typed import Read
+from nightshift.validation import Answer, reader_for, usage_of_replies, validator_for
 
 LOST_AFTER = timedelta(minutes=2)  # from the first "not known" here; the wait before has looked for longer
 
@@ -105,21 +105,21 @@ def _write_answers(
     facts, waiting = site.ledger.shard(shard), pending(site.store, shard, attempt.claim.after)
     left, per_line = asked_of(waiting, facts, attempt.claim), form_of(facts.endpoint).inputs_per_line
     with site.scratch() as folder, collector_paused():
-        sheet = Sheet(run.job, _origin(site, facts, attempt, snapshot), Path(folder))
-        matching = Matching(left, sheet.hold)
+        writer = AnswerWriter(run.job, _origin(site, facts, attempt, snapshot), Path(folder))
+        matching = Matching(left, writer.hold)
         replies = provider.replies(snapshot, Path(folder))
-        failed = put_down(sheet, run.job, matching, unfold(replies, shared_lines(left, per_line)) if per_line > 1 else replies, left)
+        failed = write_valid(writer, run.job, matching, unfold(replies, shared_lines(left, per_line)) if per_line > 1 else replies, left)
         failed.update(_absent(matching.absent, snapshot, shared_lines(left, per_line)))
         above, payer = long_above(attempt.claim.provider, attempt.claim.model), payer_of(site, run, attempt)
-        bought = sheet.usage(above) + usage_of_replies(failed.values(), above)
-        purse = partial(purse_of, site, payer, facts, attempts, bought, attempt)
+        bought = writer.usage(above) + usage_of_replies(failed.values(), above)
+        budget = partial(retry_budget_of, site, payer, facts, attempts, bought, attempt)
         rest = [each for key, each in waiting.items() if key not in left]
-        for key, answer in ask_again(site, payer, attempt, facts, left, failed, rest, purse).items():
-            sheet.add(key, answer)
+        for key, answer in ask_again(site, payer, attempt, facts, left, failed, rest, budget).items():
+            writer.add(key, answer)
         path = Path(folder) / "answers.parquet"
-        sheet.write(path)
+        writer.write(path)
         is_first = site.store.create(answers_key(shard, attempt.number), path)
-    asked_again = len(waiting) - len(left) + sheet.asked_again
+    asked_again = len(waiting) - len(left) + writer.asked_again
     return Ended(
         how="harvested",
         status=snapshot.status,
@@ -141,51 +141,51 @@ def _origin(site: Site, facts: Shard, attempt: Attempt, snapshot: Snapshot) -> d
     }
 
 
-def put_down(
-    sheet: Sheet,
+def write_valid(
+    writer: AnswerWriter,
     job: Job,
     matching: Matching,
     replies: Iterable[Reply | Garbage],
     left: Mapping[bytes, Left | None],
 ) -> dict[bytes, Answer]:
     """Put down the good answers as they come; give the others, by request."""
-    others, judge = dict[bytes, Answer](), judge_for(job)
+    others, validate = dict[bytes, Answer](), validator_for(job)
     read = None if any(left.values()) else reader_for(job)  # each that is asked again says how: they are few, and taken one by one
 
     def put(key: bytes, answer: Answer) -> None:
         if answer.output is None:
-            others[key] = replace(answer, reply=sheet.hold(answer.reply))
+            others[key] = replace(answer, reply=writer.hold(answer.reply))
         else:
             before = left[key]
-            sheet.add(key, replace(answer, asked_as=before.variant) if before else answer)
+            writer.add(key, replace(answer, asked_as=before.variant) if before else answer)
 
     for succeeded in matching.successes(replies, rows_at_once(answers_schema(job), AT_ONCE)):
-        for key, reply in _add_all(sheet, read, succeeded) if read else succeeded:
-            put(key, judge(reply))
+        for key, reply in _add_all(writer, read, succeeded) if read else succeeded:
+            put(key, validate(reply))
     invalid = [key for key in matching.twice if key in others]  # in the order of the lines: repeating it writes the same
-    sheet.count_twice({key: further for key, further in matching.twice.items() if key not in others})
+    writer.count_twice({key: further for key, further in matching.twice.items() if key not in others})
     for key in invalid:
-        put(key, _better(others.pop(key), [sheet.recall(reply) for reply in matching.twice[key]], judge))
-    others.update((key, judge(reply)) for key, reply in matching.failed.items())
+        put(key, _better(others.pop(key), [writer.recall(reply) for reply in matching.twice[key]], validate))
+    others.update((key, validate(reply)) for key, reply in matching.failed.items())
     return others
 
 
-def _better(first: Answer, further: Sequence[Reply], judge: Callable[[Reply], Answer]) -> Answer:
+def _better(first: Answer, further: Sequence[Reply], validate: Callable[[Reply], Answer]) -> Answer:
     """Of an invalid answer and further lines for its request the one that stays, with the tokens of all: a valid one, else the first."""
     for reply in further:
-        answer = judge(reply)
+        answer = validate(reply)
         if answer.output is not None:
             return replace(answer, reply=with_tokens(reply, [first.reply, *(each for each in further if each is not reply)]))
     return replace(first, reply=with_tokens(first.reply, further))
 
 
-def _add_all(sheet: Sheet, read: Read, succeeded: Sequence[tuple[bytes, Reply]]) -> Sequence[tuple[bytes, Reply]]:
+def _add_all(writer: AnswerWriter, read: Read, succeeded: Sequence[tuple[bytes, Reply]]) -> Sequence[tuple[bytes, Reply]]:
     """Put down all answers that can be read at once; give the others, which have to be looked at one by one."""
     outputs, are_read = read([reply.text for _, reply in succeeded])
     if all(are_read):
-        sheet.add_all(succeeded, outputs)
+        writer.add_all(succeeded, outputs)
         return ()
-    sheet.add_all(list(compress(succeeded, are_read)), outputs)
+    writer.add_all(list(compress(succeeded, are_read)), outputs)
     return [each for each, is_read in zip(succeeded, are_read, strict=True) if not is_read]
 
 

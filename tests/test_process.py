@@ -9,7 +9,7 @@ import pytest
 
 END = """
 import atexit, threading, time
-from nightshift.lean import leave
+from nightshift.process import end_process
 
 class Taken:
     def __del__(self): print("taken apart")
@@ -30,7 +30,7 @@ def test_it_starts_without_threads_that_wait_for_matrices():
 @pytest.mark.parametrize(
     ("last", "said", "code"),
     [
-        pytest.param("leave(3)", ["joined", "called"], 3, id="leaves"),
+        pytest.param("end_process(3)", ["joined", "called"], 3, id="leaves"),
         pytest.param("raise ValueError", ["joined", "called", "taken apart"], 1, id="fails as nobody expected"),
     ],
 )
@@ -40,7 +40,7 @@ def test_it_ends_with_threads_joined_and_all_that_asked_called_and_its_modules_l
 
 
 def test_output_that_nobody_takes_is_told_at_the_end():
-    code = "from nightshift.lean import leave; print('a summary'); leave(0)"
+    code = "from nightshift.process import end_process; print('a summary'); end_process(0)"
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, env=buffered)

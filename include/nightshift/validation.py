@@ -29,11 +29,11 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     again: Variant | None = None  # how it is asked again; None: this is the last word
 
 
-def judge_for(job: Job) -> Callable[[Reply], Answer]:
+def validator_for(job: Job) -> Callable[[Reply], Answer]:
     """The function that validates a reply under the job's schema; parsing and validating happen once, here."""
     schema, shape = job.answer_schema, job.answer_shape
     if job.dimensions is not None:
-        return partial(_judge_vector, job.dimensions)
+        return partial(_validate_vector, job.dimensions)
     if schema is None:
         return lambda reply: Answer(reply=reply, output={"answer": reply.text} if reply.outcome == "succeeded" else None)
     import jsonschema_rs
@@ -41,7 +41,7 @@ def judge_for(job: Job) -> Callable[[Reply], Answer]:
     validator = jsonschema_rs.validator_for(schema)
     is_valid, loads, fitted = validator.is_valid, orjson.loads, needs_fitting(shape)
 
-    def judge(reply: Reply) -> Answer:
+    def validate(reply: Reply) -> Answer:
         if reply.outcome != "succeeded":
             return Answer(reply=reply)
         try:
@@ -57,7 +57,7 @@ def judge_for(job: Job) -> Callable[[Reply], Answer]:
             return Answer(reply=replace(reply, outcome="invalid", reason=f"fits no column: {error}"))
         return Answer(reply=reply, output=output)
 
-    return judge
+    return validate
 
 
 def reader_for(job: Job) -> Read | None:
@@ -67,7 +67,7 @@ def reader_for(job: Job) -> Read | None:
     return read_texts if job.answer_shape is None else reader_of(job.answer_shape)
 
 
-def _judge_vector(dimensions: int, reply: Reply) -> Answer:
+def _validate_vector(dimensions: int, reply: Reply) -> Answer:
     """An embedding of the right length whose numbers are numbers (F81)."""
     if reply.outcome != "succeeded":
         return Answer(reply=reply)

@@ -16,7 +16,7 @@ from nightshift.stores.ledger import Attempt, Claim
 from nightshift.stores.shards import read_answers
 
 
-class Purse:
+class RetryBudget:
     """The dollars that are left for asking a shard's requests again; without a budget there is no bound."""
 
     def __init__(self, dollars: Decimal | None, price: Callable[[Variant], Decimal | None], aside: Aside | None = None) -> None:
@@ -47,7 +47,7 @@ class Purse:
         return self._aside is None or not taken or self._aside.book(taken, is_owed=not self._granted)
 
 
-def purse_of(site: Site, run: Run, facts: Shard, attempts: Sequence[Attempt], bought: Usage, attempt: Attempt) -> Purse:
+def retry_budget_of(site: Site, run: Run, facts: Shard, attempts: Sequence[Attempt], bought: Usage, attempt: Attempt) -> RetryBudget:
     """What budgets leave for a shard once all its answers so far are paid: its share by requests, less what it cost.
 
     Its share of the job's budget, and of what the month had left when the run was approved: what one shard asks again does not
@@ -57,7 +57,7 @@ def purse_of(site: Site, run: Run, facts: Shard, attempts: Sequence[Attempt], bo
     aside = Aside(site, run, facts.key, attempt, attempts, spent)
     budget, month = run.job.spec.policy.budget_usd, aside.left()
     if budget is None and month is None:
-        return Purse(None, lambda asked_as: None)
+        return RetryBudget(None, lambda asked_as: None)
     approved = site.store.get_shape(run.key("approved.json"), Plan)
     whole = min((each for each in (budget, _month_left(site, approved)) if each is not None), default=None)
     share = None if whole is None else whole * facts.request_count / max(facts.request_count, approved.submitted if approved else 0)
@@ -77,7 +77,7 @@ def purse_of(site: Site, run: Run, facts: Shard, attempts: Sequence[Attempt], bo
         return None if all_of_it.usd_high is None else all_of_it.usd_high / facts.request_count  # others are in flight beside it
 
     left = [each for each in (None if share is None else share - spent, month) if each is not None]
-    return Purse(max(Decimal(0), min(left)), price, aside)
+    return RetryBudget(max(Decimal(0), min(left)), price, aside)
 
 
 def _month_left(site: Site, approved: Plan | None) -> Decimal | None:

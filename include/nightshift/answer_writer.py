@@ -1,4 +1,4 @@
-"""The sheet that an attempt's answers are put down on: columns, and then the file that they are kept in."""
+"""The writer that an attempt's answers are put down on: columns, and then the file that they are kept in."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from msgspec.structs import replace
 
 from nightshift.columns import GROUP_ROWS, UNFIT, answers_schema, rows_at_once, write_answers
 from nightshift.job import Job
-from nightshift.judge import Answer
 from nightshift.matching import sum_known
 from nightshift.providers.protocol import Reply
 from nightshift.settle import TOKENS, usage_of
 from nightshift.shapes import Usage
 from nightshift.stores.shards import keys_in
 from nightshift.texts import Texts
+from nightshift.validation import Answer
 
 WRITE_ROWS = 2048  # of answers in words
 WRITE_CHARACTERS = 4 << 20  # of texts, or fewer lines
@@ -33,7 +33,7 @@ OWN = ("request_key", "output", "text", "again", *TAKEN)
 _taken = attrgetter(*TAKEN.values())
 
 
-class Sheet:
+class AnswerWriter:
     """The answers of an attempt on their way into a file: columns as soon as there are enough for a batch.
 
     `origin`: the columns that are the same in every line; `folder`: local disk, for what memory does not hold.

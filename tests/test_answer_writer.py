@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pyarrow.parquet as pq
 
-from nightshift.judge import Answer
+from nightshift.answer_writer import AnswerWriter
 from nightshift.providers.protocol import Reply
-from nightshift.sheet import Sheet
 from nightshift.texts import Texts, Waiting
 from nightshift.typed import read_texts
+from nightshift.validation import Answer
 from tests.test_encode import PLAIN, job
 
 TOPIC = {"type": "object", "properties": {"name": {"type": "string"}}}
@@ -17,12 +17,12 @@ ORIGIN = {"shard": "s", "attempt": 1, "batch_id": "b", "answered_at": None, "tie
 
 
 def test_values_that_repeat_are_written_once_and_keys_and_raw_answers_as_they_are(tmp_path):
-    sheet = Sheet(job(PLAIN).model_copy(update={"answer_schema": SCHEMA}), ORIGIN, tmp_path)
+    writer = AnswerWriter(job(PLAIN).model_copy(update={"answer_schema": SCHEMA}), ORIGIN, tmp_path)
     output = {"mood": "good", "topics": [{"name": "food"}]}
     for number in range(3):
         reply = Reply(custom_id="", outcome="succeeded", text="raw", model="m")
-        sheet.add(bytes([number]) * 32, Answer(reply=reply, output=output if number else None))
-    sheet.write(tmp_path / "answers.parquet")
+        writer.add(bytes([number]) * 32, Answer(reply=reply, output=output if number else None))
+    writer.write(tmp_path / "answers.parquet")
     group = pq.ParquetFile(tmp_path / "answers.parquet").metadata.row_group(0)
     columns = [group.column(number) for number in range(group.num_columns)]
     encoded = {column.path_in_schema for column in columns if "RLE_DICTIONARY" in column.encodings}
@@ -37,19 +37,19 @@ def test_what_memory_does_not_hold_waits_on_disk_and_is_a_row_group_of_its_own(t
     twice = {bytes([9]) * 32: [Reply(custom_id="", outcome="succeeded", input_tokens=100)], bytes([1]) * 32: []}
     lines, groups = [], []
     for held in (1 << 30, 1):
-        monkeypatch.setattr("nightshift.sheet.HELD_BYTES", held)
+        monkeypatch.setattr("nightshift.answer_writer.HELD_BYTES", held)
         folder = tmp_path / str(held)
         folder.mkdir()
-        sheet = Sheet(asked, ORIGIN, folder)
+        writer = AnswerWriter(asked, ORIGIN, folder)
         for start in range(0, 30, 10):
             found = [
                 (bytes([i]) * 32, Reply(custom_id="", outcome="succeeded", paid=True, input_tokens=i)) for i in range(start, start + 10)
             ]
-            sheet.add_all(found, read_texts(["said"] * 10)[0])
-        sheet.add(bytes([31]) * 32, Answer(reply=Reply(custom_id="", outcome="refused", text="no", paid=True, input_tokens=1)))
-        sheet.count_twice(twice)
-        assert sheet.usage(None).input_tokens == sum(range(30)) + 100 + 1
-        sheet.write(folder / "answers.parquet")
+            writer.add_all(found, read_texts(["said"] * 10)[0])
+        writer.add(bytes([31]) * 32, Answer(reply=Reply(custom_id="", outcome="refused", text="no", paid=True, input_tokens=1)))
+        writer.count_twice(twice)
+        assert writer.usage(None).input_tokens == sum(range(30)) + 100 + 1
+        writer.write(folder / "answers.parquet")
         lines.append(pq.read_table(folder / "answers.parquet").to_pylist())
         groups.append(pq.ParquetFile(folder / "answers.parquet").num_row_groups)
     assert (lines[0], groups) == (lines[1], [1, 4])
@@ -67,8 +67,8 @@ def test_long_texts_wait_on_disk_and_come_back_as_they_were(tmp_path):
 
 
 def test_lines_are_put_down_sooner_where_their_texts_are_long(tmp_path, monkeypatch):
-    monkeypatch.setattr("nightshift.sheet.WRITE_CHARACTERS", 1000)
-    sheet = Sheet(job(PLAIN), ORIGIN, tmp_path)
+    monkeypatch.setattr("nightshift.answer_writer.WRITE_CHARACTERS", 1000)
+    writer = AnswerWriter(job(PLAIN), ORIGIN, tmp_path)
     for number in range(10):
-        sheet.add(bytes([number]) * 32, Answer(reply=Reply(custom_id="", outcome="invalid", text="x" * 300)))
-    assert [batch.num_rows for batch in sheet._batches] == [4, 4]
+        writer.add(bytes([number]) * 32, Answer(reply=Reply(custom_id="", outcome="invalid", text="x" * 300)))
+    assert [batch.num_rows for batch in writer._batches] == [4, 4]
