@@ -189,6 +189,16 @@ def test_a_mended_answer_counts_as_the_answer_to_what_the_row_asks(world):
     assert summary.cost_usd.actual == pytest.approx(world.rehearsal.bill()["usd"])
 
 
+def test_F19_what_is_shown_its_answer_again_keeps_to_the_size_of_a_batch(world, monkeypatch):
+    monkeypatch.setattr("nightshift.rehearsal.openai_desk.MAX_BYTES", 30_000)
+    world.rehearsal.faults(invalid=1.0)
+    job = world.job(request={"limits": {"max_bytes": 30_000}}, policy={"retry": {"invalid": 1}, "publish_at_least": 0})
+    summary = go(world, job, world.write("in.jsonl", reviews(40)))
+    bill = world.rehearsal.bill()
+    assert (summary.outcomes["invalid"], bill["requests"], summary.paid) == (40, 80, 80)
+    assert bill["batches"] == 3, "all of them at once, and again in two"
+
+
 def test_a_plain_repetition_can_be_asked_for(world):
     world.rehearsal.faults(invalid=1.0)
     go(world, world.job(policy={"retry": {"invalid": {"times": 1, "repair": False}}}), world.write("a.jsonl", reviews(1)))

@@ -130,6 +130,6 @@ def test_tokens_of_a_line_are_divided_and_none_is_lost():
 
 
 def test_F81_a_vector_that_is_no_whole_number_of_numbers_is_invalid(world):
-    judge = validator_for(embedding_job(world, {"provider": "openai", **SMALL}))
-    answer = judge(Reply(custom_id="", outcome="succeeded", vectors=(b"\x00" * 254,)))
+    validate = validator_for(embedding_job(world, {"provider": "openai", **SMALL}))
+    answer = validate(Reply(custom_id="", outcome="succeeded", vectors=(b"\x00" * 254,)))
     assert (answer.reply.outcome, answer.reply.reason, answer.output) == ("invalid", "63.5 numbers in place of 64", None)

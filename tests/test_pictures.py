@@ -87,6 +87,7 @@ def test_every_row_is_asked_about_its_own_picture(cloud, request_):
     assert found["white"]["alt_text"] == "A square and bright picture, mostly white."
     assert set(summary.reasons["rejected"]) >= {"picture: there is nothing at its URI", "picture: no picture"}
     assert any("not a picture that can be read" in reason for reason in summary.reasons["rejected"])
+    assert not any(" at 0x" in reason for reason in summary.reasons["rejected"]), "the same picture is rejected in the same words"
     assert summary.cost_usd.actual == pytest.approx(bill["usd"], abs=2e-6)
     assert go(cloud, picture_job(cloud, request_), uri).requests.submitted == 0, "the same pictures are not bought again"
 

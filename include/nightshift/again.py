@@ -17,6 +17,8 @@ from nightshift.stores.ledger import Attempt
 from nightshift.stores.shards import Left, read_answers
 from nightshift.validation import AS_IT_WAS, Answer
 
+BYSTANDER = "another line failed the batch"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Again:
@@ -35,6 +37,8 @@ def decide(job: Job, reply: Reply, asked_as: Variant, times: int, *, is_overdue:
     is_cancelled_late = reply.outcome == "cancelled" and is_overdue
     if is_rushed and (reply.outcome == "expired" or is_cancelled_late):
         return Again(variant=asked_as.model_copy(update={"provider": "live"}))
+    if reply.is_bystander:  # nothing was wrong with it, and each failure names a line less: this ends by itself
+        return Again(variant=asked_as, is_charged=False)
     if reply.outcome == "errored" and not reply.retryable:  # alone, where others of its line may be to blame: it was not charged for it
         return Again(variant=asked_as.model_copy(update={"alone": True}), is_charged=False) if reply.is_shared else None
     retry = job.spec.policy.retry
@@ -78,8 +82,7 @@ def _wanted(
 ) -> dict[bytes, tuple[Variant, Again | None]]:
     """How each request without a valid answer was asked, and is to be asked again if there is money for it."""
     history = _outcomes_so_far(site, facts.key, attempt)
-    created = attempt.receipt.created_at if attempt.receipt else attempt.claim.claimed_at
-    is_overdue = site.now() - created > job.patience
+    is_overdue = site.now() - attempt.began_at > job.patience
     is_rushed = job.spec.policy.on_demand and attempt.claim.provider != "live"
     wanted = {}
     for key, before in left.items():
@@ -91,11 +94,16 @@ def _wanted(
 
 
 def _outcomes_so_far(site: Site, shard: str, attempt: Attempt) -> dict[bytes, Counter[str]]:
-    """How often each request had each outcome in the attempts before. Only requests asked again are in the later ones."""
+    """How often each request had each outcome in the attempts before. Only requests asked again are in the later ones.
+
+    What another line had kept from being looked at has not had an outcome of its own.
+    """
     history: dict[bytes, Counter[str]] = {}
     for number in attempt.claim.after:
         if number:  # attempt 0 is what became of it before it was driven again
-            table = read_answers(site.store, shard, number, ["request_key", "outcome", "again"])
+            table = read_answers(site.store, shard, number, ["request_key", "outcome", "reason", "again"])
             for line in table.filter(table.column("again").is_valid()).to_pylist():
+                if line["reason"] == BYSTANDER:
+                    continue
                 history.setdefault(line["request_key"], Counter())[line["outcome"]] += 1
     return history

@@ -21,6 +21,7 @@ NightshiftError
 │   ├── QuotaExhausted            the provider stopped billing us
 │   ├── BudgetExceeded            the estimate is over the job's budget
 │   ├── ApprovalNeeded            a person has to say yes first
+│   ├── TooManyRejected           whatever is answered, too few rows can succeed
 │   ├── PlanOutdated              a plan has waited so long that what it was to reuse may be gone
 │   ├── RunHeld                   assembled, but not good enough to publish
 │   ├── RunFailed                 a step before publication failed
@@ -44,7 +45,7 @@ NightshiftError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal
 from typing import ClassVar
 
@@ -258,6 +259,19 @@ class ApprovalNeeded(Permanent):
         super().__init__(
             f"{said}{'. ' if said else ''}The run is estimated {cost}; policy.approve_above_usd lets ${limit:.4f} pass without asking. "
             f"{'Clear the task `approve` to be asked again' if said else advice}; nothing was sent."
+        )
+
+
+class TooManyRejected(Permanent):
+    """So many rows break the input contract that the run could not be published, whatever is answered."""
+
+    exit_code = 3
+
+    def __init__(self, rejected: int, rows: int, least: float, reasons: Mapping[str, int]) -> None:
+        why = ", ".join(f"{count:,} {reason}" for reason, count in list(reasons.items())[:3])
+        super().__init__(
+            f"{rejected:,} of {rows:,} rows are rejected ({why}), so that at most {1 - rejected / rows:.2%} can succeed; "
+            f"policy.publish_at_least asks for {least:.2%}. Mend the rows, or what is asked of them; nothing was sent."
         )
 
 

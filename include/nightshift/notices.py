@@ -72,6 +72,8 @@ def _what_happened(summary: Summary) -> Iterator[str]:
     if any(summary.outcomes.values()):
         counted = ", ".join(f"{count:,} {outcome}" for outcome, count in summary.outcomes.items() if count)
         yield f"{summary.rows:,} rows: {counted}."
+    if summary.changed_columns:
+        yield f"Columns are not as in the last published run: {'; '.join(summary.changed_columns)}."
 
 
 def _cost(summary: Summary) -> Iterator[str]:

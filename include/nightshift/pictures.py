@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ from itertools import islice
 from math import ceil
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nightshift.errors import BucketMissing, InputMissing, ProviderUnavailable
+from nightshift.errors import BucketMissing, InputMissing, InputUnreadable, ProviderUnavailable
 from nightshift.formats import Fault
 from nightshift.job import URI, ImagesSpec, Job, RenditionSpec
 from nightshift.runs import Site
@@ -37,6 +38,7 @@ MOST_HEIGHT = 16_000  # of a rendition: WebP knows no larger ones
 FETCH_TRIES = 3
 FETCH_SECONDS = 30.0  # without a byte
 FETCH_MOST_SECONDS = 120.0
+IN_MEMORY = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")  # how Python shows an object that has no other words
 QUALITY = 85
 PIXELS_PER_TOKEN = 750  # what a picture costs, by Anthropic's formula; OpenAI's tiles and patches come near it
 ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # of EXIF
@@ -158,7 +160,7 @@ class Pictures:
             data = self._buckets[root].get(key) if found else None
         except (InputMissing, BucketMissing) as error:
             raise PictureUnreadable("there is nothing at its URI") from error
-        except (ValueError, UnicodeError) as error:
+        except (ValueError, UnicodeError, InputUnreadable) as error:
             raise PictureUnreadable(f"{uri[:100]!r} can be nobody's URI") from error
         if data is None:
             raise PictureUnreadable("there is nothing at its URI")
@@ -198,7 +200,8 @@ def _decoding() -> Iterator[None]:
     except PictureUnreadable:
         raise
     except Exception as error:
-        raise PictureUnreadable(f"not a picture that can be read ({str(error)[:100] or type(error).__name__})") from error
+        why = IN_MEMORY.sub("it", str(error))[:100]  # the same picture is rejected in the same words
+        raise PictureUnreadable(f"not a picture that can be read ({why or type(error).__name__})") from error
 
 
 def _upright(data: bytes, box: tuple[int, int]) -> Image.Image:

@@ -112,11 +112,11 @@ class Estimate(Wire):
 
     input_tokens: int
     output_tokens: int  # expected
-    output_tokens_max: int  # if every answer used its whole limit
+    output_tokens_max: int | None  # if every answer used its whole limit; None: the job sets none
     usd: Decimal | None
     usd_low: Decimal | None = None  # the interval that the cost is expected in
     usd_high: Decimal | None = None
-    usd_max: Decimal | None
+    usd_max: Decimal | None  # at that length
     measured_on: int = 0  # paid answers of this job that the tokens were calibrated on; 0: on none
     basis: str  # price table, its date and its tier
 
@@ -242,7 +242,7 @@ class Approval(Wire):
 
 
 class Problem(Wire):
-    """What a task of a run failed with. Stored as `runs/<job>/<run>/problem.json`; the last one stays."""
+    """What a task of a run failed with, or why it had nothing to do. Stored as `runs/<job>/<run>/problem.json`; the last one stays."""
 
     task: str
     error: str  # class
@@ -292,6 +292,8 @@ class Summary(Wire):
     figures: dict[str, Distribution]  # per column of charts and drift, in this run
     drift: dict[str, float | None]  # per drift column: total variation distance to the last published run, 0..1
     drift_against: str | None
+    columns: dict[str, str] = {}  # of the results: Arrow types by name
+    changed_columns: tuple[str, ...] = ()  # what readers of the last published run's columns do not find any more, in words
     published: bool
     results: str | None
     quarantine: str | None

@@ -34,6 +34,10 @@ def claude(stop="end_turn", text="hi") -> bytes:
     return record({"content": [{"type": "text", "text": text}], "stop_reason": stop, "model": "claude-x", "usage": usage})
 
 
+def chat(finish: str, content="hi", **message) -> bytes:
+    return record({"choices": [{"message": {"content": content, **message}, "finish_reason": finish}]})
+
+
 def failed(**error) -> bytes:
     return json.dumps({"recordId": KEY, "modelInput": {}, "error": error}).encode()
 
@@ -54,6 +58,11 @@ def failed(**error) -> bytes:
         pytest.param(record({"generation": "hi", "prompt_token_count": 7, "generation_token_count": 3, "stop_reason": "stop"}), "succeeded", True, False, id="Llama"),
         pytest.param(record({"generation": "h", "prompt_token_count": 7, "generation_token_count": 3, "stop_reason": "length"}), "truncated", True, False, id="F75 Llama cut"),
         pytest.param(record({"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}), "succeeded", True, False, id="Mistral"),
+        pytest.param(chat("content_filter"), "filtered", True, False, id="F77 gpt-oss is filtered"),
+        pytest.param(chat("function_call"), "invalid", True, False, id="F80 gpt-oss calls a tool"),
+        pytest.param(chat("stop", content=None, refusal="no"), "refused", True, False, id="F76 gpt-oss refuses"),
+        pytest.param(chat("a word nobody knows"), "errored", True, False, id="perhaps halfway"),
+        pytest.param(converse(usage={"inputTokens": -1}), "succeeded", True, False, id="F85 usage that cannot be"),
         pytest.param(failed(errorCode=400, errorMessage="bad"), "errored", False, False, id="F93 a body that the model cannot read"),
         pytest.param(failed(errorCode="400", errorMessage="bad"), "errored", False, False, id="the code as a string"),
         pytest.param(failed(errorCode=500, errorMessage="oops"), "errored", False, True, id="F83 server error"),

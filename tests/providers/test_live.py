@@ -9,14 +9,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from functools import reduce
+from pathlib import Path
 
 import httpx2
 import pyarrow.parquet as pq
 import pytest
 from pytest_httpserver import HTTPServer
+from werkzeug import Request, Response
 
 from nightshift.drive import drive
 from nightshift.errors import AccessDenied, ModelNotFound, ProviderUnavailable, StoreUnavailable
@@ -111,6 +115,77 @@ def test_F101_a_server_that_answers_html_is_told(httpserver: HTTPServer, tmp_pat
     lines.write_bytes(b"".join(server.form.line(f"{i:064x}", b"{}") + b"\n" for i in range(40)))
     with pytest.raises(ProviderUnavailable, match="not the API"):
         server.create(order(str(lines)), lambda: True)
+
+
+def answering(httpserver: HTTPServer, tmp_path: Path, refused: Callable[[int], int | None], count: int = 10) -> tuple[LiveServer, Path]:
+    """A server that answers by the number in a request: with the HTTP status that `refused` names, else well; and a file of requests."""
+
+    def answer(request: Request) -> Response:
+        status = refused(int(request.json["n"]))
+        if status:
+            return Response(json.dumps({"error": {"message": "flagged"}}), status)
+        return Response(json.dumps({"choices": [{"message": {"content": "ok"}, "finish_reason": "stop"}]}), 200)
+
+    httpserver.expect_request("/v1/chat/completions").respond_with_handler(answer)
+    server = live_server(open_objects(f"file://{tmp_path}/store"), OpenAIAccess(base_url=httpserver.url_for("/v1"), api_key="x"))
+    lines = tmp_path / "lines"
+    lines.write_bytes(b"".join(server.form.line(f"{i:064x}", b'{"n": %d}' % i) + b"\n" for i in range(count)))
+    return server, lines
+
+
+def outcomes(server: LiveServer, lines: Path) -> dict[int, str]:
+    receipt = server.create(order(str(lines)), lambda: True)
+    return {int(reply.custom_id, 16): reply.outcome for reply in server.replies(server.poll(receipt.batch_id), lines.parent)}
+
+
+def test_a_request_that_is_forbidden_is_an_error_of_its_own_where_others_are_answered(httpserver, tmp_path):
+    server, lines = answering(httpserver, tmp_path, lambda number: 403 if number in (0, 7) else None)
+    found = outcomes(server, lines)
+    assert sorted(number for number in found if found[number] == "errored") == [0, 7]
+    assert Counter(found.values()) == {"succeeded": 8, "errored": 2}
+
+
+def test_where_everybody_is_forbidden_few_are_asked(httpserver, tmp_path):
+    server, lines = answering(httpserver, tmp_path, lambda number: 403, count=200)
+    with pytest.raises(AccessDenied, match="flagged"):
+        server.create(order(str(lines)), lambda: True)
+    assert len(httpserver.log) <= 30
+
+
+def test_a_request_that_the_server_always_calls_too_much_holds_up_no_run_for_ever(httpserver, tmp_path, monkeypatch):
+    monkeypatch.setattr("nightshift.providers.live.PATIENCE_SECONDS", 2.0)
+    server, lines = answering(httpserver, tmp_path, lambda number: 503 if number == 3 else None)
+    receipt = server.create(order(str(lines)), lambda: True)
+    replies = {int(reply.custom_id, 16): reply for reply in server.replies(server.poll(receipt.batch_id), tmp_path)}
+    assert Counter(reply.outcome for reply in replies.values()) == {"succeeded": 9, "errored": 1}
+    assert (replies[3].retryable, "has answered others: flagged" in replies[3].reason) == (False, True)
+
+
+def test_a_server_that_answers_nobody_is_down(httpserver, tmp_path, monkeypatch):
+    monkeypatch.setattr("nightshift.providers.live.PATIENCE_SECONDS", 1.0)
+    server, lines = answering(httpserver, tmp_path, lambda number: 503)
+    with pytest.raises(ProviderUnavailable, match="nobody is answered any more"):
+        server.create(order(str(lines)), lambda: True)
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_F99_a_server_is_left_alone_until_when_it_says(httpserver, tmp_path, form):
+    asked: list[float] = []
+    until = time.time() + 3.0
+    says = "3" if form == "seconds" else format_datetime(datetime.fromtimestamp(until, UTC), usegmt=True)
+
+    def answer(request: Request) -> Response:
+        asked.append(time.time())
+        if time.time() < until - 1.5:
+            return Response('{"error": {"message": "slow"}}', 429, {"Retry-After": says})
+        return Response('{"choices": [{"message": {"content": "ok"}}]}')
+
+    httpserver.expect_request("/v1/chat/completions").respond_with_handler(answer)
+    server = live_server(open_objects(f"file://{tmp_path}/store"), OpenAIAccess(base_url=httpserver.url_for("/v1"), api_key="x"))
+    lines = tmp_path / "lines"
+    lines.write_bytes(server.form.line(f"{0:064x}", b"{}") + b"\n")
+    assert set(outcomes(server, lines).values()) == {"succeeded"}
+    assert len(asked) == 2
 
 
 def stopped_in_the_middle(world: World, rows: int, sign: signal.Signals) -> tuple[list[str], int, str]:

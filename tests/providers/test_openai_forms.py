@@ -40,6 +40,17 @@ def failed(status, code, message="why") -> bytes:
         pytest.param(chat(content=""), "invalid", True, False, id="F79 empty"),
         pytest.param(chat(choices=[]), "invalid", True, False, id="F79 no choices"),
         pytest.param(chat("tool_calls", None), "invalid", True, False, id="F80 a tool call"),
+        pytest.param(chat(choices=None), "invalid", True, False, id="F79 null in place of choices"),
+        pytest.param(chat(choices=[{"message": None}]), "invalid", True, False, id="F79 null in place of a message"),
+        pytest.param(chat("eos"), "succeeded", True, False, id="at its end, in another word"),
+        pytest.param(chat("STOP"), "succeeded", True, False, id="at its end, in capitals"),
+        pytest.param(chat("max_tokens", "hi the"), "truncated", True, False, id="F75 cut, in another word"),
+        pytest.param(chat("abort", "hi the"), "errored", True, True, id="broken off"),
+        pytest.param(chat("a word nobody knows", "hi the"), "errored", True, False, id="perhaps halfway"),
+        pytest.param(chat(usage={}), "succeeded", True, False, id="F85 usage without a word"),
+        pytest.param(chat(usage={"prompt_tokens": None, "completion_tokens": None}), "succeeded", True, False, id="F85 usage of nulls"),
+        pytest.param(chat(usage={"prompt_tokens": -1}), "succeeded", True, False, id="F85 usage that cannot be"),
+        pytest.param(chat(usage="a lot"), "succeeded", True, False, id="F85 usage in words"),
         pytest.param(chat(status=0), "errored", False, True, id="F70 status 0"),
         pytest.param(failed(500, "server_error"), "errored", False, True, id="F83 server error"),
         pytest.param(failed(429, "rate_limit_exceeded"), "errored", False, True, id="F83 rate limited"),
@@ -47,6 +58,15 @@ def failed(status, code, message="why") -> bytes:
         pytest.param(failed(400, "content_policy_violation"), "filtered", False, False, id="F77 refused by policy"),
         pytest.param(failed(404, "model_not_found"), "errored", False, False, id="F40 no such model"),
         pytest.param(failed(200, "server_error"), "errored", False, False, id="F71 an error under a status that says all is well"),
+        pytest.param(failed(200, 502), "errored", False, True, id="F71 an error that has a status of its own"),
+        pytest.param(line({"status_code": 400, "body": {"message": "too long", "code": 400}}), "errored", False, False, id="F82 flat"),
+        pytest.param(line({"status_code": 400, "body": {"error": "too long"}}), "errored", False, False, id="F82 a word for an error"),
+        pytest.param(line({"status_code": 400, "body": "<html>"}), "errored", False, False, id="a proxy's no"),
+        pytest.param(line({"status_code": 502, "body": "<html>"}), "errored", False, True, id="a proxy's outage"),
+        pytest.param(line({"status_code": 502, "body": []}), "errored", False, True, id="nothing of any contract, and no answer"),
+        pytest.param(line(None, "over"), "errored", False, True, id="a word for an error"),
+        pytest.param(line(None, {"code": "content_filter", "message": "x"}), "filtered", False, False, id="F77 without a response"),
+        pytest.param(line({"status_code": 400, "body": None}, {"code": 400}), "errored", False, False, id="F72 and no asking again"),
         pytest.param(line(None, {"code": "batch_expired", "message": "over"}), "expired", False, True, id="F56 expired"),
         pytest.param(line(None, {"code": "batch_cancelled", "message": "x"}), "cancelled", False, True, id="F57 cancelled"),
         pytest.param(line(None, {"code": "batch_canceled", "message": "x"}), "cancelled", False, True, id="F57 the other spelling"),
@@ -61,6 +81,9 @@ def test_every_ending_of_a_chat_request_is_told_apart(raw, outcome, paid, retrya
     reply = ChatForm().read(raw)[0]
     assert (reply.custom_id, reply.outcome, reply.paid, reply.retryable) == (KEY, outcome, paid, retryable)
     assert outcome == "succeeded" or reply.reason or outcome == "refused"
+
+
+ANSWER = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "hi"}]}
 
 
 def response(status="completed", parts=(("output_text", "hi"),), **changes) -> bytes:
@@ -79,12 +102,31 @@ def response(status="completed", parts=(("output_text", "hi"),), **changes) -> b
         pytest.param(response("incomplete", incomplete_details={"reason": "max_output_tokens"}), "truncated", "hi", id="F75 cut"),
         pytest.param(response("incomplete", incomplete_details={"reason": "content_filter"}), "filtered", "hi", id="F77 filtered"),
         pytest.param(response("failed", error={"code": "server_error", "message": "x"}), "errored", "hi", id="failed"),
+        pytest.param(response(output=None), "invalid", None, id="F79 null in place of output"),
+        pytest.param(response(output=[{"type": "mcp_call", "content": {"a": 1}}, ANSWER]), "succeeded", "hi", id="what a tool says"),
+        pytest.param(response(output=[{"type": "message", "content": "hi"}]), "succeeded", "hi", id="a plain text"),
         pytest.param(response(parts=()), "invalid", None, id="F79 empty"),
     ],
 )
 def test_every_ending_of_a_responses_request_is_told_apart(raw, outcome, text):
     reply = ResponsesForm().read(raw)[0]
     assert (reply.outcome, reply.text, reply.paid) == (outcome, text, True)
+
+
+@pytest.mark.parametrize(("code", "retryable"), [("server_error", True), ("invalid_prompt", False), ("context_length_exceeded", False)])
+def test_a_response_that_failed_is_asked_again_only_where_that_can_help(code, retryable):
+    reply = ResponsesForm().read(response("failed", error={"code": code, "message": "x"}))[0]
+    assert (reply.outcome, reply.retryable, reply.reason) == ("errored", retryable, f"{code}: x")
+
+
+def test_what_a_model_thinks_aloud_is_no_part_of_its_answer():
+    parts = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+        {"type": "text", "text": "h"},
+        {"type": "text", "text": "i"},
+    ]
+    reply = ChatForm().read(chat(content=parts))[0]
+    assert (reply.outcome, reply.text, reply.input_tokens) == ("succeeded", "hi", 7)
 
 
 @pytest.mark.parametrize("form", [ChatForm(), ResponsesForm()], ids=["chat", "responses"])
@@ -139,6 +181,8 @@ def closed(**properties) -> dict:
         (closed(a={"anyOf": [closed(b={}), {"type": "null"}]}), True),
         ({**closed(a={"$ref": "#/$defs/A"}), "$defs": {"A": {"type": "object", "properties": {"b": {}}}}}, False),
         ({**closed(a={"$ref": "#/$defs/A"}), "$defs": {"A": closed(b={})}}, True),
+        ({**closed(a={}), "not": {"type": "null"}}, False),
+        (closed(a={**closed(b={}), "dependentRequired": {"b": ["b"]}}), False),
     ],
 )
 def test_strict_is_only_asked_where_it_is_accepted(schema, strict):

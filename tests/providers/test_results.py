@@ -53,17 +53,21 @@ class Once:
 
 @pytest.mark.parametrize("tokens", [2**63, -1])
 @pytest.mark.parametrize(
-    ("endpoint", "answer"),
+    ("endpoint", "answer", "outcome"),
     [
-        ("/v1/chat/completions", '{"custom_id": "c", "response": {"status_code": 200, "body": {"usage": {"prompt_tokens": %d}}}}'),
-        ("/v1/responses", '{"custom_id": "c", "response": {"status_code": 200, "body": {"usage": {"input_tokens": %d}}}}'),
-        ("/v1/embeddings", '{"custom_id": "c", "response": {"status_code": 200, "body": {"data": [{"index": %d}]}}}'),
-        ("converse", '{"recordId": "c", "modelOutput": {"usage": {"inputTokens": %d}}}'),
+        (
+            "/v1/chat/completions",
+            '{"custom_id": "c", "response": {"status_code": 200, "body": {"usage": {"prompt_tokens": %d}}}}',
+            "invalid",
+        ),
+        ("/v1/responses", '{"custom_id": "c", "response": {"status_code": 200, "body": {"usage": {"input_tokens": %d}}}}', "invalid"),
+        ("/v1/embeddings", '{"custom_id": "c", "response": {"status_code": 200, "body": {"data": [{"index": %d}]}}}', "errored"),
+        ("converse", '{"recordId": "c", "modelOutput": {"usage": {"inputTokens": %d}}}', "invalid"),
     ],
 )
-def test_counts_that_no_column_holds_are_the_fault_of_their_request(endpoint, answer, tokens):
+def test_counts_that_no_column_holds_are_the_fault_of_their_request(endpoint, answer, outcome, tokens):
     [reply] = form_of(endpoint).read((answer % tokens).encode())
-    assert (reply.custom_id, reply.outcome) == ("c", "errored")
+    assert (reply.custom_id, reply.outcome, reply.paid, reply.input_tokens) == ("c", outcome, True, None)
 
 
 def test_two_records_in_one_line_are_garbage():
@@ -77,7 +81,7 @@ def test_a_line_that_is_longer_than_what_is_read_at_once_is_one_line():
 
 
 def test_lines_outside_the_contract_are_let_go_of_while_the_collector_rests():
-    line = bytes(b'{"custom_id": "c", "response": {"status_code": 200, "body": {"usage": {"prompt_tokens": null}}}}%b' % (b" " * 99))
+    line = bytes(b'{"custom_id": "c", "response": {"status_code": 200, "body": {"choices": 7}}}%b' % (b" " * 99))
     held = sys.getrefcount(line)
     with collector_paused():
         [reply] = form_of("/v1/chat/completions").read(line)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from datetime import timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import chain
 from typing import Any
@@ -22,11 +23,12 @@ from nightshift.providers.protocol import Garbage, Reply, Snapshot
 from nightshift.shapes import Estimate, Plan
 from nightshift.steps.approve import NeedsApproval, Pass, Stop, approve, decide
 from nightshift.steps.discover import discover
-from nightshift.steps.wait import UNKNOWN_PATIENCE, Cancel, Ended, Look, next_look
+from nightshift.steps.wait import FILES_GRACE, UNKNOWN_PATIENCE, Cancel, Ended, Look, is_waiting_for_files, next_look
 from nightshift.stores.shards import shard_key
 from tests.conftest import reviews
 
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
+NOW = datetime(2026, 11, 22, tzinfo=UTC)
 
 
 def plan(usd: str | None, submitted: int = 10) -> Plan:
@@ -97,14 +99,28 @@ def test_what_follows_from_a_look(look, waited, patience, move):
     assert isinstance(next_look(look, failures=1, failing=waited, waited=waited, patience=patience, poll_seconds=1.0), move)
 
 
-@pytest.mark.parametrize(
-    ("waited", "move"),
-    [pytest.param(HOUR, Look, id="its files lag behind"), pytest.param(2 * DAY, Ended, id="for longer than the deadline")],
-)
-def test_F60_a_batch_whose_result_files_lag_behind_is_waited_for(waited, move):
-    over = Snapshot(state="ended", status="completed", done=1, total=1, result_files=(), reasons=(), bad_lines={}, awaits_files=True)
-    found = next_look(over, failures=0, failing=waited, waited=waited, patience=DAY, poll_seconds=1.0, awaits_files=True)
+@pytest.mark.parametrize("waited", [HOUR, 2 * DAY])
+@pytest.mark.parametrize(("awaits_files", "move"), [(True, Look), (False, Ended)])
+def test_F60_a_batch_whose_result_files_lag_behind_is_waited_for_also_past_the_deadline(waited, awaits_files, move):
+    found = next_look(
+        snapshot("ended"), failures=0, failing=waited, waited=waited, patience=DAY, poll_seconds=1.0, awaits_files=awaits_files
+    )
     assert isinstance(found, move)
+
+
+@pytest.mark.parametrize(
+    ("awaits_files", "ended_at", "is_waiting"),
+    [
+        pytest.param(True, NOW - FILES_GRACE / 2, True, id="they lag behind"),
+        pytest.param(True, NOW - 2 * FILES_GRACE, False, id="for too long"),
+        pytest.param(True, None, True, id="the provider does not say since when"),
+        pytest.param(False, NOW, False, id="all are there"),
+    ],
+)
+def test_F60_result_files_are_waited_for_as_long_as_the_grace(awaits_files, ended_at, is_waiting):
+    over = replace(snapshot("ended"), awaits_files=awaits_files, ended_at=ended_at)
+    assert is_waiting_for_files(over, NOW, latest=NOW) is is_waiting
+    assert not is_waiting_for_files(over, NOW + 2 * FILES_GRACE, latest=NOW), "nobody waits for ever"
 
 
 def test_failed_looks_come_at_growing_distances_up_to_a_bound():

@@ -61,6 +61,7 @@ STATES: dict[str, BatchState] = {
     "Expired": "ended",
     "Failed": "failed",
 }  # an unknown status is a running one (F45)
+ANSWERED = ("Completed", "PartiallyCompleted")  # something ran, whatever the counters say
 RUNNING = ("Submitted", "Validating", "Scheduled", "InProgress")
 ABSENT: dict[str, Outcome] = {"PartiallyCompleted": "expired", "Expired": "expired", "Stopped": "cancelled"}  # F58
 INVOCATION = {"converse": "Converse", "invoke": "InvokeModel"}
@@ -268,19 +269,20 @@ class BedrockJobs:
         state = STATES.get(status, "running")
         if state != "running":
             looks.forget(batch_id)
+        files, processed = () if state == "running" else tuple(self._results(job, batch_id)), job.get("processedRecordCount") or 0
         ended_at = job.get("endTime") or job.get("lastModifiedTime")
         return Snapshot(
             state=state,
             status=status,
-            done=job.get("processedRecordCount") or 0,
+            done=processed,
             total=job.get("totalRecordCount") or 0,
-            result_files=() if state == "running" else tuple(self._results(job, batch_id)),
+            result_files=files,
             reasons=(str(job["message"]),) if job.get("message") else (),
             bad_lines={},
             ended_at=ended_at if isinstance(ended_at, datetime) and state != "running" else None,
             absent=ABSENT.get(status, "missing"),
-            # The counter decides whether to wait a little longer for files, and nothing else.
-            awaits_files=state != "running" and bool(job.get("processedRecordCount") or status == "PartiallyCompleted"),
+            # The counter decides whether to wait a little longer for files (F60), and nothing else.
+            awaits_files=state != "running" and not files and (processed > 0 or status in ANSWERED),
             is_stopping=status == "Stopping",
         )
 

@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import msgspec
 import orjson
 
+from nightshift.providers.endings import EMPTY, REFUSED, SUCCEEDED, ending_of
 from nightshift.providers.openai_forms import as_vector, wrong
 from nightshift.providers.protocol import PICTURES, Garbage, Question, Reply
 from nightshift.providers.results import Tokens, read_lines
-from nightshift.shapes import Outcome, Variant
+from nightshift.shapes import Variant
 
 ANTHROPIC_VERSION = "bedrock-2023-05-31"
 DEFAULT_MAX_TOKENS = 1024  # where a job sets no limit and the maker wants one
@@ -24,18 +25,6 @@ CONVERSE_PLAIN = {name: word for name, word in PLAIN.items() if name != "top_k"}
 ANTHROPIC = {"max_output_tokens": "max_tokens", "stop": "stop_sequences"}
 META = {"max_output_tokens": "max_gen_len"}
 MISTRAL = {"max_output_tokens": "max_tokens"}
-ENDINGS: dict[str, tuple[Outcome, str | None]] = {
-    "max_tokens": ("truncated", "token limit reached"),
-    "length": ("truncated", "token limit reached"),
-    "model_context_window_exceeded": ("truncated", "context window exceeded"),
-    "refusal": ("refused", None),
-    "content_filtered": ("filtered", "content filter"),
-    "guardrail_intervened": ("filtered", "a guardrail intervened"),
-    "tool_use": ("invalid", "a tool call in place of an answer"),
-    "tool_calls": ("invalid", "a tool call in place of an answer"),
-    "malformed_model_output": ("invalid", "malformed model output"),
-    "malformed_tool_use": ("invalid", "malformed tool use"),
-}  # every other word is an answer that came to its end
 RETRYABLE_STATUS = frozenset({408, 424, 429})  # and every 5xx
 EXPIRED = "expired"
 
@@ -46,6 +35,7 @@ class Block(msgspec.Struct, gc=False):
 
 class Turn(msgspec.Struct, gc=False):
     content: list[Block] | str | None = None
+    refusal: str | None = None  # gpt-oss
 
 
 class Output(msgspec.Struct, gc=False):
@@ -154,16 +144,17 @@ class BedrockForm:
                 output_tokens=None if tokens is None else 0,
                 vectors=vectors,
             )
-        text, ending = _said(said)
-        outcome, reason = ENDINGS.get(ending or "", ("succeeded", None))
-        if outcome == "succeeded" and not text:
-            outcome, reason = "invalid", "empty answer"
+        text, word, refusal = _said(said)
+        ending = REFUSED if refusal else ending_of(word)
+        if ending is SUCCEEDED and not text:
+            ending = EMPTY
         tokens_in, cached, tokens_out = _tokens(said)
         return Reply(
             custom_id=record.recordId,
-            outcome=outcome,
-            text=text or None,
-            reason=reason,
+            outcome=ending.outcome,
+            text=refusal or text or None,
+            reason=ending.reason,
+            retryable=ending.retryable,
             paid=True,
             model=said.model,
             input_tokens=tokens_in,
@@ -377,16 +368,16 @@ def _with_turns(body: dict[str, Any], variant: Variant, answer: str | None, reas
     return body
 
 
-def _said(said: ModelOutput) -> tuple[str, str | None]:
-    """The text of an answer, and the word on how it ended."""
+def _said(said: ModelOutput) -> tuple[str, str | None, str | None]:
+    """The text of an answer, the word on how it ended, and what the model said in declining."""
     if said.generation is not None:
-        return said.generation, said.stop_reason
+        return said.generation, said.stop_reason, None
     if said.choices:
         choice = said.choices[0]
-        return _text(choice.message), choice.finish_reason or choice.stop_reason
+        return _text(choice.message), choice.finish_reason or choice.stop_reason, choice.message.refusal if choice.message else None
     if said.output is not None:
-        return _text(said.output.message), said.stopReason
-    return "".join(block.text or "" for block in said.content or []), said.stop_reason
+        return _text(said.output.message), said.stopReason, None
+    return "".join(block.text or "" for block in said.content or []), said.stop_reason, None
 
 
 def _text(turn: Turn | None) -> str:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -44,6 +45,8 @@ PATIENCE_SECONDS = 600.0  # without a single answer, before the server counts as
 HEARTBEAT_SECONDS = 2.0  # between two looks at the claim
 LAST_SECONDS = 5.0  # that requests in flight get when everybody is stopped
 BROKEN_AFTER = 20  # requests in a row without an answer of the API: the server is down, not the requests
+REFUSALS = 5  # 403s before anybody was answered: nobody is let in. After that, each is about its own request: a firewall, a moderation
+FEW = 16  # requests that are all that is left, when others were answered: nobody waits for ever for them
 OVERLOADED = (429, 503, 529)  # the server says that it is asked too much: not the request's fault, so not one of its tries
 PASSING = (0, 408, 409, 425, 500, 502, 504)  # may be better next time
 NO_KEY = "-"  # what a server of one's own gets to see
@@ -160,7 +163,7 @@ class LiveServer:
         with Path(order.uploaded).open("rb") as file:
             lines = [line for line in file if key_of_line(line) not in answered]
         lines.sort(key=same_of_line)  # neighbours share a prefix, and so the server's cache of it
-        asyncio.run(_Work(self, order.model, order.work, lines, may_send).run())
+        asyncio.run(_Work(self, order.model, order.work, lines, may_send, has_answered=bool(answered)).run())
         return Receipt(batch_id=order.work, token=order.token, created_at=started)
 
     def find(self, tokens: Sequence[str], since: datetime) -> Receipt | None:
@@ -197,12 +200,16 @@ class LiveServer:
 class _Work:
     """Requests of one shard, many at once, until each has an answer in the store."""
 
-    def __init__(self, server: LiveServer, model: str, work: str, lines: list[bytes], may_send: Callable[[], bool]) -> None:
+    def __init__(
+        self, server: LiveServer, model: str, work: str, lines: list[bytes], may_send: Callable[[], bool], *, has_answered: bool
+    ) -> None:
         self._server, self._api, self._model, self._work, self._may_send = server, server.api, model, work, may_send
         self._todo = [(line, 1) for line in reversed(lines)]  # with the number of the try
         self._window = Window(most=MOST_AT_ONCE)
         self._answers: asyncio.Queue[tuple[bytes, asyncio.Event]] = asyncio.Queue()
-        self._failures = 0  # in a row, over all requests
+        self._left = len(lines)
+        self._has_answered = has_answered  # any request of this work, here or in a process before
+        self._failures = self._refusals = 0  # in a row, over all requests
         self._answered_at = time.monotonic()
 
     async def run(self) -> None:
@@ -242,18 +249,24 @@ class _Work:
         said = await _post(client, url, headers, body)
         self._learn(said, time.monotonic() - started)
         if said.status in OVERLOADED:
-            self._todo.append((line, attempt))
-            return
-        if not said.is_final and attempt < TRIES:
+            if not self._is_given_up():
+                self._todo.append((line, attempt))
+                return
+            why = f"The server took nothing of it for {PATIENCE_SECONDS:.0f} s, and has answered others: {_reason(said)}"
+            said = Said(status=400, body={"error": {"message": why}})
+        is_refused = said.status == 403 and not self._has_answered
+        if (is_refused or not said.is_final) and attempt < TRIES:
             self._todo.insert(0, (line, attempt + 1))  # last of all: by then it may be better
             return
         kept = asyncio.Event()
         await self._answers.put((self._server.form.answered(custom_id, said.status, said.body), kept))
+        self._left -= 1
         await kept.wait()  # only then is its place free: a process that dies repeats no more than what is in flight
 
     def _learn(self, said: Said, seconds: float) -> None:
         """Learn from what the server said. Raises what concerns every request: a wrong key, no credit, a server that is down."""
-        if said.status in (401, 403):
+        self._refusals = self._refusals + 1 if said.status == 403 and not self._has_answered else 0
+        if said.status == 401 or self._refusals >= min(REFUSALS, TRIES * self._left):
             raise AccessDenied(self._server.where, f"{_reason(said)} {self._api.hint}")
         if said.status == 429 and _code(said) == "insufficient_quota":
             raise QuotaExhausted(_reason(said))
@@ -261,12 +274,17 @@ class _Work:
         if said.is_final:
             self._failures, self._answered_at = 0, now
             if said.status == 200:  # a request that is refused at once says nothing of how fast the others are
+                self._has_answered = True
                 self._window = self._window.answered(seconds)
             return
         self._failures = 0 if said.is_api else self._failures + 1
         self._window = self._window.refused(now, said.retry_after or PAUSE_SECONDS * random.uniform(0.75, 1.25))
-        if self._failures >= BROKEN_AFTER or now - self._answered_at > PATIENCE_SECONDS:
+        if self._failures >= BROKEN_AFTER or (now - self._answered_at > PATIENCE_SECONDS and not self._is_given_up()):
             raise ProviderUnavailable(self._server.where, f"nobody is answered any more: {_reason(said)}")
+
+    def _is_given_up(self) -> bool:
+        """Whether what is left is refused as an overload for so long, and is so little, that it is not the server that is at fault."""
+        return self._has_answered and self._left <= FEW and time.monotonic() - self._answered_at > PATIENCE_SECONDS
 
     async def _keep(self) -> None:
         """Put answers into the store, all that have come since the last put as one object."""
@@ -303,8 +321,7 @@ def _said(answer: httpx2.Response) -> Said:
         body = orjson.loads(answer.content)
     except orjson.JSONDecodeError:
         body = None
-    wait = answer.headers.get("retry-after", "")
-    retry_after = min(float(wait), PAUSE_MOST_SECONDS) if wait.replace(".", "", 1).isdigit() else None
+    retry_after = _seconds_in(answer.headers.get("retry-after", ""))
     if not isinstance(body, dict):
         shown = answer.text.strip().partition("\n")[0][:200]
         status = 0 if answer.status_code < 400 else answer.status_code
@@ -314,6 +331,17 @@ def _said(answer: httpx2.Response) -> Said:
         message = body.get("error") or body.get("message") or body.get("detail") or f"HTTP {answer.status_code}"
         body = {"error": {"message": str(message)[:500]}}
     return Said(status=answer.status_code, body=body, retry_after=retry_after)
+
+
+def _seconds_in(retry_after: str) -> float | None:
+    """How long a server asks to be left alone, in seconds or until a date; None where it does not say."""
+    if retry_after.replace(".", "", 1).isdigit():
+        return min(float(retry_after), PAUSE_MOST_SECONDS)
+    try:
+        until = parsedate_to_datetime(retry_after)
+    except ValueError:
+        return None
+    return min(max(0.0, until.timestamp() - time.time()), PAUSE_MOST_SECONDS)
 
 
 def _reason(said: Said) -> str:

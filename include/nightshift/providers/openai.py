@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nightshift.errors import (
     AccessDenied,
@@ -56,6 +56,7 @@ STATES: dict[str, BatchState] = {
 }  # an unknown status is a running one (F45)
 ABSENT: dict[str, Outcome] = {"expired": "expired", "cancelled": "cancelled"}  # what has no line was never executed; else it went missing
 
+Said = TypeVar("Said")
 OPENAI = "https://api.openai.com/v1"
 LIMITS = Limits(requests=50_000, request_bytes=200_000_000)
 QUEUE_FULL = "token_limit_exceeded"
@@ -134,7 +135,8 @@ class OpenAIBatches:
 
         try:
             with path.open("rb") as file, self._errors():
-                return self._client.files.create(file=(f"nightshift-{token}.jsonl", file, "application/jsonl"), purpose="batch").id
+                stored = self._client.files.create(file=(f"nightshift-{token}.jsonl", file, "application/jsonl"), purpose="batch")
+                return self._said(stored, "id", str)
         except openai.NotFoundError as error:
             why = f"it has no files API ({_message(error)}); does the address of the API end in /v1?"
             raise CallRefused(self.where, why) from error
@@ -246,7 +248,7 @@ class OpenAIBatches:
             looks.forget(batch_id)
         counts = batch.request_counts
         errors = (batch.errors.data if batch.errors else None) or []
-        reasons = [": ".join(part for part in (error.code, error.message) if part) for error in errors]
+        reasons = [": ".join(str(part) for part in (error.code, error.message) if part) for error in errors]
         return Snapshot(
             state=state,
             status=status,
@@ -259,6 +261,7 @@ class OpenAIBatches:
             absent=ABSENT.get(status, "missing"),
             queue_full=status == "failed" and any(error.code == QUEUE_FULL for error in errors),
             is_stopping=status == "cancelling",
+            awaits_files=state == "ended" and _lacks_files(batch),
         )
 
     def replies(self, snapshot: Snapshot, scratch: Path) -> Iterator[Reply | Garbage]:
@@ -286,13 +289,15 @@ class OpenAIBatches:
 
         try:
             with self._errors():
-                expected = self._client.files.retrieve(file_id).bytes
+                described = self._client.files.retrieve(file_id)
+                self._said(described, "id", str)
                 with self._client.files.with_streaming_response.content(file_id) as response, path.open("wb") as file:
                     for chunk in response.iter_bytes(1 << 20):
                         file.write(chunk)
         except openai.NotFoundError as error:  # results can lag behind the status (F60); after 30 days they are gone (F61)
             raise ResultsGone(self.where, file_id) from error
         received = path.stat().st_size
+        expected = described.bytes
         if expected is not None and received != expected:
             raise DownloadIncomplete(file_id, received, expected)
 
@@ -308,6 +313,13 @@ class OpenAIBatches:
 
     def clean(self, token: str, batch_id: str | None) -> None:
         """See Provider. Batch files expire at OpenAI after 30 days; nothing of them is in our store."""
+
+    def _said(self, answer: Any, name: str, kind: type[Said]) -> Said:
+        """A field of an answer. The SDK hands on what is none of the API's, such as a proxy's page."""
+        found = getattr(answer, name, None)
+        if not isinstance(found, kind):
+            raise ProviderUnavailable(self.where, f"its answer holds no {name}: {str(answer)[:100]!r}")
+        return found
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -341,6 +353,13 @@ class _FileNotVisible(Exception):
 
 def _moment(seconds: int | None) -> datetime | None:
     return datetime.fromtimestamp(seconds, UTC) if seconds else None
+
+
+def _lacks_files(batch: Batch) -> bool:
+    """Whether a batch that has ended does not name a file yet that it must have. Counters decide on a longer wait, and on nothing else."""
+    completed, failed = (getattr(batch.request_counts, name, None) or 0 for name in ("completed", "failed"))
+    anything = failed or batch.request_counts is None or batch.status == "completed"
+    return not batch.output_file_id and bool(completed or (anything and not batch.error_file_id))
 
 
 def _receipt(batch: Batch, token: str) -> Receipt:

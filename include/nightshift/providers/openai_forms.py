@@ -13,19 +13,16 @@ from typing import Annotated, Any, Generic, TypeVar
 import msgspec
 import orjson
 
+from nightshift.providers.endings import EMPTY, REFUSED, SUCCEEDED, Ending, ending_of
 from nightshift.providers.protocol import PICTURES, Garbage, Question, Reply
 from nightshift.providers.results import Tokens, read_lines
 from nightshift.shapes import Endpoint, Outcome, Variant
 
 NEVER_RUN: dict[str, Outcome] = {"batch_expired": "expired", "batch_cancelled": "cancelled", "batch_canceled": "cancelled"}
-CUT_SHORT: dict[str | None, tuple[Outcome, str]] = {  # by `finish_reason`
-    "length": ("truncated", "token limit reached"),
-    "content_filter": ("filtered", "content filter"),
-    "tool_calls": ("invalid", "a tool call in place of an answer"),
-    "function_call": ("invalid", "a tool call in place of an answer"),
-}
 FILTERED_CODES = frozenset({"content_filter", "content_policy_violation", "responsible_ai_policy_violation"})
 RETRYABLE_STATUS = frozenset({0, 408, 409, 425, 429})  # and every 5xx; 0 was seen in batches that reported no failure (F70)
+PASSING_CODES = ("server_error", "rate_limit_exceeded", "vector_store_timeout")  # of an answer that failed
+UNSTRICT = ("patternProperties", "allOf", "oneOf", "not", "if", "then", "else", "dependentRequired", "dependentSchemas")
 
 
 class Error(msgspec.Struct, gc=False):
@@ -33,17 +30,26 @@ class Error(msgspec.Struct, gc=False):
     message: str | None = None
 
 
-class Message(msgspec.Struct, gc=False):
-    content: str | None = None
+class Part(msgspec.Struct, gc=False):
+    type: str = ""
+    text: str | None = None
     refusal: str | None = None
 
 
+class Message(msgspec.Struct, gc=False):
+    content: str | list[Part] | None = None  # parts: of servers whose models think aloud
+    refusal: str | None = None
+
+
+NOTHING = Message()
+
+
 class Choice(msgspec.Struct, gc=False):
-    message: Message
+    message: Message | None = None
     finish_reason: str | None = None
 
 
-NO_CHOICE = Choice(Message())
+NO_CHOICE = Choice()
 
 
 Place = Annotated[int, msgspec.Meta(ge=0, lt=2048)]  # of an input: a request has no more
@@ -54,30 +60,25 @@ class Details(msgspec.Struct, gc=False):
 
 
 class ChatUsage(msgspec.Struct, gc=False):
-    prompt_tokens: Tokens
-    completion_tokens: Tokens = 0
+    prompt_tokens: Tokens | None = None
+    completion_tokens: Tokens | None = None
     prompt_tokens_details: Details | None = None
 
 
 class Answered(msgspec.Struct, gc=False):
-    error: Error | None = None
+    error: Error | str | None = None
+    message: str | None = None  # of an error that is the body itself, as of older vLLM
 
 
 class ChatBody(Answered, gc=False):
-    choices: list[Choice] = []
+    choices: list[Choice] | None = None
     usage: ChatUsage | None = None
     model: str | None = None
 
 
-class Part(msgspec.Struct, gc=False):
-    type: str
-    text: str | None = None
-    refusal: str | None = None
-
-
 class Item(msgspec.Struct, gc=False):
-    type: str
-    content: list[Part] | None = None
+    type: str = ""
+    content: list[Part | str] | dict[str, Any] | str | None = None  # parts, of a message; whatever its tool says, of another
 
 
 class Incomplete(msgspec.Struct, gc=False):
@@ -85,14 +86,14 @@ class Incomplete(msgspec.Struct, gc=False):
 
 
 class ResponsesUsage(msgspec.Struct, gc=False):
-    input_tokens: Tokens
-    output_tokens: Tokens = 0
+    input_tokens: Tokens | None = None
+    output_tokens: Tokens | None = None
     input_tokens_details: Details | None = None
 
 
 class ResponsesBody(Answered, gc=False):
     status: str | None = None
-    output: list[Item] = []
+    output: list[Item] | None = None
     usage: ResponsesUsage | None = None
     model: str | None = None
     incomplete_details: Incomplete | None = None
@@ -104,7 +105,7 @@ class Vector(msgspec.Struct, gc=False):
 
 
 class EmbeddingsBody(Answered, gc=False):
-    data: list[Vector] = []
+    data: list[Vector] | None = None
     usage: ChatUsage | None = None
     model: str | None = None
 
@@ -114,13 +115,13 @@ Body = TypeVar("Body", bound=Answered)
 
 class Response(msgspec.Struct, Generic[Body], gc=False):
     status_code: int = 0
-    body: Body | None = None
+    body: Body | str | None = None  # a string: what a proxy said
 
 
 class Line(msgspec.Struct, Generic[Body], gc=False):
     custom_id: str
     response: Response[Body] | None = None
-    error: Error | None = None
+    error: Error | str | None = None
 
 
 class OpenAIForm(Generic[Body]):
@@ -160,10 +161,12 @@ class OpenAIForm(Generic[Body]):
     def _told(self, line: Line[Body]) -> Reply:
         response, key = line.response, line.custom_id
         if line.error is not None or response is None:
-            return _not_run(key, line.error)
-        body = response.body
-        if response.status_code != 200 or body is None or (body.error is not None and self._is_refused(body)):
-            return _api_error(key, response.status_code, body.error if body else None)
+            return _refused(key, response.status_code if response else 0, line.error, "no response and no error")
+        status, body = response.status_code, response.body
+        if body is None or isinstance(body, str):
+            return _refused(key, 0 if status == 200 else status, None, (body or "").strip().partition("\n")[0][:200])
+        if status != 200 or (body.error is not None and self._is_refused(body)):
+            return _refused(key, status, body.error, body.message)
         return self._reply(key, body)
 
     def _is_refused(self, body: Body) -> bool:
@@ -197,12 +200,15 @@ class ChatForm(OpenAIForm[ChatBody]):
 
     def _reply(self, key: str, body: ChatBody) -> Reply:
         usage, choice = body.usage, body.choices[0] if body.choices else NO_CHOICE
-        outcome, reason = _chat_outcome(choice)
+        message = choice.message or NOTHING
+        content = message.content if isinstance(message.content, str) else _joined(message.content, "text")
+        ending = _chat_ending(choice, message.refusal, content)
         return Reply(
             custom_id=key,
-            outcome=outcome,
-            text=choice.message.refusal or choice.message.content,
-            reason=reason,
+            outcome=ending.outcome,
+            text=message.refusal or content,
+            reason=ending.reason,
+            retryable=ending.retryable,
             paid=True,
             model=body.model,
             input_tokens=usage.prompt_tokens if usage else None,
@@ -242,18 +248,18 @@ class ResponsesForm(OpenAIForm[ResponsesBody]):
         return body.status is None  # one with a status tells of an answer that failed
 
     def _reply(self, key: str, body: ResponsesBody) -> Reply:
-        usage = body.usage
-        parts = [part for item in body.output if item.type == "message" for part in item.content or []]
-        text = "".join(part.text or "" for part in parts if part.type == "output_text")
+        usage, contents = body.usage, [item.content for item in body.output or () if item.type == "message"]
+        parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, Part)]
+        text = _joined(parts, "output_text") or "".join(content for content in contents if isinstance(content, str))
         refusal = next((part.refusal for part in parts if part.type == "refusal"), None)
-        outcome, reason = _responses_outcome(body, text, refusal)
+        ending = _responses_ending(body, text, refusal)
         return Reply(
             custom_id=key,
-            outcome=outcome,
+            outcome=ending.outcome,
             text=refusal or text or None,
-            reason=reason,
-            retryable=outcome == "errored",
-            paid=outcome != "errored" or usage is not None,
+            reason=ending.reason,
+            retryable=ending.retryable,
+            paid=ending.outcome != "errored" or usage is not None,
             model=body.model,
             input_tokens=usage.input_tokens if usage else None,
             cached_tokens=_cached(usage.input_tokens_details if usage else None),
@@ -284,7 +290,7 @@ class EmbeddingsForm(OpenAIForm[EmbeddingsBody]):
 
     def _reply(self, key: str, body: EmbeddingsBody) -> Reply:
         """With the vectors of all inputs of its line, in their order."""
-        vectors = {each.index: as_vector(each.embedding) for each in body.data if each.embedding is not None}
+        vectors = {each.index: as_vector(each.embedding) for each in body.data or () if each.embedding is not None}
         return Reply(
             custom_id=key,
             outcome="succeeded",
@@ -315,7 +321,7 @@ def is_strict(schema: Mapping[str, Any]) -> bool:
         named = properties if isinstance(properties, Mapping) else {}
         if schema.get("additionalProperties") is not False or set(schema.get("required", ())) != set(named):
             return False
-    if "patternProperties" in schema or "allOf" in schema or "oneOf" in schema:
+    if any(name in schema for name in UNSTRICT):
         return False
     below = [schema.get("items"), *schema.get("anyOf", ())]
     for name in ("properties", "$defs", "definitions"):
@@ -343,46 +349,56 @@ def _renamed(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {"max_completion_tokens" if name == "max_output_tokens" else name: value for name, value in parameters.items()}
 
 
-def _chat_outcome(choice: Choice) -> tuple[Outcome, str | None]:
-    message = choice.message
-    if message.refusal:
-        return "refused", None
-    if (cut := CUT_SHORT.get(choice.finish_reason)) is not None:
-        return cut
-    if message.content:
-        return "succeeded", None
-    return "invalid", "empty answer: no choices" if choice is NO_CHOICE else "empty answer"
+def _joined(parts: Sequence[Part] | None, kind: str) -> str | None:
+    return "".join(part.text or "" for part in parts if part.type == kind) if parts else None
 
 
-def _responses_outcome(body: ResponsesBody, text: str, refusal: str | None) -> tuple[Outcome, str | None]:
+def _chat_ending(choice: Choice, refusal: str | None, content: str | None) -> Ending:
     if refusal:
-        return "refused", None
+        return REFUSED
+    ending = ending_of(choice.finish_reason)
+    if content or ending is not SUCCEEDED:
+        return ending
+    return Ending("invalid", "empty answer: no choices") if choice is NO_CHOICE else EMPTY
+
+
+def _responses_ending(body: ResponsesBody, text: str, refusal: str | None) -> Ending:
+    if refusal:
+        return REFUSED
     if body.status == "incomplete":
-        reason = body.incomplete_details.reason if body.incomplete_details else None
-        return ("filtered", "content filter") if reason == "content_filter" else ("truncated", "token limit reached")
+        return ending_of((body.incomplete_details.reason if body.incomplete_details else None) or "length")
     if body.status not in ("completed", None):
-        return "errored", _shown(body.error) or f"response status {body.status}"
-    return ("succeeded", None) if text else ("invalid", "empty answer")
+        reason = _shown(body.error) or f"response status {body.status}"
+        return Ending("errored", reason, retryable=body.error is None or _code(body.error) in PASSING_CODES)
+    return SUCCEEDED if text else EMPTY
 
 
-def _not_run(key: str, error: Error | None) -> Reply:
-    """A line without a response: the request was never answered, and is not billed."""
-    code = str(error.code) if error else None
-    outcome = NEVER_RUN.get(code or "", "errored")
-    return Reply(custom_id=key, outcome=outcome, reason=_shown(error) or "no response and no error", retryable=True)
+def _refused(key: str, status: int, error: Error | str | None, otherwise: str | None) -> Reply:
+    """A line without an answer: never executed, filtered, or an error, which hides inside the response's body as well (F71). Not billed.
 
-
-def _api_error(key: str, status: int, error: Error | None) -> Reply:
-    """A line whose request the API refused; the error hides inside the response body (F71)."""
-    reason = _shown(error) or f"HTTP status {status}"
-    if error is not None and str(error.code) in FILTERED_CODES:
+    `status`: HTTP's, 0 where there is none; `otherwise`: what is said where no error says it.
+    """
+    code, reason = _code(error), _shown(error) or otherwise or f"HTTP status {status}"
+    if code in FILTERED_CODES:
         return Reply(custom_id=key, outcome="filtered", reason=reason)
-    return Reply(custom_id=key, outcome="errored", reason=reason, retryable=status in RETRYABLE_STATUS or status >= 500)
+    return Reply(custom_id=key, outcome=NEVER_RUN.get(code, "errored"), reason=reason, retryable=_may_pass(status, error))
 
 
-def _shown(error: Error | None) -> str | None:
-    if error is None:
-        return None
+def _may_pass(status: int, error: Error | str | None) -> bool:
+    """Whether asking again can help: by the HTTP status; where that says nothing of the error, by the error's own code."""
+    code = _code(error)
+    if status in (0, 200) and code.isdigit():
+        status = int(code)
+    return status in RETRYABLE_STATUS or status >= 500
+
+
+def _code(error: Error | str | None) -> str:
+    return str(error.code) if isinstance(error, Error) else ""
+
+
+def _shown(error: Error | str | None) -> str | None:
+    if not isinstance(error, Error):
+        return error
     return ": ".join(str(part) for part in (error.code, error.message) if part) or None
 
 

@@ -55,7 +55,7 @@ class Snapshot:
     absent: Outcome = "missing"  # of a request without a line, once it has ended
     queue_full: bool = False  # failed only because too much is enqueued: the same batch is welcome later
     is_stopping: bool = False  # cancelled, and not at its end yet
-    awaits_files: bool = False  # it has ended and something ran: result files that are not there yet will come
+    awaits_files: bool = False  # it has ended, and a result file that it must have is not there yet
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True, gc=False):  # made once a line: three times as fast as a dataclass
@@ -72,6 +72,7 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, gc=False):  # made once a
     cached_tokens: int = 0
     output_tokens: int | None = None
     is_shared: bool = False  # the reply to a line that several requests share
+    is_bystander: bool = False  # not looked at, because another line of the same batch was at fault and has been named
     vectors: tuple[bytes, ...] = ()  # of an embedding: float32, little endian, one for each input of the line
 
 

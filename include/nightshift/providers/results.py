@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import IO, Annotated, TypeVar
+from contextlib import suppress
+from typing import IO, Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -41,15 +42,31 @@ def read_lines(lines: bytes, decoder: msgspec.json.Decoder[Found], told: Callabl
 
 
 def _alone(line: bytes, decoder: msgspec.json.Decoder[Found], told: Callable[[Found], Reply], name: str) -> Reply | Garbage:
-    """A line by itself. Where one is outside the contract and its id can still be read, that request is errored; else it is garbage."""
+    """A line by itself. Where one is outside the contract and its id can still be read, that request is errored; else it is garbage.
+
+    An answer is not thrown away for how its tokens are counted: it is read without, and what it cost is unknown (F85).
+    """
     try:
         return told(decoder.decode(line))
     except UNREADABLE as error:
         why = str(error)  # the error itself holds this frame, and so the line, until the collector comes
     try:
-        custom_id = orjson.loads(line)[name]
+        given = orjson.loads(line)
+        custom_id = given[name]
     except (ValueError, KeyError, TypeError):
         return Garbage(reason=f"unreadable result line: {why}")
     if not isinstance(custom_id, str):
         return Garbage(reason=f"result line whose {name} is no string")
-    return Reply(custom_id=custom_id, outcome="errored", reason=f"answer outside the API's contract: {why}", retryable=True, paid=True)
+    with suppress(*UNREADABLE):
+        return told(decoder.decode(orjson.dumps(_without_usage(given))))
+    response = given.get("response")
+    has_failed = isinstance(response, dict) and response.get("status_code") != 200
+    reason = f"answer outside the API's contract: {why}"
+    return Reply(custom_id=custom_id, outcome="errored", reason=reason, retryable=True, paid=not has_failed)
+
+
+def _without_usage(given: Any) -> Any:
+    """A line less the counts of its tokens, whichever object they stand in."""
+    if not isinstance(given, dict):
+        return given
+    return {name: _without_usage(value) for name, value in given.items() if name != "usage"}

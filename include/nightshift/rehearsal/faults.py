@@ -57,7 +57,9 @@ class Faults(BaseModel):
     live_seconds: float = Field(0, ge=0, description="how long a request on demand takes")
     live_capacity: int | None = Field(None, ge=1, description="requests on demand at once; the next one is a 503 (F99)")
     file_hidden_seconds: float = Field(0, ge=0, description="an uploaded file is unknown to create for a while (F30)")
-    results_lag_seconds: float = Field(0, ge=0, description="a batch has ended and does not name its result files for a while (F60)")
+    results_lag_seconds: float = Field(
+        0, ge=0, description="a batch has ended and does not name its result files for a while, nor that of errors for half of it (F60)"
+    )
     results_gone: bool = Field(False, description="result files are named and not there any more (F61)")
     fails_at_the_end: bool = Field(False, description="a batch ends as failed after its work was done and billed (F59)")
     list_lag_seconds: float = Field(0, ge=0, description="new batches are not listed for a while (F33)")

@@ -304,7 +304,7 @@ def _batch_object(state: State, batch: StoredBatch) -> dict[str, Any]:
     moments = ("in_progress_at", "expires_at", "finalizing_at", "completed_at", "failed_at", "expired_at", "cancelling_at", "cancelled_at")
     times = {name: None if getattr(batch, name) is None else int(getattr(batch, name)) for name in moments}
     ended_at = max(getattr(batch, name) or 0.0 for name in ("completed_at", "failed_at", "expired_at", "cancelled_at"))
-    named = state.visible(ended_at, state.faults.results_lag_seconds)
+    lag = state.faults.results_lag_seconds
     unheard_of = state.faults.unknown_status and batch.status == "in_progress"
     return {
         "id": batch.id,
@@ -315,8 +315,8 @@ def _batch_object(state: State, batch: StoredBatch) -> dict[str, Any]:
         "input_file_id": batch.input_file_id,
         "completion_window": "24h",
         "status": "contemplating" if unheard_of else batch.status,
-        "output_file_id": batch.output_file_id if named else None,
-        "error_file_id": batch.error_file_id if named else None,
+        "output_file_id": batch.output_file_id if state.visible(ended_at, lag) else None,
+        "error_file_id": batch.error_file_id if state.visible(ended_at, lag / 2) else None,
         "created_at": int(batch.created_at),
         **times,
         "request_counts": {"total": batch.total + 7 * state.faults.odd_counts, "completed": done, "failed": failed},

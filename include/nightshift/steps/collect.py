@@ -16,7 +16,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from nightshift.again import ask_again
+from nightshift.again import BYSTANDER, ask_again
 from nightshift.answer_writer import AnswerWriter
 from nightshift.arrow import collector_paused, keep_pandas_out
 from nightshift.budgets import give_back, settle_attempts
@@ -32,7 +32,7 @@ from nightshift.runs import Run, Site
 from nightshift.settle import settle
 from nightshift.shapes import Settled, Shard
 from nightshift.steps.submit import open_where, payer_of
-from nightshift.steps.wait import FILES_GRACE, is_waiting_for_files
+from nightshift.steps.wait import files_due, is_waiting_for_files
 from nightshift.stores.ledger import Attach, Attempt, Done, Ended, is_stuck, next_move
 from nightshift.stores.shards import Left, answers_key, asked_of, pending, shared_lines
 from nightshift.typed import Read
@@ -83,7 +83,8 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
         return
     if snapshot.state == "running":
         raise BatchUnfinished(provider.where, batch_id, f"it is still {snapshot.status}")
-    if is_waiting_for_files(snapshot, site.now()):
+    latest = attempt.began_at + payer_of(site, run, attempt).job.patience
+    if is_waiting_for_files(snapshot, site.now(), latest):
         raise ProviderUnavailable(provider.where, f"batch {batch_id} is {snapshot.status} and its result files are not there yet.")
     if snapshot.state == "failed" and not snapshot.bad_lines and not snapshot.result_files:
         _end_without_answers(site, shard, attempt, attempts, snapshot, provider)
@@ -91,7 +92,7 @@ def _harvest(site: Site, run: Run, shard: str, attempt: Attempt, attempts: list[
     try:
         ended = _write_answers(site, run, shard, attempt, attempts, snapshot, provider)
     except ResultsGone as error:
-        if snapshot.ended_at is None or site.now() - snapshot.ended_at < FILES_GRACE:
+        if site.now() < files_due(snapshot, latest):
             raise  # they can lag behind the status; 30 days later they are gone (F61)
         _give_up(site, run, shard, attempt, attempts, provider, error)
         return
@@ -148,7 +149,7 @@ def write_valid(
     replies: Iterable[Reply | Garbage],
     left: Mapping[bytes, Left | None],
 ) -> dict[bytes, Answer]:
-    """Put down the good answers as they come; give the others, by request."""
+    """Write the valid answers as they come; give the others, by request."""
     others, validate = dict[bytes, Answer](), validator_for(job)
     read = None if any(left.values()) else reader_for(job)  # each that is asked again says how: they are few, and taken one by one
 
@@ -180,7 +181,7 @@ def _better(first: Answer, further: Sequence[Reply], validate: Callable[[Reply],
 
 
 def _add_all(writer: AnswerWriter, read: Read, succeeded: Sequence[tuple[bytes, Reply]]) -> Sequence[tuple[bytes, Reply]]:
-    """Put down all answers that can be read at once; give the others, which have to be looked at one by one."""
+    """Add all answers that can be read at once; give the others, which have to be looked at one by one."""
     outputs, are_read = read([reply.text for _, reply in succeeded])
     if all(are_read):
         writer.add_all(succeeded, outputs)
@@ -241,19 +242,25 @@ def _end_without_answers(site: Site, shard: str, attempt: Attempt, attempts: lis
 def _absent(keys: Collection[bytes], snapshot: Snapshot, groups: Iterable[Sequence[bytes]]) -> Iterator[tuple[bytes, Answer]]:
     """What became of the requests that nothing came back for. `groups`: the requests of each line."""
     if keys:
-        for line, group in enumerate(groups, start=1):
+        lines = dict(enumerate(groups, start=1))
+        is_named = not snapshot.bad_lines.keys().isdisjoint(lines)
+        for line, group in lines.items():
             for key in group:
                 if key in keys:
-                    yield key, Answer(reply=_nothing(key, snapshot, line, is_shared=len(group) > 1))
+                    yield key, Answer(reply=_nothing(key, snapshot, line, is_shared=len(group) > 1, is_named=is_named))
 
 
-def _nothing(key: bytes, snapshot: Snapshot, line: int, *, is_shared: bool) -> Reply:
-    """What became of a request that nothing came back for. `line`: the one that it stood in, which others may share."""
+def _nothing(key: bytes, snapshot: Snapshot, line: int, *, is_shared: bool, is_named: bool) -> Reply:
+    """What became of a request that nothing came back for. `line`: the one that it stood in, which others may share.
+
+    `is_named`: whether the provider has named lines of the batch that it cannot take.
+    """
     custom_id = key.hex()
     if line in snapshot.bad_lines:  # one bad line fails the whole batch (F32): this one is to blame, the others are not
         return Reply(custom_id=custom_id, outcome="errored", reason=snapshot.bad_lines[line], is_shared=is_shared)
     if snapshot.state == "failed":
-        return Reply(custom_id=custom_id, outcome="errored", reason="another line failed the batch", retryable=True)
+        reason = BYSTANDER if is_named else "the batch failed"
+        return Reply(custom_id=custom_id, outcome="errored", reason=reason, retryable=True, is_bystander=is_named)
     outcome = snapshot.absent
     reason = f"the batch was {outcome}" if outcome != "missing" else f"no line came back though the batch is {snapshot.status}"
     return Reply(custom_id=custom_id, outcome=outcome, reason=reason, retryable=True)

@@ -29,10 +29,11 @@ from nightshift.errors import (
     Transient,
     WrongPlace,
 )
+from nightshift.job import Job
 from nightshift.money.estimate import sum_estimates
 from nightshift.packing import asked_from, estimate_shards
 from nightshift.providers.forms import form_of, vary_line
-from nightshift.providers.protocol import Form, Limits, Order, Provider
+from nightshift.providers.protocol import Form, Order, Provider
 from nightshift.runs import Run, Site, load_run, work_of
 from nightshift.shapes import Estimate, Plan, ProviderName, Receipt, Shard, Variant
 from nightshift.stores.ledger import (
@@ -150,18 +151,19 @@ def find(site: Site, shard: str, search: Search, open_attempt: Callable[[Attempt
 
 def _send(site: Site, run: Run, shard: str, number: int, attempts: list[Attempt]) -> Receipt:
     """Upload, book, claim, create, record. Whatever happens in between is found again by the claim's token."""
-    claim = _next_claim(site, run, shard, number, attempts)
-    book = partial(book_attempt, site, run, site.ledger.shard(shard), claim, attempts)
-    book(only_look=True)  # nothing is uploaded for what does not fit
+    facts, claim = site.ledger.shard(shard), _next_claim(site, run, shard, number, attempts)
+    book_attempt(site, run, facts, claim, attempts, only_look=True)  # nothing is uploaded for what does not fit
     provider = _provider(site, run, claim.provider)
     with site.scratch() as folder:
-        path = _write_requests(site, shard, claim, Path(folder))
+        path, count = _write_requests(site, facts, claim, _most_bytes(run.job, claim, provider), Path(folder))
+        if count < claim.asked:
+            claim = claim.model_copy(update={"asked": count, "most": count})
         try:
             uploaded = provider.upload(claim.token, path)
         except Permanent:
             give_back(site, shard, claim, number, attempts)
             raise
-        book()
+        book_attempt(site, run, facts, claim, attempts)
         order = Order(
             uploaded=uploaded,
             model=claim.model,
@@ -197,7 +199,7 @@ def _next_claim(site: Site, run: Run, shard: str, number: int, attempts: list[At
     provider = _provider(site, run, name)
     most = portion(attempts) or count
     if name != facts.provider:  # whose batches the shard was not cut for
-        most = min(most, _room(site, facts, provider.limits(model)))
+        most = min(most, provider.limits(model).requests)
     return Claim(
         token=site.ledger.token(shard, number),
         owner=site.owner,
@@ -212,11 +214,10 @@ def _next_claim(site: Site, run: Run, shard: str, number: int, attempts: list[At
     )
 
 
-def _room(site: Site, facts: Shard, limits: Limits) -> int:
-    """How many requests of a shard fit into a batch, by count and by the bytes of their lines."""
-    lines = site.store.head(requests_key(facts.key))
-    size = max(1, (lines.size if lines else 0) // facts.request_count)
-    return max(1, min(limits.requests, limits.request_bytes // size))
+def _most_bytes(job: Job, claim: Claim, provider: Provider) -> int:
+    """What the input file of an attempt may hold: as the job says of its own provider, else as the provider does."""
+    given = job.spec.request.limits.max_bytes if claim.provider == job.spec.request.provider else None
+    return given or provider.limits(claim.model).request_bytes
 
 
 def _provider(site: Site, run: Run, name: ProviderName) -> Provider:
@@ -274,20 +275,26 @@ def _refusals_recorded(site: Site, shard: str, attempt: int, claim: Claim, befor
         raise
 
 
-def _write_requests(site: Site, shard: str, claim: Claim, folder: Path) -> Path:
-    """The lines of one attempt as a local file: the shard's as they stand, or those to be asked again, as they are asked now."""
-    path = site.store.download(requests_key(shard), folder / "requests.jsonl")
-    facts = site.ledger.shard(shard)
+def _write_requests(site: Site, facts: Shard, claim: Claim, most_bytes: int, folder: Path) -> tuple[Path, int]:
+    """The lines of one attempt as a local file: the shard's as they stand, or those to be asked again, as they are asked now.
+
+    With how many requests they ask: of the claim's as many as fit. What is shown its answer is longer than it was (F19).
+    """
+    path = site.store.download(requests_key(facts.key), folder / "requests.jsonl")
     form = form_of(facts.endpoint)
     if not claim.after and claim.asked == facts.request_count and form.inputs_per_line == 1:
-        return path
-    rest = folder / "rest.jsonl"
+        return path, claim.asked
+    rest, count = folder / "rest.jsonl", 0
     with closing(Texts(folder)) as texts, path.open("rb") as source, rest.open("wb") as target:
         chosen = asked(site.store, facts, claim, texts.put)
         lines = (_line(line, chosen[key], form, texts) for line in source if (key := key_of_line(line)) in chosen)
         for group in shared_lines(chosen, form.inputs_per_line):
-            target.write(_folded(list(islice(lines, len(group))), form))
-    return rest
+            line = _folded(list(islice(lines, len(group))), form)
+            if count and target.tell() + len(line) > most_bytes:
+                break
+            target.write(line)
+            count += len(group)
+    return rest, count
 
 
 def _folded(lines: list[bytes], form: Form) -> bytes:

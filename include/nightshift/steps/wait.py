@@ -17,7 +17,7 @@ from nightshift.steps.submit import OWNER_PAUSE, may_pay, open_where, payer_of
 from nightshift.stores.ledger import Attach, Hold, Send, next_move
 
 UNKNOWN_PATIENCE = timedelta(minutes=10)  # how long a batch that we hold a receipt for may be unknown to the provider
-FILES_GRACE = timedelta(minutes=10)  # after its end, for a completed batch to show its result files
+FILES_GRACE = timedelta(minutes=10)  # after its end, for a batch to show its result files
 ERROR_PAUSE_MAX_SECONDS = 300.0
 DOUBLINGS = 4  # of the pause between looks: who looks often wants to know soon that the provider is back
 
@@ -64,17 +64,23 @@ def next_look(
     if isinstance(snapshot, NightshiftError):
         return Look(_backoff(poll_seconds, failures))
     if snapshot.state != "running":
-        return Look(poll_seconds) if awaits_files and waited <= patience else Ended()
+        return Look(poll_seconds) if awaits_files else Ended()
     if waited > patience and not snapshot.is_stopping:
         return Cancel(poll_seconds)
     return Look(poll_seconds)
 
 
-def is_waiting_for_files(snapshot: Snapshot, now: datetime) -> bool:
-    """Result files can lag behind the status (F60). Without a grace everything would count as missing, and be paid again."""
-    if snapshot.result_files or not (snapshot.awaits_files or (snapshot.state == "ended" and snapshot.absent == "missing")):
-        return False
-    return snapshot.ended_at is None or now - snapshot.ended_at < FILES_GRACE
+def is_waiting_for_files(snapshot: Snapshot, now: datetime, latest: datetime) -> bool:
+    """Result files can lag behind the status (F60). Without a grace everything would count as missing, and be paid again.
+
+    `latest`: when the batch has ended at the latest, where the provider does not say when it did.
+    """
+    return snapshot.awaits_files and now < files_due(snapshot, latest)
+
+
+def files_due(snapshot: Snapshot, latest: datetime) -> datetime:
+    """Until when result files that are not there are waited for."""
+    return (snapshot.ended_at or latest) + FILES_GRACE
 
 
 def watch(
@@ -96,7 +102,7 @@ def watch(
             waited=now() - receipt.created_at,
             patience=job.patience,
             poll_seconds=poll_seconds,
-            awaits_files=isinstance(snapshot, Snapshot) and is_waiting_for_files(snapshot, now()),
+            awaits_files=isinstance(snapshot, Snapshot) and is_waiting_for_files(snapshot, now(), receipt.created_at + job.patience),
         )
         match move:
             case Ended():

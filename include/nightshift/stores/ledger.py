@@ -104,6 +104,11 @@ class Attempt:
         return (self.leases[-1].since if self.leases else self.claim.claimed_at) + LEASE
 
     @property
+    def began_at(self) -> datetime:
+        """When its batch was created, by the provider's clock where it has said so."""
+        return self.receipt.created_at if self.receipt else self.claim.claimed_at
+
+    @property
     def is_harvested(self) -> bool:
         """Whether its answers are in."""
         return self.ended is not None and self.ended.how == "harvested"
