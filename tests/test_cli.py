@@ -186,6 +186,23 @@ def test_no_key_at_all_is_told(world):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "problem"),
+    [
+        pytest.param(["run", "--json"], "MissingParameter", "JOB", id="no job"),
+        pytest.param(["run", "x", "--json", "--fersh"], "NoSuchOption", "--fresh", id="unknown option"),
+        pytest.param(["compare", "x", "--json", "--sample", "0"], "BadParameter", "--sample", id="value out of range"),
+    ],
+)
+def test_a_call_that_cannot_be_read_is_json_too(arguments, error, problem):
+    done = nightshift(*arguments)
+    assert done.returncode == 2
+    told = json.loads(done.stdout)
+    assert (told["published"], told["error"], told["transient"]) == (False, error, False)
+    assert problem in told["problem"]
+    assert "Usage:" in done.stderr
+
+
 def test_validate_tells_every_mistake_and_ends_with_2(world, tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text("name: Bad Name\nrequest: {provider: opnai}\n")
@@ -194,6 +211,31 @@ def test_validate_tells_every_mistake_and_ends_with_2(world, tmp_path):
     assert f"{path}:1: name" in done.stderr
     assert "did you mean 'openai'?" in done.stderr
     assert nightshift("validate", file_of(world)).returncode == 0
+
+
+def test_a_run_that_could_not_be_published_is_held_before_it_pays(world):
+    rows = [*reviews(8), {"id": "e1", "text": "", "stars": 1}, {"id": "e2", "text": "", "stars": 1}]
+    file, uri = file_of(world, policy={"publish_at_least": 0.9, "approve_above_usd": 0}), world.write("in.jsonl", rows)
+    store = f"file://{world.folder}/store"
+    planned = nightshift("plan", file, "--input", uri, "--store", store, rehearsal=world.rehearsal)
+    assert planned.returncode == 3
+    assert "to submit" in planned.stdout
+    done = nightshift("run", file, "--input", uri, "--store", store, "--json", rehearsal=world.rehearsal)
+    assert done.returncode == 3
+    for said in (planned.stderr, done.stderr, json.loads(done.stdout)["problem"]):
+        assert "2 of 10 rows are rejected" in " ".join(said.split())
+        assert "at most 80.00% can succeed" in " ".join(said.split())
+    assert world.rehearsal.bill()["batches"] == 0
+
+
+def test_what_the_schedule_reads_of_a_day_replaces_that_days_partition_however_it_is_named(world):
+    world.write("2026-11-10.jsonl", reviews(3))
+    store, folder = f"file://{world.folder}/store", f"{world.folder}/input"
+    file = file_of(world, schedule="0 2 * * *", input={"uri": f"file://{folder}/{{{{ ds }}}}.jsonl"})
+    for given in (["--ds", "2026-11-10"], ["--input", f"{folder}/2026-11-10.jsonl"], ["--input", f"{folder}/2026-11-1?.jsonl"]):
+        assert nightshift("run", file, *given, "--store", store, rehearsal=world.rehearsal).returncode == 0
+    published = sorted(path.parent.name.partition("-")[0] for path in (world.folder / "store/results").glob("*/*/_manifest.json"))
+    assert published == ["dt=2026", "input=2026"], "other objects are a partition of their own"
 
 
 def test_plan_sends_nothing_and_keeps_nothing(world):

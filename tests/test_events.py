@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import timedelta
 
 import pytest
 
+from nightshift.drive import drive
 from nightshift.events import Hint, Strange, read_message
-from nightshift.inbox import Upload, again, console_link, hear, starts
-from tests.conftest import NOON, s3_event
+from nightshift.inbox import Upload, again, console_link, hear, heard_uploads, list_uploads, starts, state_of_run, still_there
+from nightshift.runs import run_id
+from nightshift.steps.discover import discover
+from tests.conftest import NOON, reviews, s3_event
 
 A = Hint(bucket="b", key="in/a b.jsonl", etag="e1", size=10)
 PLAIN = s3_event("b", "in/a+b.jsonl", "e1")
@@ -96,6 +100,42 @@ def test_a_run_is_named_for_its_object_and_links_to_it(world):
     assert start.label.startswith("upload__a-b.jsonl__")
     assert start.note == "[s3://b/in/a b.jsonl](https://s3.console.aws.amazon.com/s3/object/b?prefix=in/a%20b.jsonl)"
     assert console_link("file:///x/a.jsonl") == "file:///x/a.jsonl"
+
+
+def test_a_run_is_named_so_that_airflow_takes_it():
+    allowed = re.compile(r"^[A-Za-z0-9_.~:+-]+$")  # [scheduler] allowed_run_id_pattern, as it comes
+    names = [f"s3://b/in/{name}" for name in ("dt=2026-11-01.jsonl", "a+b c.csv", "đánh giá.jsonl", "x" * 300, "%41&=.gz")]
+    labels = {Upload(uri=uri, etag="e", size=1, at=NOON).label for uri in names}
+    assert len(labels) == len(names)
+    assert all(allowed.fullmatch(label) and len(label) < 200 for label in labels)
+
+
+def test_an_upload_whose_key_cannot_be_read_is_parked_and_the_others_go_on(world):
+    job = world.job(on_upload=f"file://{world.folder}/input/**", input={"uri": f"file://{world.folder}/input/**"})
+    world.write("good.jsonl", reviews(1))
+    [good] = list_uploads(world.site, job)
+    odd = good.model_copy(update={"uri": good.uri.replace("input/", "input//"), "etag": "odd"})
+    for each in (odd, good):
+        world.site.store.create_shape(f"inbox/reviews/heard/{each.label}.json", each)
+    waiting = heard_uploads(world.site, job)
+    assert len(waiting) == 2
+    assert still_there(world.site, "reviews", waiting) == [good]
+    assert heard_uploads(world.site, job) == [good], "it is not looked at again"
+    [parked] = [json.loads(world.site.store.get(found.key)) for found in world.site.store.scan("inbox/_parked")]
+    assert parked["body"] == odd.uri
+    assert "rename the object" in parked["why"]
+
+
+def test_a_backfill_knows_the_runs_that_it_has_begun_itself(world):
+    job = world.job(on_upload=f"file://{world.folder}/input/*")
+    uri = world.write("in.jsonl", reviews(2))
+    [upload] = list_uploads(world.site, job)
+    assert state_of_run(world.site.store, "reviews", upload) is None
+    name = run_id("reviews", upload.label)
+    run = discover(world.site, job, pattern=uri, label=upload.label, run=name, dates={})
+    assert state_of_run(world.site.store, "reviews", upload) == "under way"
+    drive(world.site, run, ask=lambda run, planned: True)
+    assert state_of_run(world.site.store, "reviews", upload) == "published"
 
 
 STATES = {"a": None, "b": "failed", "c": "held", "d": "published", "e": "under way"}

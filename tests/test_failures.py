@@ -164,7 +164,7 @@ def test_F18_columns_of_other_types_and_nulls_reject_their_rows(world):
         {"id": "o", "text": {"a": 1}, "stars": 1},
         {"id": "i", "text": 7, "stars": 1},
     ]
-    summary = go(world, world.job(), world.write("in.jsonl", rows))
+    summary = go(world, world.job(policy={"publish_at_least": 0.4}), world.write("in.jsonl", rows))
     assert (summary.outcomes["rejected"], sum(summary.outcomes.values())) == (3, 5)
     assert summary.reasons["rejected"] == {"text is not a string": 2, "text is null": 1}
 

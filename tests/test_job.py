@@ -8,7 +8,7 @@ import yaml
 
 from nightshift.errors import JobInvalid, SettingInvalid
 from nightshift.job import Job, job_schema
-from nightshift.job_file import find_job, load_job, read_prompt
+from nightshift.job_file import find_job, load_job, load_jobs, read_prompt
 from nightshift.pages import render_job_reference
 from nightshift.stores.objects import open_objects
 from tests.conftest import SCHEMA
@@ -105,6 +105,13 @@ def test_the_example_jobs_are_valid(path):
         pytest.param("name: reviews", "name: reviews\nstart_date: '2026-13-45'", "start_date", id="no such day"),
         pytest.param("name: reviews", "name: reviews\ntimezone: Mars/X", "timezone: expected a time zone", id="no such zone"),
         pytest.param("name: reviews", "name: reviews\nschedule: '@foo'", "schedule: expected a cron expression", id="no such preset"),
+        pytest.param("name: reviews", "name: reviews\nschedule: '0 25 * * *'", "schedule: expected a cron expression", id="no such hour"),
+        pytest.param("name: reviews", "name: reviews\nschedule: ['0 2 * * *', '0 0 31 2 *']", "schedule: expected a cron expression", id="never"),
+        pytest.param("name: reviews", "name: uploads", "'uploads' is the name of a DAG of Nightshift's own", id="a name of ours"),
+        pytest.param("name: reviews", f"name: reviews\ntags: [{'x' * 101}]", "tags.0: String should have at most 100", id="a tag that Airflow refuses"),
+        pytest.param("  model: ", "  parameters: {temprature: 0}\n  model: ", "temprature: no such parameter is known here; did you mean 'temperature'?", id="misspelt parameter"),
+        pytest.param("  model: ", "  parameters: {max_tokens: 9}\n  model: ", "max_tokens is called max_output_tokens here", id="the limit by another name"),
+        pytest.param("keep: [stars]", "keep: [stars]\n  partition: dt={{ ds }}\non_upload: s3://bucket/in/*.jsonl", "output.partition: uses run dates, and runs of uploads have none", id="dates of an upload"),
         pytest.param("  model: ", "  parameters: {max_output_tokens: many}\n  model: ", "max_output_tokens has to be a whole number", id="tokens in words"),
         pytest.param("in/*.jsonl", "dt={{ ds }}/*", "input.uri: uses run dates, but the job has no schedule", id="dates without a schedule"),
         pytest.param("provider: openai", "provider: openai\n  endpoint: converse", "reviews.yaml:9: request.endpoint: converse is an endpoint of Bedrock", id="endpoint of another provider"),
@@ -120,6 +127,22 @@ def test_the_example_jobs_are_valid(path):
 def test_each_mistake_is_told_with_its_place_and_its_mend(folder, old, new, problem):
     assert old in JOB
     assert problem in "\n".join(problems(folder, JOB.replace(old, new)))
+
+
+def test_two_files_of_one_name_are_told_and_hidden_files_are_none(folder):
+    jobs = folder / "jobs"
+    load(folder)
+    (jobs / ".#reviews.yaml").write_text("an editor's")
+    assert [job.name for job in load_jobs(jobs)] == ["reviews"]
+    (jobs / "reviews.yml").write_text(JOB)
+    assert load_jobs(jobs) == []
+    with pytest.raises(JobInvalid, match="yaml stands beside it, and both would be the job reviews"):
+        load_job(jobs / "reviews.yml")
+
+
+def test_parameters_that_nobody_here_knows_are_handed_on(folder):
+    text = JOB.replace("  model: ", "  parameters: {top_n: 3, guided_choice: [a, b], temperature: 0}\n  model: ")
+    assert load(folder, text).spec.request.parameters == {"top_n": 3, "guided_choice": ["a", "b"], "temperature": 0}
 
 
 def test_all_mistakes_are_told_at_once(folder):

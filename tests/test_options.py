@@ -13,7 +13,7 @@ from nightshift.dates import interval_dates, render_dates
 from nightshift.drive import drive
 from nightshift.errors import BudgetExceeded, JobInvalid, SettingInvalid, UpToDate
 from nightshift.job_file import read_prompt, vary
-from nightshift.partitions import dated_partition, ticks_once_a_day
+from nightshift.partitions import dated_partition, day_of_input, ticks_once_a_day
 from nightshift.runs import Options, current_run, last_run
 from nightshift.sampling import choose
 from nightshift.shapes import Summary
@@ -192,6 +192,24 @@ def test_a_day_that_may_have_several_intervals_has_a_partition_for_each(schedule
     assert ticks_once_a_day(schedules) is alone
     day = interval_dates(datetime(2026, 11, 23, tzinfo=UTC), datetime(2026, 11, 24, tzinfo=UTC), "UTC")
     assert dated_partition(day, schedules) == ("dt=2026-11-23" if alone else "dt=2026-11-23/at=0000Z")
+
+
+@pytest.mark.parametrize(
+    ("uri", "template", "day"),
+    [
+        pytest.param("s3://b/dt=2026-11-10/*.csv", "s3://b/dt={{ ds }}/*.csv", "2026-11-10", id="what the schedule reads of a day"),
+        pytest.param("s3://b/20261110/2026-11-10", "s3://b/{{ds_nodash}}/{{ ds }}", "2026-11-10", id="in two ways"),
+        pytest.param("s3://b/20261111/2026-11-10", "s3://b/{{ds_nodash}}/{{ ds }}", None, id="two days"),
+        pytest.param("s3://b/dt=2026-11-10/a.csv", "s3://b/dt={{ ds }}/*.csv", None, id="one of its objects"),
+        pytest.param("s3://b/dt=2026-13-45/*.csv", "s3://b/dt={{ ds }}/*.csv", None, id="no day"),
+        pytest.param("s3://b/2026-11-10.csv", "s3://b/2026-11-10.csv", None, id="no template"),
+    ],
+)
+def test_objects_named_by_hand_may_be_those_of_a_day(world, uri, template, day):
+    job = world.job(input={"uri": template}, schedule="0 2 * * *", timezone="Europe/Berlin")
+    named = day_of_input(job.spec, uri)
+    assert (named and named["ds"]) == day
+    assert day_of_input(job.spec.model_copy(update={"schedule": "0 * * * *"}), uri) is None, "a day has several partitions"
 
 
 def test_templates_know_the_interval_in_the_jobs_time_zone():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -29,8 +32,10 @@ from nightshift.errors import (
     RequestTooLarge,
     StoreUnavailable,
 )
+from nightshift.notices import notice_of
 from nightshift.progress import latest
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
+from nightshift.rehearsal.openai_desk import OpenAIDesk
 from nightshift.rehearsal.served import free_port
 from nightshift.runs import Site, approved_plan
 from nightshift.shapes import Summary
@@ -601,11 +606,45 @@ def test_an_answer_that_fits_no_column_is_invalid_alone(world, monkeypatch):
     assert (row["id"], row["raw"]) == ("r3", '{"n":10000000000000000000}')
 
 
-def test_F60_result_files_that_lag_behind_the_status_are_waited_for(world, monkeypatch):
+@pytest.mark.parametrize(
+    ("faults", "policy"),
+    [
+        pytest.param({}, {}, id="completed"),
+        pytest.param({"bad_request": 0.3}, {}, id="completed, and the file of errors comes first"),
+        pytest.param({"never_run": 0.3}, {}, id="F56 expired"),
+        pytest.param({"never_run": 0.3}, {"on_demand": True}, id="expired, and the rest is finished on demand"),
+    ],
+)
+def test_F60_result_files_that_lag_behind_the_status_are_waited_for(world, monkeypatch, faults, policy):
     monkeypatch.setattr("nightshift.drive.TRANSIENT_PAUSE_SECONDS", 0.1)
-    world.rehearsal.faults(results_lag_seconds=0.5)
-    summary = go(world, world.job(), world.write("in.jsonl", reviews(5)))
-    assert (summary.outcomes["succeeded"], world.rehearsal.bill()["requests"]) == (5, 5)
+    world.rehearsal.faults(results_lag_seconds=1.0, **faults)
+    summary = go(world, world.job(policy={"publish_at_least": 0, **policy}), world.write("in.jsonl", reviews(20)))
+    ran = 20 - summary.outcomes["errored"]
+    assert summary.outcomes["succeeded"] == world.rehearsal.bill()["requests"] == summary.paid == ran >= 10
+
+
+def test_F57_what_a_batch_had_answered_at_its_deadline_is_kept_however_late_its_files_come(world, monkeypatch):
+    monkeypatch.setattr("nightshift.drive.TRANSIENT_PAUSE_SECONDS", 0.1)
+    world.rehearsal.faults(results_lag_seconds=1.0)
+    world.rehearsal.pace(running=8, cancelling=0.2)
+    summary = go(world, world.job(policy={"publish_at_least": 0, "deadline_hours": 2 / 3600}), world.write("in.jsonl", reviews(40)))
+    assert 0 < summary.outcomes["succeeded"] == world.rehearsal.bill()["requests"] == summary.paid < 40
+    assert summary.outcomes["succeeded"] + summary.outcomes["cancelled"] == 40
+
+
+def test_columns_that_change_their_type_or_go_are_told(world):
+    def schema(**properties: Any) -> dict[str, Any]:
+        return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+    uri, sentiment = world.write("in.jsonl", reviews(5)), {"enum": ["positive", "neutral", "negative"]}
+    first = go(world, world.job(schema=schema(sentiment=sentiment, stars_meant={"type": "integer"}, sure={"type": "boolean"})), uri)
+    assert (first.published, first.changed_columns) == (True, ())
+    changed = schema(sentiment=sentiment, stars_meant={"enum": ["one", "five"]}, why={"type": "string"})
+    second = go(world, world.job(schema=changed), uri)
+    assert second.changed_columns == ("stars_meant: int64 → string", "sure: bool → gone")
+    assert "stars_meant: int64 → string" in Path(second.report.removeprefix("file://")).read_text()
+    assert "stars_meant: int64 → string" in notice_of(second, "").text
+    assert go(world, world.job(schema=changed), world.write("b.jsonl", reviews(3))).changed_columns == ()
 
 
 def test_a_note_in_the_prompt_file_buys_nothing_anew(world):
@@ -636,6 +675,22 @@ def test_F32_one_bad_line_does_not_condemn_its_neighbours(world, monkeypatch):
     summary = go(world, world.job(policy={"publish_at_least": 0.5}), world.write("in.jsonl", reviews(10)))
     assert (summary.outcomes["succeeded"], summary.outcomes["errored"]) == (9, 1)
     assert world.rehearsal.bill()["requests"] == 9
+
+
+@pytest.mark.parametrize("shown", [1, 100])
+def test_F32_bad_lines_that_are_named_one_by_one_condemn_none_of_the_others(world, monkeypatch, shown):
+    read = OpenAIDesk.read
+
+    def with_bad_lines(self, batch):
+        lines, errors = read(self, batch)
+        bad = [number for number, line in enumerate(lines, start=1) if re.search(r"number [2468] ", str(line.body))]
+        return lines, [*errors, *({"code": "invalid_value", "message": "bad", "param": None, "line": number} for number in bad)]
+
+    monkeypatch.setattr(OpenAIDesk, "read", with_bad_lines)
+    monkeypatch.setattr("nightshift.rehearsal.engine.ERRORS_SHOWN", shown)
+    summary = go(world, world.job(policy={"retry": {"errored": 1}, "publish_at_least": 0.5}), world.write("in.jsonl", reviews(10)))
+    assert (summary.outcomes["succeeded"], summary.outcomes["errored"]) == (6, 4)
+    assert world.rehearsal.bill()["requests"] == 6
 
 
 def test_a_batch_rejected_as_a_whole_is_told_and_can_be_tried_again(world, monkeypatch):

@@ -1,4 +1,4 @@
-"""The writer that an attempt's answers are put down on: columns, and then the file that they are kept in."""
+"""The answers of an attempt, written: into columns as they come, and then into the file that they are kept in."""
 
 from __future__ import annotations
 

@@ -36,6 +36,7 @@ class Decision(Wire):
     by: str
     at: datetime
     note: str = ""
+    withdrawn: bool = False  # nobody has said anything: the run that asked was stopped, and another one asks
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def next_step(
         is_open = now - question.at < ANSWER_WITHIN
         return Ask(number) if is_open and question.run == run else Wait(number) if is_open else Ask(number + 1)
     if answer.usd is None:
-        return Refused(number, answer) if waited_for == number else Ask(number + 1)
+        return Refused(number, answer) if waited_for == number and not answer.withdrawn else Ask(number + 1)
     return Draw(number, answer) if now - max(answer.at, used_at or answer.at) < LAPSES_AFTER else Ask(number + 1)
 
 

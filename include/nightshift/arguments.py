@@ -12,6 +12,7 @@ from nightshift.dates import interval_dates
 from nightshift.errors import JobInvalid, SettingInvalid
 from nightshift.job import Job
 from nightshift.job_file import find_job, load_job, read_prompt, vary
+from nightshift.partitions import day_of_input
 from nightshift.settings import Settings
 
 if TYPE_CHECKING:
@@ -52,6 +53,13 @@ def pattern_of(job: Job, given: str | None, ds: str | None) -> str:
         return given
     path = Path(given).absolute()
     return f"file://{path}{'/' if path.is_dir() else ''}"
+
+
+def interval_of(job: Job, given: str | None, ds: str | None) -> tuple[dict[str, Any], bool]:
+    """The dates a run's templates may use, and whether they are those of a scheduled interval: of `ds`, or of the day that is named."""
+    if given is not None and (named := day_of_input(job.spec, pattern_of(job, given, ds))):
+        return named, True
+    return dates_of(job, ds), ds is not None and given is None
 
 
 def dates_of(job: Job, ds: str | None) -> dict[str, Any]:

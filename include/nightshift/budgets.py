@@ -240,8 +240,8 @@ def _estimate(site: Site, run: Run, facts: Shard, claim: Claim) -> Estimate:
 
 
 def _high(estimate: Estimate) -> Decimal:
-    """The most that is expected; where nothing was measured, the most that it can be."""
-    highest = estimate.usd_high if estimate.measured_on else estimate.usd_max
+    """The most that is expected; where nothing was measured, the most that it can be, if anything limits that."""
+    highest = estimate.usd_high if estimate.measured_on or estimate.usd_max is None else estimate.usd_max
     return max(each for each in (highest, estimate.usd) if each is not None)
 
 

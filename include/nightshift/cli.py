@@ -18,7 +18,7 @@ import typer
 from rich.table import Table
 
 from nightshift import __version__
-from nightshift.arguments import dates_of, day_of, job_name, pairs_of, pattern_of, store_of, varied
+from nightshift.arguments import dates_of, day_of, interval_of, job_name, pairs_of, pattern_of, store_of, varied
 from nightshift.dates import render_dates
 from nightshift.errors import (
     RUNS_ARE_LISTED,
@@ -29,10 +29,11 @@ from nightshift.errors import (
     ReportUnwritten,
     SettingInvalid,
     Transient,
+    nearest,
 )
 from nightshift.job import Policy, job_schema
 from nightshift.job_file import find_job, load_job, load_jobs, redriven
-from nightshift.money.prices import price_at, retirements
+from nightshift.money.prices import models_of, price_at, retirements
 from nightshift.pages import render_job_reference, usd
 from nightshift.settings import read_settings
 from nightshift.shapes import Approval, Plan, Summary
@@ -78,19 +79,27 @@ def main() -> None:
         app(standalone_mode=True)
     except (NightshiftError, OSError) as error:  # OSError: a disk that is full, a folder that may not be written
         if "--json" in sys.argv:
-            told = {
-                "published": isinstance(error, ReportUnwritten),
-                "error": type(error).__name__,
-                "problem": str(error),
-                "transient": isinstance(error, Transient),
-            }
-            with suppress(OSError):  # it may be stdout that is full
-                typer.echo(orjson.dumps(told).decode())
+            _print_error(error, str(error))
         people.print(f"[bold red]{type(error).__name__}[/]", end=" ")
         people.print(str(error), markup=False, soft_wrap=True)
         end_process(error.exit_code if isinstance(error, NightshiftError) else 1)
     except SystemExit as end:
+        misuse: Any = end.__context__  # typer has shown it, and ends because of it
+        if "--json" in sys.argv and hasattr(misuse, "format_message"):
+            _print_error(misuse, misuse.format_message())
         end_process(int(end.code or 0))
+
+
+def _print_error(error: BaseException, problem: str) -> None:
+    """One JSON object, last on stdout, of a command that an error has ended."""
+    told = {
+        "published": isinstance(error, ReportUnwritten),
+        "error": type(error).__name__,
+        "problem": problem,
+        "transient": isinstance(error, Transient),
+    }
+    with suppress(OSError):  # it may be stdout that is full
+        typer.echo(orjson.dumps(told).decode())
 
 
 @app.callback(invoke_without_command=True)
@@ -123,9 +132,12 @@ def validate(job: JobArgument) -> None:
     models = (spec.request.model, *spec.stand_ins)
     for model in models:
         if spec.request.provider != "live" and price_at(spec.request.provider, model) is None:
-            people.print(f"[yellow]price[/] none is known of {model}, so nothing is estimated: NIGHTSHIFT_PRICES can name it")
+            meant = nearest(model, models_of("bedrock" if spec.request.is_on_bedrock else "openai"))
+            people.print(f"[yellow]price[/] none is known of {model}{meant}; nothing is estimated without: NIGHTSHIFT_PRICES can name it")
     for said in retirements(spec.request.provider, models, date.today()):
         people.print(f"[yellow]soon[/] {said}")
+    if loaded.token_limit is None and not spec.request.is_embedding and spec.request.provider != "live":
+        people.print("[yellow]limit[/] request.parameters.max_output_tokens is not set, so nothing bounds what one answer costs")
 
 
 @app.command()
@@ -147,9 +159,10 @@ def plan(
     prompt: PromptOption = None,
     sample: SampleOption = None,
 ) -> None:
-    """Rows, requests, reuse, shards and the estimate; sends nothing and keeps nothing."""
+    """Rows, requests, reuse, shards and the estimate; sends nothing and keeps nothing. Ends with 3 where the run could not be published."""
     from nightshift.local_site import local_site
     from nightshift.runs import Run, RunInput
+    from nightshift.steps.approve import check_rejected
     from nightshift.steps.discover import pin
     from nightshift.steps.plan import draft
 
@@ -170,6 +183,7 @@ def plan(
     )
     drafted = draft(site, Run(site.store, asked), keep=False)
     output.print(plan_table(drafted))
+    check_rejected(loaded.spec.policy, drafted)
 
 
 @app.command()
@@ -194,7 +208,7 @@ def run(
     site = local_site(settings, store_of(store, settings))
     loaded = varied(site, job, settings, model, prompt)
     options = Options(fresh=fresh, sample=sample)
-    pattern, dates, scheduled = pattern_of(loaded, input, ds), dates_of(loaded, ds), ds is not None and input is None
+    pattern, (dates, scheduled) = pattern_of(loaded, input, ds), interval_of(loaded, input, ds)
     _drive(
         site,
         lambda: begin(site, loaded, pattern=pattern, dates=dates, scheduled=scheduled, options=options),

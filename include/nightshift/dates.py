@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from datetime import datetime
+from contextlib import suppress
+from datetime import datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -11,6 +13,8 @@ from jinja2 import TemplateError
 
 from nightshift.errors import JobInvalid
 from nightshift.prompts import environment
+
+DAY = re.compile(r"(\d{4})-?(\d\d)-?(\d\d)")
 
 
 def interval_dates(start: datetime, end: datetime, timezone: str) -> dict[str, Any]:
@@ -25,6 +29,28 @@ def interval_dates(start: datetime, end: datetime, timezone: str) -> dict[str, A
         "data_interval_start": start,
         "data_interval_end": end,
     }
+
+
+def day_named(uri: str, template: str, timezone: str) -> dict[str, Any] | None:
+    """The dates of the day whose objects a URI names, if it is what a template says of that day; None otherwise."""
+    for found in DAY.finditer(uri) if "{{" in template else ():
+        with suppress(ValueError):  # 2026-13-45
+            year, month, day = map(int, found.groups())
+            start = datetime(year, month, day, tzinfo=ZoneInfo(timezone))
+            dates = interval_dates(start, start + timedelta(days=1), timezone)
+            if render_dates(template, dates) == uri:
+                return dates
+    return None
+
+
+def has_ticks(cron: str) -> bool:
+    """Whether a cron expression names any moment at all: `0 25 * * *` and `0 0 31 2 *` name none."""
+    from croniter import CroniterBadDateError, croniter
+
+    try:
+        return croniter.is_valid(cron) and bool(croniter(cron).get_next())
+    except CroniterBadDateError:
+        return False
 
 
 def render_dates(template: str, dates: Mapping[str, Any]) -> str:

@@ -7,21 +7,23 @@ matter whether an event comes twice, late, out of order or not at all.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 from typing import Literal
 from urllib.parse import quote, urlsplit
 
+from nightshift.errors import InputUnreadable
 from nightshift.events import Hint, Strange
 from nightshift.job import Job, Together
-from nightshift.partitions import UNSAFE
 from nightshift.runs import Site, last_run, run_folder, run_id
 from nightshift.shapes import Summary, Wire
 from nightshift.stores.objects import Found, Objects, matches, matching
 
 Reprocess = Literal["none", "failed", "all"]
 RunState = Literal["published", "held", "failed", "under way"]
+OUTSIDE_RUN_ID = re.compile(r"[^A-Za-z0-9._-]+")  # Airflow refuses more than that: `=`
 NOTE_CHARACTERS = 800  # of the thousand that Airflow keeps
 MANY = "and-{}-more"
 
@@ -37,7 +39,7 @@ class Upload(Wire):
     @property
     def label(self) -> str:
         """The name of its run: readable, and the same for the same object of the same content."""
-        stem = UNSAFE.sub("-", PurePosixPath(self.uri).name)[:80]
+        stem = OUTSIDE_RUN_ID.sub("-", PurePosixPath(self.uri).name)[:80]
         return f"upload__{stem}__{run_id(self.uri, self.etag)[:10]}"
 
 
@@ -70,7 +72,7 @@ class Started(Wire):
 
 
 class Parked(Wire):
-    """A message that is no event of S3. Stored as `inbox/_parked/<hash>.json`."""
+    """A message that is no event of S3, or one of an object that cannot be read. Stored as `inbox/_parked/<hash>.json`."""
 
     why: str
     body: str
@@ -97,7 +99,11 @@ def still_there(site: Site, job: str, uploads: Iterable[Upload]) -> list[Upload]
     kept = []
     for upload in uploads:
         bucket, key = site.open_input(upload.uri)
-        found = bucket.head(key)
+        try:
+            found = bucket.head(key)
+        except InputUnreadable as error:  # its key cannot be addressed: nobody could read it, and the others go on
+            _park(site.store, Strange(str(error), upload.uri))
+            found = None
         if found is not None and _plain(found.etag) == upload.etag:
             kept.append(upload)
         else:
@@ -129,14 +135,18 @@ def hear(site: Site, jobs: Iterable[Job], said: Iterable[Hint | Strange]) -> int
     jobs, noted = list(jobs), 0
     for each in said:
         if isinstance(each, Strange):
-            name = hashlib.sha256(each.body.encode()).hexdigest()[:24]
-            site.store.create_shape(f"inbox/_parked/{name}.json", Parked(why=each.why, body=each.body))
+            _park(site.store, each)
             continue
         for job in jobs:
             if job.spec.on_upload and each.size and not each.key.endswith("/") and matches(each.uri, job.spec.on_upload.uri):
                 upload = Upload(uri=each.uri, etag=_plain(each.etag), size=each.size, at=site.now())
                 noted += site.store.create_shape(_heard_key(job.name, upload), upload)
     return noted
+
+
+def _park(store: Objects, strange: Strange) -> None:
+    name = hashlib.sha256(strange.body.encode()).hexdigest()[:24]
+    store.create_shape(f"inbox/_parked/{name}.json", Parked(why=strange.why, body=strange.body))
 
 
 def starts(job: Job, waiting: Sequence[Upload], *, free: int, now: datetime, begun: Sequence[Start] = ()) -> list[Start]:
@@ -206,9 +216,10 @@ def again(
 def state_of_run(store: Objects, job: str, upload: Upload) -> RunState | None:
     """What became of the run of an upload; None where there is none."""
     label = started_run(store, job, upload)
-    if label is None:
-        return None
-    summary = store.get_shape(f"{run_folder(job, last_run(store, job, job, label))}/summary.json", Summary)
+    folder = run_folder(job, last_run(store, job, job, label or upload.label))
+    if label is None and store.head(f"{folder}/input.json") is None:
+        return None  # a backfill has begun its runs under the uploads' own labels, and notes nothing
+    summary = store.get_shape(f"{folder}/summary.json", Summary)
     return "under way" if summary is None else "published" if summary.state == "planned" else summary.state
 
 
@@ -229,7 +240,7 @@ def console_link(uri: str) -> str:
 def _label(group: Sequence[Upload]) -> str:
     if len(group) == 1:
         return group[0].label
-    stem = UNSAFE.sub("-", PurePosixPath(group[0].uri).name)[:60]
+    stem = OUTSIDE_RUN_ID.sub("-", PurePosixPath(group[0].uri).name)[:60]
     return f"upload__{stem}-{MANY.format(len(group) - 1)}__{run_id(*(upload.label for upload in group))[:10]}"
 
 

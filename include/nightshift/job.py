@@ -8,12 +8,14 @@ from datetime import date, timedelta
 from decimal import Decimal
 from functools import cached_property
 from math import ceil
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, field_validator, model_validator
 
+from nightshift.dates import has_ticks
+from nightshift.parameters import LIMIT, check_parameters
 from nightshift.prompts import Prompt, parse_prompt
 from nightshift.schemas import inlined
 from nightshift.shapes import Compression, Endpoint, Format, Outcome, ProviderName, Variant, Wire
@@ -23,10 +25,7 @@ NAME = r"^[a-z][a-z0-9_]{0,62}$"
 URI = re.compile(r"^(s3|gs|az|abfss?|file|memory)://")
 PRESETS = ("@hourly", "@daily", "@weekly", "@monthly", "@quarterly", "@yearly")
 CRON = re.compile(r"[0-9A-Za-z*,/#?LW-]+( +[0-9A-Za-z*,/#?LW-]+){4}")
-RESERVED_PARAMETERS = (
-    "model", "messages", "input", "instructions", "stream", "n", "response_format", "text", "tools", "system", "prompt", "toolConfig",
-    "guardrailConfig", "outputConfig", "anthropic_version", "schemaVersion", "inputText",
-)  # fmt: skip
+OWN_DAGS = ("uploads", "upload_events", "backfill_uploads", "periodic_report")
 DIMENSIONS = {
     "text-embedding-3-small": 1536,
     "text-embedding-3-large": 3072,
@@ -123,9 +122,14 @@ class RequestSpec(Section):
     connection: str = Field("openai_default", description="Airflow connection to the provider; aws_default where it is Bedrock")
     endpoint: Endpoint = Field("/v1/chat/completions", description="converse where the provider is bedrock")
     model: str = Field(min_length=1)
-    prompt: str = Field(description="prompt file, relative to the job file or to the folder above it")
+    prompt: str = Field(
+        description="prompt file, relative to the job file or to the folder above it; a row for which it prints a null is rejected, "
+        "unless it says what stands in its place: `{{ text or '' }}`"
+    )
     parameters: dict[str, Any] = Field(
-        default_factory=dict, description="sampling parameters: max_output_tokens, temperature, top_p and what else the model knows"
+        default_factory=dict,
+        description="sampling parameters: max_output_tokens (whatever the provider calls it; without it nothing bounds what an answer "
+        "costs), temperature, top_p and what else the model knows",
     )
     images: ImagesSpec | None = Field(
         None, description="column or columns of pictures: URI, address, bytes or a list; or {columns, longest_side: 1024, format: jpeg}"
@@ -154,16 +158,7 @@ class RequestSpec(Section):
     @field_validator("parameters")
     @classmethod
     def _leaves_the_request_alone(cls, parameters: dict[str, Any]) -> dict[str, Any]:
-        taken = sorted(set(parameters) & set(RESERVED_PARAMETERS))
-        if taken:
-            raise ValueError(f"{', '.join(taken)} cannot be set here: Nightshift writes it from the rest of the job")
-        limit = parameters.get("max_output_tokens", 1)
-        if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= 10_000_000:
-            raise ValueError("max_output_tokens has to be a whole number of at least 1")
-        try:
-            orjson.dumps(parameters)
-        except TypeError as error:
-            raise ValueError(f"a value that no JSON request can carry ({error})") from error
+        check_parameters(parameters)
         return parameters
 
 
@@ -255,7 +250,12 @@ class Policy(Section):
         None, gt=0, description="all runs of the job in a calendar month (UTC); nothing is sent past it"
     )
     approve_above_usd: Decimal | None = Field(None, ge=0, description="a run estimated above it asks a person first")
-    publish_at_least: float = Field(0.95, ge=0, le=1, description="share of the rows that must succeed, else the run is held")
+    publish_at_least: float = Field(
+        0.95,
+        ge=0,
+        le=1,
+        description="share of the rows that must succeed, else the run is held; where too many are rejected, before it pays",
+    )
     deadline_hours: float = Field(26, gt=0, le=336, description="a batch still running then is cancelled and harvested")
     on_demand: bool = Field(False, description="finish on demand what a batch has not run by its deadline or expiry, at the full price")
     max_requests_per_shard: int | None = Field(None, ge=1, description="smaller shards than the provider allows")
@@ -345,7 +345,7 @@ class JobFile(Section):
     catchup: bool = Field(False, description="run every interval since start_date, not only the latest")
     on_upload: UploadSpec | None = Field(None, description="pattern of uploads, each of which starts a run; or {uri, queue, together}")
     owner: str = "nightshift"
-    tags: list[str] = Field(default_factory=list)
+    tags: list[Annotated[str, Field(min_length=1, max_length=100)]] = Field(default_factory=list)
     input: InputSpec
     request: RequestSpec
     output: OutputSpec = Field(default_factory=OutputSpec)
@@ -364,6 +364,13 @@ class JobFile(Section):
         """Models whose answers count in place of the job's own model's."""
         return tuple(model for model in self.policy.retry.models if model != self.request.model)
 
+    @field_validator("name")
+    @classmethod
+    def _is_free(cls, name: str) -> str:
+        if name in OWN_DAGS:
+            raise ValueError(f"{name!r} is the name of a DAG of Nightshift's own")
+        return name
+
     @field_validator("timezone")
     @classmethod
     def _is_a_zone(cls, timezone: str) -> str:
@@ -377,7 +384,7 @@ class JobFile(Section):
     @classmethod
     def _is_cron(cls, schedule: str | list[str] | None) -> str | list[str] | None:
         for each in [schedule] if isinstance(schedule, str) else schedule or ():
-            if each not in PRESETS and not CRON.fullmatch(each):
+            if each not in PRESETS and not (CRON.fullmatch(each) and has_ticks(each)):
                 raise ValueError('expected a cron expression of five fields, such as "0 2 * * *", or one of ' + ", ".join(PRESETS))
         return schedule or None
 
@@ -456,7 +463,7 @@ class Job(Wire):
     @property
     def token_limit(self) -> int | None:
         """The token limit of an answer, where the job sets one."""
-        limit = self.spec.request.parameters.get("max_output_tokens")
+        limit = self.spec.request.parameters.get(LIMIT)
         return limit if isinstance(limit, int) else None
 
     @property

@@ -18,6 +18,7 @@ from nightshift.errors import JobInvalid, SettingInvalid, Unusable, nearest
 from nightshift.formats import FILE_COLUMNS
 from nightshift.job import DIMENSIONS, RETRYABLE, Expectation, Job, JobFile, Suite
 from nightshift.money.prices import makes_embeddings
+from nightshift.parameters import LIMIT, OTHER_LIMITS
 from nightshift.prompts import PromptInvalid, parse_prompt
 from nightshift.providers.bedrock_forms import MAKERS_THAT_SEE, maker_of
 from nightshift.runs import prompt_key
@@ -37,14 +38,19 @@ def find_job(name: str, jobs: Path) -> Path:
     for path in (Path(name), jobs / f"{name}.yaml", jobs / f"{name}.yml"):
         if path.is_file():
             return path
-    known = sorted(path.stem for path in jobs.glob("*.y*ml"))
+    known = [path.stem for path in job_files(jobs)]
     raise JobInvalid([f"{name}: no such job file, and no job of that name in {jobs}{nearest(name, known)}"])
+
+
+def job_files(folder: Path) -> list[Path]:
+    """The job files of a folder, in order. What an editor hides there is none."""
+    return sorted(path for path in folder.glob("*.y*ml") if not path.name.startswith("."))
 
 
 def load_jobs(folder: Path) -> list[Job]:
     """Every job of a folder whose file can be used; of the others their own DAG says what to mend."""
     jobs = []
-    for path in sorted(folder.glob("*.y*ml")):
+    for path in job_files(folder):
         with suppress(Unusable):
             job = load_job(path)
             jobs += [job] if job.name == path.stem else []
@@ -53,6 +59,8 @@ def load_jobs(folder: Path) -> list[Job]:
 
 def load_job(path: Path) -> Job:
     """The job in a file, with its prompt, schema and suite. Raises JobInvalid listing every problem found."""
+    if twins := [each.name for each in job_files(path.parent) if each.stem == path.stem and each.name != path.name]:
+        raise JobInvalid([f"{path}: {twins[0]} stands beside it, and both would be the job {path.stem}; remove one of them"])
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -182,6 +190,8 @@ def _wrong_dates(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
     spec = job.spec
     if not spec.schedules and not spec.on_upload and "{{" in spec.input.uri:
         yield ("input", "uri"), "uses run dates, but the job has no schedule; name the objects or set a schedule"
+    if spec.on_upload and "{{" in (spec.output.partition or ""):
+        yield ("output", "partition"), "uses run dates, and runs of uploads have none; without it, each is named for its object"
     day = datetime(2026, 1, 1, tzinfo=UTC)
     for loc, template in ((("input", "uri"), spec.input.uri), (("output", "partition"), spec.output.partition or "")):
         try:
@@ -193,6 +203,8 @@ def _wrong_dates(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
 def _wrong_places(job: Job) -> Iterator[tuple[tuple[str, ...], str]]:
     """Providers, endpoints and models that do not belong together."""
     spec, request = job.spec, job.spec.request
+    for name in sorted(request.parameters.keys() & set(OTHER_LIMITS)) if request.provider != "live" else ():
+        yield ("request", "parameters"), f"{name} is called {LIMIT} here, whatever the provider calls it"
     if request.provider == "openai" and request.is_on_bedrock:
         yield ("request", "endpoint"), f"{request.endpoint} is an endpoint of Bedrock; set provider: bedrock, or live to ask it on demand"
     if request.provider == "bedrock" and not request.is_on_bedrock:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import cache
 from importlib.resources import files
+from math import floor, log10
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from nightshift.overviews import Comparison, PeriodicReport
     from nightshift.progress import Progress
 
+LEAST_SHOWN = 0.001  # dollars that four digits say enough of
 MEANING = {
     "succeeded": "answered, parsed, valid under the output schema",
     "invalid": "answered, but not valid under the schema",
@@ -109,8 +111,15 @@ def stated(estimate: Estimate) -> str:
     """What a plan is estimated at, with its interval, in words for people."""
     if estimate.usd is None:
         return "unknown"
-    low, high, most = map(usd, (estimate.usd_low, estimate.usd_high, estimate.usd_max))
-    return f"{usd(estimate.usd)}, between {low} and {high}; {most} if every answer used its whole limit"
+    most = "no limit is set" if estimate.usd_max is None else f"{usd(estimate.usd_max)} if every answer used its whole limit"
+    return f"{usd(estimate.usd)}, between {usd(estimate.usd_low)} and {usd(estimate.usd_high)}; {most}"
+
+
+def output_bound(estimate: Estimate) -> str:
+    """How many tokens all answers can have together."""
+    if estimate.output_tokens_max is None:
+        return "request.parameters.max_output_tokens sets no limit: answers may be longer"
+    return f"at most {estimate.output_tokens_max:,}"
 
 
 def measured_on(estimate: Estimate) -> str:
@@ -123,10 +132,16 @@ def measured_on(estimate: Estimate) -> str:
 
 
 def usd(value: float | Decimal | None) -> str:
-    """Dollars for people: four digits below a dollar, and never a made-up zero."""
+    """Dollars for people: four digits below a dollar, more where they would all be zeros, and never a made-up zero."""
     if value is None:
         return "unknown"
-    return f"${value:,.2f}" if value >= 1 else f"${value:.4f}"
+    if not value:
+        return "$0"
+    amount = float(value)
+    if amount >= 1:
+        return f"${amount:,.2f}"
+    digits = 4 if abs(amount) >= LEAST_SHOWN else 1 - floor(log10(abs(amount)))
+    return f"${amount:.{digits}f}"
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:

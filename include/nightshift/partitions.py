@@ -9,9 +9,9 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from nightshift.dates import render_dates
+from nightshift.dates import day_named, render_dates
 from nightshift.errors import JobInvalid
-from nightshift.job import Job
+from nightshift.job import Job, JobFile
 from nightshift.runs import Run, run_id
 from nightshift.shapes import Outcome, PinnedObject, Wire
 
@@ -64,6 +64,14 @@ def dated_partition(dates: Mapping[str, Any], schedules: Sequence[str]) -> str:
     start, end = (dates[name].astimezone(UTC) for name in ("data_interval_start", "data_interval_end"))
     is_alone = end - start >= SHORTEST_DAY and (not schedules or ticks_once_a_day(schedules))
     return f"dt={dates['ds']}" if is_alone else f"dt={start:%Y-%m-%d}/at={start:%H%M}Z"
+
+
+def day_of_input(spec: JobFile, uri: str) -> dict[str, Any] | None:
+    """The dates of the day whose objects somebody has named by hand, as the schedule would read them; None where they are others.
+
+    What is named so replaces that day's partition, and does not stand beside it as a second one of the same rows.
+    """
+    return day_named(uri, spec.input.uri, spec.timezone) if ticks_once_a_day(spec.schedules) else None
 
 
 def ticks_once_a_day(schedules: Sequence[str]) -> bool:

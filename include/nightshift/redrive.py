@@ -53,7 +53,7 @@ def begin_redrive(
     if assembled is None:
         raise InputMissing(original.uri, "its outcomes are not known yet", "Let it come to its end first.")
     if not any(assembled.outcomes[outcome] for outcome in outcomes):
-        raise _nothing_to_drive(original, outcomes)
+        raise _nothing_to_drive(original, outcomes, assembled.outcomes["rejected"])
     job = original.job
     if policy is not None and policy != job.spec.policy:
         job = Job(
@@ -77,8 +77,11 @@ def begin_redrive(
     return Run(site.store, site.store.settle(f"{run_folder(job.name, run)}/input.json", begun))
 
 
-def _nothing_to_drive(original: Run, outcomes: Sequence[Outcome]) -> InputMissing:
-    return InputMissing(original.uri, f"none of its rows ended as {' or '.join(outcomes)}", "There is nothing to drive again.")
+def _nothing_to_drive(original: Run, outcomes: Sequence[Outcome], rejected: int) -> InputMissing:
+    advice = "There is nothing to drive again."
+    if rejected:
+        advice = f"{rejected:,} were rejected before they were asked: mend them, or what is asked of them, and run the job again."
+    return InputMissing(original.uri, f"none of its rows ended as {' or '.join(outcomes)}", advice)
 
 
 def draft_redrive(site: Site, run: Run) -> Plan:
@@ -110,7 +113,7 @@ def draft_redrive(site: Site, run: Run) -> Plan:
         counts = dict(database.execute("SELECT coalesce(known, ''), count(*) FROM requests GROUP BY 1").fetchall())
     submitted, adopted = counts.get("", 0), counts.get(IN_FLIGHT, 0)
     if not counts:
-        raise _nothing_to_drive(original, redrive.outcomes)
+        raise _nothing_to_drive(original, redrive.outcomes, before.rejected)
     own = [settled(site, shard).answers for shard in before.shards]
     return before.model_copy(
         update={

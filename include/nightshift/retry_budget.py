@@ -1,4 +1,4 @@
-"""The money that is left for asking again."""
+"""The retry budget: the money that is left for asking again."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from nightshift.errors import NightshiftError, ShardHeld
-from nightshift.pages import MEANING, measured_on, plural, stated, usd
+from nightshift.pages import MEANING, measured_on, output_bound, plural, stated, usd
 from nightshift.shapes import OUTCOMES, Plan, Settled, Summary
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def show_summary(summary: Summary, console: Console = people) -> None:
     console.print(f"state     [{colour}]{summary.state}[/]")
     if summary.problem:
         console.print(f"          {summary.problem}", markup=False, soft_wrap=True)
+    if summary.changed_columns:
+        console.print(f"columns   not as in the last published run: {'; '.join(summary.changed_columns)}", markup=False, soft_wrap=True)
     console.print(f"results   {summary.results or 'not published: readers see what they saw before'}", soft_wrap=True)
     console.print(f"report    {summary.report}", soft_wrap=True)
 
@@ -105,7 +107,7 @@ def plan_table(drafted: Plan) -> Table:
         ("  adopted", f"{drafted.adopted:,}", "in another run's shards: it pays for them, unless it dies before it sends them"),
         ("  to submit", f"{drafted.submitted:,}", f"in {plural(len(drafted.own_shards), 'shard')}"),
         ("input tokens", f"{estimate.input_tokens:,}", measured_on(estimate)),
-        ("output tokens", f"{estimate.output_tokens:,}", f"at most {estimate.output_tokens_max:,}"),
+        ("output tokens", f"{estimate.output_tokens:,}", output_bound(estimate)),
         ("cost", usd(estimate.usd), f"{stated(estimate).partition(', ')[2]}"),
         ("", "", estimate.basis),
         ("saved", usd(drafted.saved_usd), "by duplicates and reuse"),

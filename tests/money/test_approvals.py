@@ -20,6 +20,7 @@ from tests.conftest import NOON, reviews
 OPEN = Question(run="a", at=NOON)
 YES = Decision(usd=Decimal(10), by="Ada", at=NOON)
 NO = Decision(usd=None, by="Ada", at=NOON)
+WITHDRAWN = Decision(usd=None, by="nobody", at=NOON, withdrawn=True)
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 
 
@@ -35,6 +36,7 @@ HOUR, DAY = timedelta(hours=1), timedelta(days=1)
         pytest.param(OPEN, YES, None, "b", None, 30 * HOUR, Ask(4), id="granted to a backfill that is over"),
         pytest.param(OPEN, NO, None, "b", 3, HOUR, Refused(3, NO), id="refused while I waited"),
         pytest.param(OPEN, NO, None, "b", None, HOUR, Ask(4), id="refused to others before"),
+        pytest.param(OPEN, WITHDRAWN, None, "b", 3, HOUR, Ask(4), id="who has asked was stopped"),
     ],
 )
 def test_what_a_run_of_a_backfill_does_next(question, answer, used_after, run, waited_for, after, step):

@@ -10,8 +10,10 @@ import pytest
 from local import sample
 from nightshift.drive import begin, drive
 from nightshift.money.estimate import answer_bytes, is_worth_keeping, measure
+from nightshift.pages import stated, usd
 from nightshift.runs import Options
 from nightshift.shapes import Measured, Summary, Usage
+from nightshift.steps.plan import plan
 from tests.conftest import go, reviews
 
 SUMMARY = {
@@ -37,6 +39,14 @@ JOBS: list[Any] = [
 ]
 
 
+WIDE = {
+    "type": "object",
+    "properties": {f"question_{number:03d}_of_all": {"type": "integer"} for number in range(120)},
+    "required": [f"question_{number:03d}_of_all" for number in range(120)],
+    "additionalProperties": False,
+}
+
+
 def off(summary: Summary) -> float:
     """By what part the estimate missed the bill."""
     return abs(summary.cost_usd.estimated / summary.cost_usd.actual - 1)
@@ -56,6 +66,26 @@ def test_an_estimate_is_near_the_bill_and_nearer_after_one_run(world, changes):
     assert off(second) <= 0.10
     assert first.cost_usd.estimated_low <= first.cost_usd.actual <= first.cost_usd.estimated_high
     assert second.cost_usd.estimated_low <= second.cost_usd.actual <= second.cost_usd.estimated_high
+
+
+def test_an_answer_that_nothing_limits_is_estimated_as_long_as_it_was(world):
+    job = world.job(schema=WIDE, request={"parameters": {}})
+    first = go(world, job, world.write("a.jsonl", reviews(120)))
+    assert first.usage.output_tokens > 120 * 300, "more than anybody would take for a limit"
+    run = begin(world.site, job, pattern=world.write("b.jsonl", reviews(150, room=1)), dates={}, scheduled=False, options=Options())
+    planned = plan(world.site, run)
+    assert planned.estimate.output_tokens_max is planned.estimate.usd_max is None
+    assert "no limit is set" in stated(planned.estimate)
+    second = drive(world.site, run, ask=lambda run, planned: True)
+    assert off(second) <= 0.10
+
+
+@pytest.mark.parametrize(
+    ("dollars", "shown"),
+    [(None, "unknown"), (0, "$0"), (Decimal("0.000031"), "$0.000031"), (0.0009, "$0.00090"), (0.0123, "$0.0123"), (12345.6, "$12,345.60")],
+)
+def test_dollars_are_shown_with_the_digits_that_say_something(dollars, shown):
+    assert usd(dollars) == shown
 
 
 def test_what_is_asked_again_is_in_the_next_estimate(world):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nightshift.errors import InputChanged, InputMissing
+from nightshift.errors import InputChanged, InputMissing, InputUnreadable
 from nightshift.stores.objects import Objects, matching, open_input, open_objects, split_input
 
 
@@ -101,6 +101,12 @@ def test_F05_a_key_is_taken_as_it_stands(uri, expected):
 def test_a_uri_without_a_bucket_is_told():
     with pytest.raises(InputMissing, match="names no bucket"):
         open_input("s3:///key")
+
+
+@pytest.mark.parametrize("key", ["a//b.jsonl", "a/../b.jsonl", "a/\tb.jsonl"])
+def test_a_key_that_cannot_be_addressed_is_told_as_what_it_is(objects, key):
+    with pytest.raises(InputUnreadable, match="so rename the object"):
+        objects.head(key)
 
 
 def test_uris_of_local_files_can_be_opened_again(tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
@@ -21,13 +21,16 @@ from nightshift.stores.objects import Objects
 BYTES_PER_TOKEN = Decimal("4.4")  # mean of o200k over a corpus with Vietnamese, accents and emoji
 ENVELOPE_BYTES = 160  # id, method, url and quotes around a request's text: sent, but not read by the model
 MESSAGE_TOKENS = 4  # what a chat message costs beside its text
-DEFAULT_OUTPUT_TOKENS = 256  # where the job sets no limit
+UNLIMITED_TOKENS = Decimal(80)  # of an answer in free words, where the job sets no limit
 REPAIR_BYTES = 160  # what is said about an answer that cannot be used
 ANSWERED_SHARE = Decimal("0.3")  # of the limit that an answer in free words uses
 STRING_BYTES = 40  # of a string in an answer, a short sentence; half of maxLength where that is less
 LIST_ITEMS = 2  # in a list of an answer, where the schema allows for so many
 UNMEASURED, MEASURED = Decimal("0.25"), Decimal("0.10")  # of the estimate, to either side: held by tests
 ENOUGH_ANSWERS = 100  # to measure on
+NOTHING = Decimal(0)
+
+Amount = TypeVar("Amount", int, Decimal)
 
 
 def estimate_requests(
@@ -40,8 +43,9 @@ def estimate_requests(
     request, asked_as = job.spec.request, asked_as or Variant()
     provider, model = asked_as.provider or request.provider, asked_as.model or request.model
     known = measured if measured is not None and measured.model == model else None
-    limit = 0 if request.is_embedding else asked_as.max_output_tokens or job.token_limit or DEFAULT_OUTPUT_TOKENS
-    answer_tokens = min(Decimal(limit), known.output_per_answer if known else expected_answer_tokens(job, limit))
+    limit = 0 if request.is_embedding else asked_as.max_output_tokens or job.token_limit  # None: the model's own, which may be very long
+    answer_tokens = known.output_per_answer if known else expected_answer_tokens(job, limit)
+    answer_tokens = answer_tokens if limit is None else min(Decimal(limit), answer_tokens)
     repair_bytes = int(answer_tokens * BYTES_PER_TOKEN) + REPAIR_BYTES if asked_as.repair else 0
     text_bytes = max(0, request_bytes - requests * (ENVELOPE_BYTES - repair_bytes))
     tokens = int(text_bytes / BYTES_PER_TOKEN) + requests * MESSAGE_TOKENS
@@ -51,16 +55,16 @@ def estimate_requests(
     price = price_at(provider, model)
     above = price.above if price else None
     expected = _usage(requests, input_tokens, cached_tokens, int(requests * times * answer_tokens), above)
-    most = _usage(requests, input_tokens, 0, int(requests * times * limit), above)
+    most = None if limit is None else _usage(requests, input_tokens, 0, int(requests * times * limit), above)
     usd, spread = price.of(expected) if price else None, MEASURED if known and known.answers >= ENOUGH_ANSWERS else UNMEASURED
     return Estimate(
         input_tokens=input_tokens,
         output_tokens=expected.output_tokens,
-        output_tokens_max=most.output_tokens,
+        output_tokens_max=most.output_tokens if most else None,
         usd=_usd(usd),
         usd_low=_usd(None if usd is None else usd * (1 - spread)),
         usd_high=_usd(None if usd is None else usd * (1 + spread)),
-        usd_max=_usd(price.of(most) if price else None),
+        usd_max=_usd(price.of(most) if price and most else None),
         measured_on=known.answers if known else 0,
         basis=basis(provider, model),
     )
@@ -79,10 +83,10 @@ def _usage(requests: int, input_tokens: int, cached_tokens: int, output_tokens: 
     )
 
 
-def expected_answer_tokens(job: Job, limit: int) -> Decimal:
+def expected_answer_tokens(job: Job, limit: int | None) -> Decimal:
     """How long an answer is, as far as the schema tells; in free words, a part of the limit."""
     if job.answer_shape is None:
-        return limit * ANSWERED_SHARE
+        return UNLIMITED_TOKENS if limit is None else limit * ANSWERED_SHARE
     return answer_bytes(job.answer_shape) / BYTES_PER_TOKEN
 
 
@@ -125,18 +129,19 @@ def sum_estimates(job: Job, estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(
         input_tokens=sum(each.input_tokens for each in estimates),
         output_tokens=sum(each.output_tokens for each in estimates),
-        output_tokens_max=sum(each.output_tokens_max for each in estimates),
-        usd=_sum([each.usd for each in estimates]),
-        usd_low=_sum([each.usd_low for each in estimates]),
-        usd_high=_sum([each.usd_high for each in estimates]),
-        usd_max=_sum([each.usd_max for each in estimates]),
+        output_tokens_max=_sum([each.output_tokens_max for each in estimates], 0),
+        usd=_sum([each.usd for each in estimates], NOTHING),
+        usd_low=_sum([each.usd_low for each in estimates], NOTHING),
+        usd_high=_sum([each.usd_high for each in estimates], NOTHING),
+        usd_max=_sum([each.usd_max for each in estimates], NOTHING),
         measured_on=min((each.measured_on for each in estimates), default=0),
         basis="; ".join(dict.fromkeys(each.basis for each in estimates)) or basis(request.provider, request.model),
     )
 
 
-def _sum(values: Sequence[Decimal | None]) -> Decimal | None:
-    return None if None in values else sum((value for value in values if value is not None), Decimal(0))
+def _sum(values: Sequence[Amount | None], nothing: Amount) -> Amount | None:
+    known = [value for value in values if value is not None]
+    return sum(known, nothing) if len(known) == len(values) else None
 
 
 def measured_before(store: Objects, job: Job) -> Measured | None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from nightshift.budgets import Budget, budgets_of, months_leave
-from nightshift.errors import ApprovalNeeded, BudgetExceeded, PlanOutdated
+from nightshift.errors import ApprovalNeeded, BudgetExceeded, PlanOutdated, TooManyRejected
+from nightshift.job import Policy
 from nightshift.reserve import reserve
 from nightshift.runs import PLAN_STANDS, Run, Site
 from nightshift.shapes import Plan
@@ -59,13 +60,14 @@ def decide(plan: Plan, limit: Decimal | None, budgets: Sequence[tuple[Budget, De
 def approve(site: Site, run: Run, plan: Plan, *, ask: Callable[[], bool]) -> Plan:
     """Let a run pass and reserve its shards, or stop it: the plan as it is carried out. A repeated call finds the first.
 
-    `ask` is called only where a person has to say yes. Raises BudgetExceeded, or ApprovalNeeded where nobody does, or
+    `ask` is called only where a person has to say yes. Raises TooManyRejected, BudgetExceeded, or ApprovalNeeded where nobody does, or
     PlanOutdated where the plan counts on what is not kept for it any more; nothing is reserved then.
     """
     stored = site.store.get_shape(run.key("approved.json"), Plan)
     if stored is not None:
         return stored
     _check_age(site, run, plan)
+    check_rejected(run.job.spec.policy, plan)
     _let_pass(site, run, plan, ask)
 
     def weigh(revised: Plan) -> None:
@@ -75,6 +77,12 @@ def approve(site: Site, run: Run, plan: Plan, *, ask: Callable[[], bool]) -> Pla
     reserved = reserve(site, run, plan, weigh=weigh)
     approved = {"approved_at": site.now(), "month_left": months_leave(site, run)}
     return site.store.settle(run.key("approved.json"), reserved.model_copy(update=approved))
+
+
+def check_rejected(policy: Policy, plan: Plan) -> None:
+    """Raise TooManyRejected where a plan buys answers that could not be published."""
+    if plan.submitted and plan.rows - plan.rejected < policy.publish_at_least * plan.rows:
+        raise TooManyRejected(plan.rejected, plan.rows, policy.publish_at_least, plan.reasons)
 
 
 def _check_age(site: Site, run: Run, plan: Plan) -> None:
@@ -99,7 +107,8 @@ def weighed(site: Site, run: Run, plan: Plan) -> Pass | NeedsApproval | Stop:
 
 
 def must_ask(site: Site, run: Run, plan: Plan) -> bool:
-    """Whether a person has to say yes, and has not done so yet."""
+    """Whether a person has to say yes, and has not done so yet. Raises TooManyRejected: nobody is asked for what cannot be published."""
+    check_rejected(run.job.spec.policy, plan)
     return isinstance(weighed(site, run, plan), NeedsApproval) and site.store.head(run.key("approved.json")) is None
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
+
+import pyarrow.parquet as pq
 
 from nightshift.approvals import approvals_of
 from nightshift.budgets import cost_of
@@ -56,7 +58,8 @@ def report(site: Site, run: Run, *, published: Published | None, problem: str | 
         error=error,
     )
     figures = distributions(site, run.job, facts.assembled, last.figures if last else {}) if facts.assembled else {}
-    summary = summarise(site, run, facts, figures, last)
+    columns = _columns(site, facts.assembled.parts) if facts.assembled else {}
+    summary = summarise(site, run, facts, figures, columns, last)
     check_sums(summary)
     store.put(run.key("report.html"), render_report(summary).encode())
     if facts.plan and facts.assembled and not run.input.redrive:  # a redrive asks otherwise, and says nothing of the next run
@@ -84,7 +87,9 @@ def _measure(site: Site, run: Run, plan: Plan) -> None:
         site.store.put_shape(measured_key(run.job), measured)
 
 
-def summarise(site: Site, run: Run, facts: Facts, figures: Mapping[str, Distribution], last: Summary | None) -> Summary:
+def summarise(
+    site: Site, run: Run, facts: Facts, figures: Mapping[str, Distribution], columns: Mapping[str, str], last: Summary | None
+) -> Summary:
     """The summary of a run from its facts. `last`: that of the last published run."""
     job, request = run.job, run.job.spec.request
     plan, assembled, audit, published = facts.plan, facts.assembled, facts.audit, facts.published
@@ -133,11 +138,28 @@ def summarise(site: Site, run: Run, facts: Facts, figures: Mapping[str, Distribu
         figures=dict(figures),
         drift={column: drift_of(figures.get(column), last.figures.get(column) if last else None) for column in job.spec.report.drift},
         drift_against=last.label if last else None,
+        columns=dict(columns),
+        changed_columns=tuple(changed_columns(last.columns if last else {}, columns)),
         published=published is not None,
         results=published.uri if published else None,
         quarantine=_quarantine(site, run, assembled, published),
         report=site.store.uri_of(run.key("report.html")),
     )
+
+
+def _columns(site: Site, parts: Sequence[str]) -> dict[str, str]:
+    """The columns of a dataset, by name. Its parts have the same."""
+    if not parts:
+        return {}
+    with site.store.open(parts[0]) as file:
+        return {field.name: str(field.type) for field in pq.read_schema(file)}
+
+
+def changed_columns(before: Mapping[str, str], after: Mapping[str, str]) -> Iterator[str]:
+    """What who reads all partitions together does not find as it was, in words; new columns are no harm."""
+    for name, kind in before.items() if after else ():
+        if after.get(name) != kind:
+            yield f"{name}: {kind} → {after.get(name, 'gone')}"
 
 
 def _saved(plan: Plan, assembled: Assembled | None) -> Decimal | None:

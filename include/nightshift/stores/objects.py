@@ -30,7 +30,16 @@ from obstore.store import LocalStore, MemoryStore, from_url
 from pydantic import ValidationError
 
 from nightshift.aws import default_session, make_client
-from nightshift.errors import AccessDenied, BucketMissing, InputChanged, InputMissing, LedgerCorrupt, SettingInvalid, StoreUnavailable
+from nightshift.errors import (
+    AccessDenied,
+    BucketMissing,
+    InputChanged,
+    InputMissing,
+    InputUnreadable,
+    LedgerCorrupt,
+    SettingInvalid,
+    StoreUnavailable,
+)
 from nightshift.shapes import Wire
 
 if TYPE_CHECKING:
@@ -47,6 +56,9 @@ CLIENT = {"timeout": "120s", "connect_timeout": "5s"}
 RETRY = {"max_retries": 5}
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "https", "http")  # that obstore opens, beside local folders
 NO_BUCKET = "NoSuchBucket"
+WRONG_REGION = "redirect without LOCATION"  # S3's answer for a bucket of another region, in obstore's words
+ODD_KEY, ODD_PATH = "object with invalid path", "Could not parse path"  # of an object in a listing; of one that is named
+RENAME = "a key with an empty part, a part . or .., or a control character cannot be read here, so rename the object"
 DENIED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "AccessDenied", "403 Forbidden", "401 Unauthorized")
 
 
@@ -385,9 +397,17 @@ def _translated(where: str) -> Iterator[None]:
         text = str(error)
         if NO_BUCKET in text:
             raise BucketMissing(where) from error
+        if WRONG_REGION in text:
+            raise BucketMissing(where) from error
         if any(sign in text for sign in DENIED) or "CredentialProvider" in text:
             raise AccessDenied(where, _first_line(error)) from error
+        if ODD_KEY in text:
+            raise InputUnreadable(where, f"{_first_line(error)}; {RENAME}") from error
         raise StoreUnavailable(where, _first_line(error)) from error
+    except ValueError as error:
+        if ODD_PATH not in str(error):
+            raise
+        raise InputUnreadable(where, f"{_first_line(error)}; {RENAME}") from error
     except (BaseError, OSError) as error:
         raise StoreUnavailable(where, _first_line(error)) from error
 
