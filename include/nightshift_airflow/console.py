@@ -13,14 +13,12 @@ from nightshift.errors import NightshiftError
 from nightshift.pages import render_progress
 from nightshift.progress import latest, progress_of
 from nightshift.runs import Run, load_run
+from nightshift.shapes import Problem
 from nightshift_airflow.site import folder_of, open_store
 
 LATEST = 60  # runs of a job that its tab shows
 NO_RUNS = "No run of this DAG has begun, or it is no Nightshift job."
-NOTHING = (
-    "Nothing has begun. Where the task discover has failed, its log says why; where it was skipped, there was nothing to do, or the "
-    "interval stands as it was made before. Or this is no run of a Nightshift job."
-)
+NOTHING = "Nothing has begun yet. Where the task discover has failed, its log says why. Or this is no run of a Nightshift job."
 
 
 def build_app() -> FastAPI:
@@ -39,8 +37,10 @@ def build_app() -> FastAPI:
         report = store.get(f"{folder}/report.html")
         if report is not None:
             return HTMLResponse(report)
-        begun = store.head(f"{folder}/input.json") is not None
-        return _page(run_id, [load_run(store, store.uri_of(folder))] if begun else [], NOTHING)
+        if store.head(f"{folder}/input.json"):
+            return _page(run_id, [load_run(store, store.uri_of(folder))], "")
+        met = store.get_shape(f"{folder}/problem.json", Problem)
+        return _page(run_id, [], NOTHING if met is None else f"Nothing has begun: {met.message}")
 
     @app.exception_handler(NightshiftError)
     def unavailable(request: Request, error: NightshiftError) -> HTMLResponse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pendulum
-from airflow.sdk import DAG, Asset, AssetWatcher, CronDataIntervalTimetable, task, task_group
+from airflow.sdk import DAG, Asset, AssetWatcher, task, task_group
 from airflow.sdk import chain as in_order
 
 from nightshift.errors import JobInvalid, Unusable
-from nightshift.job import JobFile
+from nightshift.job import OWN_DAGS, JobFile
+from nightshift.partitions import UNSAFE
 from nightshift.runs import run_id
 from nightshift.settings import read_settings
 from nightshift_airflow.approval import ApproveRun
@@ -25,6 +27,7 @@ from nightshift_airflow.tasks import assemble, audit, discover, note_problem, pl
 from nightshift_airflow.timetables import CronsTimetable
 from nightshift_airflow.uploads import S3UploadTrigger, jobs_with_uploads
 
+DAG_ID = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 STEP_TIMEOUT = timedelta(hours=6)
 DEFAULTS = {
     "retries": RETRIES,
@@ -78,13 +81,7 @@ def job_dag(spec: JobFile, path: Path) -> DAG:
 
 def timetable_of(spec: JobFile) -> Any:
     """When a job runs by the clock; None: never. Intervals are the job's own, in its time zone."""
-    match spec.schedules:
-        case ():
-            return None
-        case (cron,):
-            return CronDataIntervalTimetable(cron, timezone=spec.timezone)
-        case crons:
-            return CronsTimetable(*crons, timezone=spec.timezone)
+    return CronsTimetable(*spec.schedules, timezone=spec.timezone) if spec.schedules else None
 
 
 def results_asset(spec: JobFile) -> Asset:
@@ -119,12 +116,26 @@ def upload_assets() -> list[Asset]:
     ]
 
 
-def broken_job_dag(path: Path, error: Unusable) -> DAG:
+def broken_dag_id(path: Path) -> str:
+    """The id of the DAG in place of a job file that cannot be used: its name, as far as Airflow takes it and no DAG of ours has it."""
+    name = path.stem
+    if DAG_ID.fullmatch(name) and name not in own_dags():
+        return name
+    return f"{UNSAFE.sub('-', name)[:100]}__{run_id(name)[:6]}"
+
+
+def own_dags() -> set[str]:
+    """The ids of DAGs that no job can have."""
+    return {*OWN_DAGS, *(name for name, _ in read_settings().reports)}
+
+
+def broken_job_dag(path: Path, error: Exception) -> DAG:
     """A DAG in place of a job file that cannot be used: it says what to mend, where everybody looks."""
+    problems = error.problems if isinstance(error, Unusable) else (f"{path}: {type(error).__name__}: {error}",)
     with DAG(
-        dag_id=path.stem,
-        description=f"INVALID JOB FILE: {error.problems[0]}",
-        doc_md="# This job file has to be mended\n\n" + "\n".join(f"- `{problem}`" for problem in error.problems),
+        dag_id=broken_dag_id(path),
+        description=f"INVALID JOB FILE: {problems[0]}",
+        doc_md="# This job file has to be mended\n\n" + "\n".join(f"- `{problem}`" for problem in problems),
         schedule=None,
         tags=["nightshift", "invalid job file"],
         default_args={**DEFAULTS, "owner": "nightshift"},
@@ -135,7 +146,7 @@ def broken_job_dag(path: Path, error: Unusable) -> DAG:
             """Fails with everything that is wrong."""
             raise JobInvalid(problems)
 
-        mend_the_job_file(list(error.problems))
+        mend_the_job_file(list(problems))
     return dag
 
 

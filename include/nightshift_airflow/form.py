@@ -23,7 +23,8 @@ def form_of(spec: JobFile, path: Path) -> dict[str, Param]:
             type=["null", "string"],
             pattern=URI.pattern,
             title="Input",
-            description=f"object, pattern or folder to read in place of the job's, such as {spec.input.uri}",
+            description=f"object, pattern or folder to read in place of the job's, such as {spec.input.uri}; a partition of its own, "
+            "but for what the schedule reads of a day: that replaces the day's",
         ),
         "model": Param(
             request.model,

@@ -158,7 +158,8 @@ class BedrockBatchAdapter(BatchAdapter):
     def get_batch(self, batch_id: str) -> BatchState:
         """See BatchAdapter. Counts come from the results, not from Bedrock's counters."""
         snapshot = self._poll(batch_id)
-        is_there = not is_waiting_for_files(snapshot, datetime.now(UTC))  # results can lag behind the status
+        now = datetime.now(UTC)
+        is_there = not is_waiting_for_files(snapshot, now, latest=now)  # results can lag behind the status
         status = ENDED.get(snapshot.status, "in_progress") if is_there else "in_progress"
         return BatchState(status=status, counts=None, error_message="; ".join(snapshot.reasons) or None)
 

@@ -161,7 +161,7 @@ class CollectShards(ChainTask):
             except (Permanent, QueueFull) as error:  # the queue was full for a day
                 done.final[shard] = error
                 with suppress(NightshiftError):
-                    keep_problem(site, run, self.task_id, error)
+                    keep_problem(site.store, site.store.key_of(run.uri), self.task_id, error)
             except Exception as error:  # noqa: BLE001 — whatever it is, the batches of the others are being paid for
                 done.may_pass[shard] = error
         for shard, error in {**done.final, **done.may_pass}.items():

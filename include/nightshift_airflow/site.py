@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache, wraps
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from airflow.sdk import BaseHook
 from airflow.sdk.exceptions import AirflowNotFoundException
 
 from nightshift.aws import default_session, make_client
 from nightshift.doorbell import Doorbell, listen_to
-from nightshift.errors import AccessDenied, SettingInvalid
+from nightshift.errors import AccessDenied, SettingInvalid, StoreUnavailable
 from nightshift.job import JobFile
 from nightshift.providers.bedrock import BedrockAccess
 from nightshift.providers.openai import OpenAIAccess
@@ -26,6 +29,7 @@ from nightshift.settings import dollars, read_settings
 from nightshift.stores.objects import Objects, open_objects, split_input
 
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each request, of which a shard may have 50,000
+OPENAI_HEADERS = {"organization": "OpenAI-Organization", "project": "OpenAI-Project"}  # of what the SDK's client can be given
 BEDROCK_SERVICES = ("bedrock", "bedrock-runtime", "service-quotas")
 
 
@@ -115,12 +119,35 @@ def openai_access(connection_id: str) -> OpenAIAccess:
         why = f"there is no Airflow connection {connection_id!r}; "
         why += "add it under Admin → Connections (host = base URL, password = API key)."
         raise AccessDenied("Airflow", why) from error
-    kwargs = connection.extra_dejson.get("openai_client_kwargs", {})
-    return OpenAIAccess(
-        base_url=connection.host or kwargs.get("base_url"),
-        api_key=connection.password or kwargs.get("api_key"),
-        headers=tuple((kwargs.get("default_headers") or {}).items()),
-    )
+    with _told_of(connection_id):
+        kwargs = connection.extra_dejson.get("openai_client_kwargs") or {}
+        kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
+        named = {header: kwargs[name] for name, header in OPENAI_HEADERS.items() if kwargs.get(name)}
+        return OpenAIAccess(
+            base_url=_with_port(connection.host, connection.port) or kwargs.get("base_url"),
+            api_key=connection.password or kwargs.get("api_key"),
+            headers=tuple({**named, **(kwargs.get("default_headers") or {})}.items()),
+        )
+
+
+def _with_port(host: str | None, port: int | None) -> str | None:
+    """A base URL with the port that a connection names beside it."""
+    parts = urlsplit(host or "")
+    return parts._replace(netloc=f"{parts.netloc}:{port}").geturl() if port and parts.netloc and parts.port is None else host
+
+
+@contextmanager
+def _told_of(connection_id: str) -> Iterator[None]:
+    """What is wrong with a connection, as one of our errors: Airflow and boto3 raise whatever they meet first."""
+    try:
+        yield
+    except Exception as error:
+        from botocore.exceptions import ConnectionError as Unreachable
+        from botocore.exceptions import HTTPClientError
+
+        if isinstance(error, Unreachable | HTTPClientError):
+            raise StoreUnavailable(f"behind the connection {connection_id}", str(error)) from error
+        raise SettingInvalid([f"The connection {connection_id} cannot be used: {type(error).__name__}: {error}"]) from error
 
 
 @kept
@@ -191,8 +218,9 @@ def _aws(connection_id: str) -> _Aws | None:
         from airflow.providers.amazon.aws.hooks.base_aws import BaseSessionFactory
         from airflow.providers.amazon.aws.utils.connection_wrapper import AwsConnectionWrapper
 
-        wrapper = AwsConnectionWrapper(connection)
-        _sessions[uri] = _Aws(uri=uri, connection=wrapper, session=BaseSessionFactory(conn=wrapper).create_session())
+        with _told_of(connection_id):
+            wrapper = AwsConnectionWrapper(connection)
+            _sessions[uri] = _Aws(uri=uri, connection=wrapper, session=BaseSessionFactory(conn=wrapper).create_session())
     return _sessions[uri]
 
 

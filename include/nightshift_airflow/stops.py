@@ -17,6 +17,7 @@ from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 from airflow.utils.session import create_session
 from sqlalchemy import select
 
+from nightshift.approvals import Decision, Grants
 from nightshift.errors import Interrupted, NightshiftError
 from nightshift.runs import Run, Site, approved_plan, awaited_elsewhere
 from nightshift.steps.report import report
@@ -60,6 +61,9 @@ def cancel_stopped_run(dag_id: str, run_id: str) -> None:
 
 def end_stopped_run(site: Site, run: Run) -> None:
     """Cancel what a run has at the provider, and say in its report that it was stopped: none of its tasks is left to do so."""
+    grants = Grants(site.store, run.job.name)
+    if (asked := grants.asked_by(run.uri)) is not None:  # others wait for an answer that nobody can give any more
+        grants.settle(asked, Decision(usd=None, by="nobody", at=site.now(), withdrawn=True))
     if site.store.head(run.key("approved.json")):
         cancel_batches(site, run, None)
     if all(site.store.head(run.key(name)) is None for name in ("summary.json", "assembled.json")):

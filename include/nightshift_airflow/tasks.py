@@ -13,7 +13,7 @@ from airflow.sdk import task
 from airflow.sdk.exceptions import AirflowSkipException
 
 from nightshift.budgets import cost_of
-from nightshift.dates import interval_dates
+from nightshift.dates import interval_dates, render_dates
 from nightshift.errors import (
     BEGIN_ANEW,
     GO_ON,
@@ -30,7 +30,7 @@ from nightshift.job import Job
 from nightshift.job_file import load_job, read_prompt, redriven, vary
 from nightshift.money.prices import retirements
 from nightshift.notices import event_of, listeners, notice_of
-from nightshift.partitions import results_folder
+from nightshift.partitions import MANIFEST, day_of_input, results_folder
 from nightshift.redrive import begin_redrive
 from nightshift.runs import Options, Run, Site, approved_plan, current_run, last_run, load_run, run_folder
 from nightshift.shapes import Assembled, Audit, Problem, Published
@@ -40,13 +40,15 @@ from nightshift.steps.discover import discover as discover_run
 from nightshift.steps.plan import plan as plan_run
 from nightshift.steps.publish import publish as publish_run
 from nightshift.steps.report import report as report_run
+from nightshift.stores.objects import Objects
 from nightshift_airflow.lineage import reads, writes
 from nightshift_airflow.notices import tell
-from nightshift_airflow.site import owner_of, run_at, site_for
+from nightshift_airflow.site import folder_of, open_store, owner_of, run_at, site_for
 
 log = logging.getLogger(__name__)
 DRY_RUN = "A dry run: planned, and nothing sent"
 PARTITION_KEY_MOST = 250  # characters that Airflow takes
+BY_AIRFLOW = ("uploads", "openlineage")  # in what a run was triggered with, beside its form: by our own DAGs, and by Airflow's operator
 RUN_NAME = re.compile(r"[0-9a-f]{16}")
 
 
@@ -68,6 +70,8 @@ def discover(job_file: str, **context: Any) -> str:
         why = "this run has no dates: give it a logical date, or `input` in its form"
         raise SettingInvalid([f"{job.name} reads {job.spec.input.uri}, and {why}."])
     is_scheduled = not given and bool(dates) and dates["data_interval_start"] < dates["data_interval_end"]
+    if params.get("input") and (named := day_of_input(job.spec, render_dates(given, dates))):
+        dates, is_scheduled = named, True
     _, name = current_run(site.store, job.name, dag_run.dag_id, dag_run.run_id)
     options = Options(fresh=bool(params.get("fresh")), sample=params.get("sample"), dry_run=bool(params.get("dry_run")))
     try:
@@ -82,11 +86,10 @@ def discover(job_file: str, **context: Any) -> str:
             options=options,
             unless_made=is_scheduled,
         )
-    except UpToDate as error:
-        raise AirflowSkipException(f"Nothing to do: {error}") from error
-    except InputMissing as error:
-        if given or job.spec.input.required:
+    except (UpToDate, InputMissing) as error:
+        if isinstance(error, InputMissing) and (given or job.spec.input.required):
             raise
+        keep_problem(site.store, run_folder(job.name, name), "discover", error)
         raise AirflowSkipException(f"Nothing to do: {error}") from error
     reads(found.uri for found in run.input.objects)
     log.info("Pinned %s objects, %s bytes", len(run.input.objects), sum(found.size for found in run.input.objects))
@@ -95,7 +98,7 @@ def discover(job_file: str, **context: Any) -> str:
 
 def check_form(given: Mapping[str, Any], known: Iterable[str]) -> None:
     """Raise SettingInvalid for what a run was triggered with and the form does not know: it would be passed over."""
-    names = [*known, "uploads"]
+    names = [*known, *BY_AIRFLOW]
     unknown = [name for name in given if name not in names]
     problems = [f"{name}: the form has no such field{nearest(name, names)}; it has {', '.join(known)}" for name in unknown]
     if given.get("outcomes") and not given.get("redrive"):
@@ -221,9 +224,9 @@ def report(run_uri: str | None, **context: Any) -> str:
         raise AirflowSkipException("Nothing was begun, so there is nothing to report")
     site, run = run_at(run_uri, owner_of(context))
     is_published = states.get("publish") == "success" or (run.input.sample is not None and states.get("publish") == "skipped")
-    published = _published(site, run) if is_published else None
     verdict = site.store.get_shape(run.key("audit.json"), Audit)
     held = verdict is not None and not verdict.passed
+    published = published_by(site, run) if is_published and verdict is not None and not held else None  # a mark publishes nothing
     problem = f"{', '.join(failed)} failed" if failed else "it was stopped"
     is_dry, met = run.input.dry_run and not failed, site.store.get_shape(run.key("problem.json"), Problem) if failed else None
     if met is not None:
@@ -250,17 +253,17 @@ def note_problem(context: Any) -> None:
     """Keep what a task has failed with, for the report; called by Airflow where it failed."""
     ti, error = context["ti"], context.get("exception")
     run_uri = ti.xcom_pull(task_ids="discover", map_indexes=-1)
-    if isinstance(error, ShardsFailed):
-        return  # each of them was kept as it failed
-    if isinstance(run_uri, str) and isinstance(error, BaseException) and ti.task_id != "report":
-        site, run = run_at(run_uri, owner_of(context))
-        keep_problem(site, run, ti.task_id, error)
+    if isinstance(error, ShardsFailed) or not isinstance(error, BaseException) or ti.task_id == "report":
+        return  # each of the shards was kept as it failed
+    store = open_store()
+    folder = folder_of(store, ti.dag_id, ti.run_id) if run_uri is None else store.key_of(run_uri)
+    keep_problem(store, folder, ti.task_id, error)
 
 
-def keep_problem(site: Site, run: Run, task_id: str, error: BaseException) -> None:
-    """Write what a task has failed with, over what was there."""
+def keep_problem(store: Objects, folder: str, task_id: str, error: BaseException) -> None:
+    """Write what a task of a run has failed with, or why it had nothing to do, over what was there."""
     problem = Problem(task=task_id, error=type(error).__name__, message=str(error)[:2000])
-    site.store.put_shape(run.key("problem.json"), problem)
+    store.put_shape(f"{folder}/problem.json", problem)
 
 
 def run_dates(context: Any, timezone: str) -> dict[str, Any]:
@@ -283,10 +286,12 @@ def task_states(context: Any) -> dict[str, str]:
     return states
 
 
-def _published(site: Any, run: Any) -> Published | None:
-    assembled = site.store.get_shape(run.key("assembled.json"), Assembled)
-    folder = results_folder(run)
-    return Published(uri=site.store.uri_of(folder), rows=assembled.outcomes["succeeded"], parts=()) if assembled else None
+def published_by(site: Site, run: Run) -> Published | None:
+    """What a run has published; None where somebody has marked the task, and nothing stands there."""
+    assembled, folder = site.store.get_shape(run.key("assembled.json"), Assembled), results_folder(run)
+    if assembled is None or site.store.head(f"{folder}/{MANIFEST}") is None:
+        return None
+    return Published(uri=site.store.uri_of(folder), rows=assembled.outcomes["succeeded"], parts=())
 
 
 def _every(step: int) -> Any:

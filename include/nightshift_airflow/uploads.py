@@ -332,11 +332,13 @@ def mapped_states(context: Any, task_id: str) -> dict[int, str]:
 
 @contextmanager
 def _passed_over(job: Job) -> Iterator[None]:
-    """A job whose bucket cannot be read is passed over with a warning; the others go on."""
+    """A job whose bucket cannot be read is passed over with a warning; the others go on, whatever it is."""
     try:
         yield
     except NightshiftError as error:
         log.warning("Cannot look into the inbox of a job", job=job.name, error=str(error))
+    except Exception:
+        log.warning("Cannot look into the inbox of a job", job=job.name, exc_info=True)
 
 
 def jobs_with_uploads(*, has_queue: bool) -> list[Job]:

@@ -298,6 +298,28 @@ def test_a_wait_says_what_is_news_and_not_every_look(monkeypatch):
     assert [(line.get("status"), line.get("done")) for line in lines] == [("validating", 0), *tenths, (None, None)]
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param({"profile_name": "nobody"}, id="no such profile"),
+        pytest.param({"assume_role_method": "by magic", "role_arn": "arn:aws:iam::1:role/x"}, id="no such way to a role"),
+        pytest.param({"config_kwargs": {"nonsense": 1}}, id="no such setting"),
+    ],
+)
+def test_a_connection_that_cannot_be_used_is_told_by_its_name(monkeypatch, extra):
+    monkeypatch.setenv("AIRFLOW_CONN_CROOKED", json.dumps({"conn_type": "aws", "extra": extra}))
+    with pytest.raises(SettingInvalid, match="The connection crooked cannot be used"):
+        site.queue_client("crooked")
+
+
+def test_a_connection_of_openai_may_name_port_and_organization_apart(monkeypatch):
+    said = {"host": "http://gateway/v1", "port": 8443, "extra": {"openai_client_kwargs": json.dumps({"organization": "o", "project": "p"})}}
+    monkeypatch.setenv("AIRFLOW_CONN_APART", json.dumps({"conn_type": "openai", **said}))
+    access = site.openai_access("apart")
+    assert access.base_url == "http://gateway:8443/v1"
+    assert access.headers == (("OpenAI-Organization", "o"), ("OpenAI-Project", "p"))
+
+
 def test_a_connection_is_asked_for_once_a_minute_and_a_mended_one_is_seen(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(site, "time", SimpleNamespace(monotonic=lambda: clock[0]))

@@ -130,7 +130,7 @@ print("RESULT ok")
 
 
 def test_a_cron_job_runs_on_data_intervals(found):
-    assert found["dags"]["review_sentiment_nightly"]["timetable"] == "CronDataIntervalTimetable"
+    assert found["dags"]["review_sentiment_nightly"]["timetable"] == "CronsTimetable"
     assert found["dags"]["review_sentiment"]["timetable"] == "NullTimetable"
 
 
@@ -143,6 +143,26 @@ def test_a_broken_job_file_says_so_in_its_dag_and_leaves_the_others_alone(migrat
     assert set(dags) == {"reviews", "broken", "uploads", "backfill_uploads", "periodic_report"}
     assert dags["broken"]["description"].startswith("INVALID JOB FILE")
     assert "invalid job file" in dags["broken"]["tags"]
+
+
+def test_a_job_file_with_an_odd_name_is_told_and_leaves_the_others_alone(migrated, tmp_path, rehearsal):
+    world = make_world(tmp_path, rehearsal)
+    world.job()
+    folder = tmp_path / "job-1" / "jobs"
+    text = (folder / "reviews.yaml").read_text()
+    (folder / "reviews (copy).yaml").write_text(text)
+    (folder / ".#reviews.yaml").write_text("an editor's")
+    (folder / "uploads.yaml").write_text(text.replace('"name": "reviews"', '"name": "uploads"'))
+    (folder / "weekly.yaml").write_text(text.replace('"name": "reviews"', '"name": "weekly"'))
+    dags = bag(migrated, NIGHTSHIFT_JOBS=str(folder), NIGHTSHIFT_REPORTS="weekly=@weekly")["dags"]
+    assert {"reviews", "uploads", "backfill_uploads", "weekly"} < set(dags)
+    assert dags["uploads"]["tags"] == ["nightshift"]
+    assert "report" in dags["weekly"]["tags"]
+    told = sorted(dag["description"] for dag in dags.values() if "invalid job file" in dag["tags"])
+    assert len(told) == 3
+    assert "expected 'reviews (copy)', the name of the file" in told[0]
+    assert "the name of a DAG of Nightshift's own" in told[1]
+    assert "a periodic report has this name" in told[2]
 
 
 def test_importing_a_dag_file_loads_no_sdk(migrated):
@@ -275,7 +295,10 @@ def test_a_run_without_input_is_green_and_quick(airflow_home, rehearsal, job):
     _, jobs = job
     ended = run_dag(airflow_home, "reviews", {}, rehearsal, jobs)
     assert (ended["state"], ended["tasks"]["discover[-1]"]) == ("success", "skipped")
-    assert not (airflow_home / "store" / "runs").exists()
+    [kept] = (airflow_home / "store" / "runs").glob("*/*/*")
+    told = json.loads(kept.read_text())
+    assert (told["task"], told["error"]) == ("discover", "InputMissing"), "the run's tab says so"
+    assert "Nothing to read at" in told["message"]
 
 
 def test_an_input_that_was_named_and_is_not_there_is_red_at_once(airflow_home, rehearsal, job):

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from nightshift.approvals import Ask, Grants, Wait
 from nightshift.drive import begin, drive
 from nightshift.progress import progress_of
 from nightshift.rehearsal.engine import Pace
@@ -65,6 +66,15 @@ def test_a_run_that_was_stopped_before_it_was_approved_has_cost_nothing(world):
     plan(world.site, run)
     stops.end_stopped_run(world.site, run)
     assert world.site.store.get_shape(run.key("summary.json"), Summary).cost_usd.actual == 0
+
+
+def test_what_a_stopped_run_has_asked_for_others_is_asked_by_another(world):
+    run = begin(world.site, world.job(), pattern=world.write("a.jsonl", reviews(5)), dates={}, scheduled=False)
+    grants = Grants(world.site.store, "reviews")
+    assert grants.step(run.uri, waited_for=None, now=world.site.now()) == Ask(1)
+    assert grants.step("another", waited_for=None, now=world.site.now()) == Wait(1)
+    stops.end_stopped_run(world.site, run)
+    assert grants.step("another", waited_for=1, now=world.site.now()) == Ask(2)
 
 
 def test_a_run_that_has_ended_by_itself_keeps_its_report(world):

@@ -6,9 +6,15 @@ from decimal import Decimal
 
 import pytest
 
+from nightshift.drive import begin
 from nightshift.errors import ApprovalNeeded, SettingInvalid
-from nightshift_airflow.tasks import check_form, failed_tasks
+from nightshift.runs import load_run
+from nightshift.shapes import Assembled
+from nightshift_airflow.tasks import check_form, failed_tasks, published_by
+from tests.conftest import go, reviews
 
+NOTHING = {"reasons": {}, "parts": (), "quarantine": (), "paid": (), "alarms": {}}
+BY_LINEAGE = {"openlineage": {"parentRunId": "x"}}  # Airflow's TriggerDagRunOperator adds it where OpenLineage is installed
 FORM = ("input", "model", "sample", "redrive", "outcomes")
 
 
@@ -25,7 +31,9 @@ def test_a_field_that_would_be_passed_over_is_refused(given, problem):
         check_form(given, FORM)
 
 
-@pytest.mark.parametrize("given", [{}, {"uploads": [{"uri": "s3://b/x"}]}, {"redrive": "x", "outcomes": ["invalid"]}, {"sample": 3}])
+@pytest.mark.parametrize(
+    "given", [{}, {"uploads": [{"uri": "s3://b/x"}]}, {"redrive": "x", "outcomes": ["invalid"]}, {"sample": 3}, BY_LINEAGE]
+)
 def test_what_the_form_has_and_what_uploads_come_with_is_taken(given):
     check_form(given, FORM)
 
@@ -43,6 +51,14 @@ def test_what_the_form_has_and_what_uploads_come_with_is_taken(given):
 )
 def test_a_run_names_the_tasks_that_it_failed_at(states, failed):
     assert failed_tasks(states) == failed
+
+
+def test_a_task_that_is_marked_as_done_has_published_nothing(world):
+    run = begin(world.site, world.job(), pattern=world.write("in.jsonl", reviews(4)), dates={}, scheduled=False)
+    world.site.store.put_shape(run.key("assembled.json"), Assembled(outcomes={"succeeded": 0}, **NOTHING))
+    assert published_by(world.site, run) is None
+    summary = go(world, world.job(), world.write("other.jsonl", reviews(4)))
+    assert published_by(world.site, load_run(world.site.store, world.site.store.uri_of(f"runs/reviews/{summary.run}"))).rows == 4
 
 
 def test_who_has_refused_stands_before_what_it_would_have_cost():

@@ -41,6 +41,59 @@ def test_no_moment_is_left_out_or_read_twice_when_the_clocks_change(start):
     assert all(each.start < each.end for each in found)
 
 
+NIGHTS = [  # on which the clocks of a zone change
+    ("Europe/Berlin", pendulum.datetime(2027, 3, 26)),
+    ("Europe/Berlin", pendulum.datetime(2026, 10, 23)),
+    ("America/New_York", pendulum.datetime(2027, 3, 12)),
+    ("America/New_York", pendulum.datetime(2026, 10, 30)),
+    ("Australia/Lord_Howe", pendulum.datetime(2026, 10, 2)),
+    ("Australia/Lord_Howe", pendulum.datetime(2027, 4, 2)),
+]
+
+
+@pytest.mark.parametrize(
+    "crons",
+    [
+        ("30 2 * * *", "0 3 * * *"),
+        ("0 * * * 1-5", "0 2 * * 0,6"),
+        ("*/15 * * * 1-5", "0 * * * 0,6"),
+        ("*/15 0-6 * * *", "0 12 * * *"),
+        ("0 2 * * 1-6", "0 2 * * 0"),
+        ("*/30 0-4 * * *",),
+        ("@hourly", "45 1 * * *"),
+    ],
+)
+@pytest.mark.parametrize(("zone", "start"), NIGHTS, ids=[f"{zone} {start:%Y-%m}" for zone, start in NIGHTS])
+def test_every_moment_is_in_one_interval_whatever_the_clocks_do(zone, start, crons):
+    """Forwards one after the other, and the same backwards: Airflow's scheduler does not survive an interval that ends before it starts."""
+    timetable = CronsTimetable(*crons, timezone=zone)
+    restriction = TimeRestriction(earliest=start, latest=None, catchup=True)
+    found = intervals(timetable, 2, restriction)
+    while found[-1].end < start.add(days=5):
+        info = timetable.next_dagrun_info(last_automated_data_interval=found[-1], restriction=restriction)
+        found.append(info.data_interval)
+    assert all(before.end == after.start for before, after in pairwise(found))
+    assert all(each.start < each.end for each in found)
+    for each in found:
+        assert timetable.infer_manual_data_interval(run_after=each.end) == each
+        assert timetable.infer_manual_data_interval(run_after=each.end.add(seconds=1)) == each
+
+
+def test_a_time_that_comes_twice_ticks_once_and_an_hour_that_does_twice():
+    start = pendulum.datetime(2026, 10, 24, 12)
+    restriction = TimeRestriction(earliest=start, latest=None, catchup=True)
+    daily = intervals(CronsTimetable("30 2 * * *", timezone="Europe/Berlin"), 3, restriction)
+    assert [f"{each.end:%d %H:%M}" for each in daily] == ["26 01:30", "27 01:30", "28 01:30"]
+    hourly = intervals(CronsTimetable("0 * * * *", timezone="Europe/Berlin"), 30, restriction)
+    assert all(each.end - each.start == pendulum.duration(hours=1) for each in hourly)
+
+
+def test_a_time_that_is_left_out_comes_as_much_later():
+    restriction = TimeRestriction(earliest=pendulum.datetime(2027, 3, 27, 12), latest=None, catchup=True)
+    found = intervals(CronsTimetable("30 2 * * *", timezone="Europe/Berlin"), 2, restriction)
+    assert [f"{each.start:%d %H:%M}" for each in found] == ["28 01:30", "29 00:30"]
+
+
 def test_crons_that_tick_together_tick_once():
     found = intervals(CronsTimetable("0 0 * * *", "0 */12 * * *", timezone="UTC"), 4)
     assert [each.end - each.start for each in found] == [pendulum.duration(hours=12)] * 4
