@@ -486,6 +486,42 @@ def test_an_adopter_does_not_pay_for_what_its_own_budget_does_not_allow(world):
     assert drive(world.site, run, ask=lambda run, planned: False).outcomes["succeeded"] == 1
 
 
+def test_an_adopter_does_not_ask_again_what_its_own_budget_does_not_allow(world):
+    """The run that has reserved 200 requests dies with its first answers harvested: what they leave is its to ask."""
+    world.rehearsal.faults(errored=0.9)
+    dying, draft = planned(world, world.job(), world.write("a.jsonl", reviews(200)), "dying")
+    approve(world.site, dying, draft, ask=lambda: True)
+    run, small = planned(world, world.job(policy={"budget_usd": 0.0001}), world.write("b.jsonl", reviews(1)), "small")
+    [shard] = approve(world.site, run, small, ask=lambda: True).shards
+    submit(world.site, dying, shard)
+    for pause in pauses(world.site, run, shard):
+        time.sleep(pause)
+    assert collect(world.site, run, shard) is None, "some are asked again"
+    world.rehearsal.faults()
+    with pytest.raises(ShardHeld, match="the run that has reserved it"):
+        submit(world.site, run, shard)
+    assert list(pauses(world.site, run, shard)) == [60.0], "and is not looked at all the time"
+    assert world.rehearsal.bill()["batches"] == 1
+    submit(world.site, dying, shard)
+    assert drive(world.site, run, ask=lambda run, planned: False).outcomes["succeeded"] == 1
+
+
+def test_an_adopters_budget_counts_what_it_asks_again_for_another_run(world):
+    """It may ask, by what it has been approved for; its month has nothing left by then."""
+    world.rehearsal.faults(errored=0.9)
+    dying, draft = planned(world, world.job(), world.write("a.jsonl", reviews(200)), "dying")
+    approve(world.site, dying, draft, ask=lambda: True)
+    run, small = planned(world, world.job(policy={"monthly_budget_usd": 0.0001}), world.write("b.jsonl", reviews(1)), "small")
+    [shard] = approve(world.site, run, small, ask=lambda: True).shards
+    submit(world.site, dying, shard)
+    for pause in pauses(world.site, run, shard):
+        time.sleep(pause)
+    collect(world.site, run, shard)
+    with pytest.raises(BudgetExceeded, match="policy.monthly_budget_usd"):
+        submit(world.site, run, shard)
+    assert world.rehearsal.bill()["batches"] == 1
+
+
 def test_an_adopter_with_room_in_its_budget_sends_what_nobody_has_sent(world):
     abandoned, draft = planned(world, world.job(), world.write("a.jsonl", reviews(20)), "abandoned")
     approve(world.site, abandoned, draft, ask=lambda: True)

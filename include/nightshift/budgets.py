@@ -18,7 +18,7 @@ from nightshift.settle import TOKENS, distinct, usage_of
 from nightshift.shapes import Estimate, Paid, Shard, Variant, Wire
 from nightshift.stores.accounts import Account, Booked, Full
 from nightshift.stores.ledger import Attempt, Claim
-from nightshift.stores.shards import read_answers
+from nightshift.stores.shards import harvested, read_answers
 
 PATIENCE = timedelta(hours=26)  # with what is in flight: where nothing has been settled for so long, it is not waited for
 BILLIONTH = Decimal("1e-9")  # of a dollar: sums of quotients differ in their last digits, and nobody decides anew for that
@@ -60,8 +60,8 @@ def budgets_of(site: Site, run: Run) -> list[Budget]:
 def book_attempt(site: Site, run: Run, facts: Shard, claim: Claim, attempts: Sequence[Attempt], *, only_look: bool = False) -> None:
     """Book the attempt of a shard that is about to be sent against every budget of its run, once. `attempts`: those before it.
 
-    What is asked again was decided when its answers were harvested, so it is not refused; what was put aside for it then is its
-    booking. For the first attempt it raises ShardHeld where it fits only if what is in flight turns out cheaper than it may be,
+    What the run asks again was decided when its answers were harvested, so it is not refused; what was put aside for it then is its
+    booking. For a first attempt, and for what another run has decided to ask again, it raises ShardHeld where it fits only if what is in flight turns out cheaper than it may be,
     and BudgetExceeded where it does not fit. `only_look`: raises the same, and books nothing.
     """
     budgets, number = budgets_of(site, run), len(attempts) + 1
@@ -71,15 +71,21 @@ def book_attempt(site: Site, run: Run, facts: Shard, claim: Claim, attempts: Seq
     settle_attempts(site, facts.key, attempts)
     held = _places_held(site, run, facts.key, _entries(facts.key, run.uri, claim, number, attempts))
     budgets = [budget for budget in budgets if _place(budget.account) not in held]
-    of, high, is_asked_again = _name(facts.key, run.uri, number), _high(estimate), any(claim.after)
-    for budget in budgets if not is_asked_again else ():  # all before the first is booked: what one refuses must not weigh on another
+    of, high, is_put_aside = _name(facts.key, run.uri, number), _high(estimate), has_put_aside(run, claim.after, attempts)
+    for budget in budgets if not is_put_aside else ():  # all before the first is booked: what one refuses must not weigh on another
         _refuse_full(site, facts.key, budget, Account(site.store, budget.account).fits(of, estimate.usd, budget.limit, high), estimate.usd)
     if only_look:
         return
     for budget in budgets:
         _announce(site, run, facts.key, budget)
-        booked = Account(site.store, budget.account).book(of, estimate.usd, None if is_asked_again else budget.limit, high, now=site.now())
+        booked = Account(site.store, budget.account).book(of, estimate.usd, None if is_put_aside else budget.limit, high, now=site.now())
         _refuse_full(site, facts.key, budget, booked, estimate.usd)
+
+
+def has_put_aside(run: Run, after: Sequence[int], attempts: Sequence[Attempt]) -> bool:
+    """Whether what is asked after some attempts was decided, and its money put aside, by a run itself: it has paid for the last of them."""
+    last = max(after, default=0)
+    return any(attempt.claim.run == run.uri for attempt in attempts if attempt.number == last)
 
 
 def _funded_by(claim: Claim, number: int, attempts: Sequence[Attempt]) -> int | None:
@@ -106,13 +112,13 @@ def _place(account: str) -> str:
     return account.rpartition("/")[2]
 
 
-def is_crowded(site: Site, run: Run, facts: Shard) -> bool:
-    """Whether a shard that nobody has sent would be held by a budget until others in flight are paid."""
-    budgets = budgets_of(site, run)
+def is_crowded(site: Site, run: Run, facts: Shard, attempts: Sequence[Attempt]) -> bool:
+    """Whether the next attempt of a shard would be held by a budget until others in flight are paid. `attempts`: those before it."""
+    budgets = budgets_of(site, run) if not has_put_aside(run, harvested(attempts), attempts) else []
     estimate = estimate_shards(site.store, run.job, [facts]) if budgets else None
     if estimate is None or estimate.usd is None:
         return False
-    of = _name(facts.key, run.uri, 1)
+    of = _name(facts.key, run.uri, len(attempts) + 1)
     found = (Account(site.store, budget.account).fits(of, estimate.usd, budget.limit, _high(estimate)) for budget in budgets)
     return any(isinstance(full, Full) and _may_pass(full, site.now()) for full in found)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import orjson
 
-from nightshift.budgets import book_attempt, give_back, settle_attempts
+from nightshift.budgets import book_attempt, give_back, has_put_aside, settle_attempts
 from nightshift.errors import (
     BudgetExceeded,
     Interrupted,
@@ -80,9 +80,6 @@ def submit(site: Site, run: Run, shard: str) -> Receipt | None:
         case Search(attempt=number) as search:
             return find(site, shard, search, partial(open_where, site, run, shard)) or _send(site, run, shard, number, attempts)
         case Send(attempt=number):
-            if not attempts and not may_pay(site, run, shard):
-                why = "the run that has reserved it is to send it (what it costs does not fit into what this run may spend unasked)"
-                raise ShardHeld(shard, why, OWNER_PAUSE.total_seconds())
             return _send(site, run, shard, number, attempts)
 
 
@@ -95,16 +92,20 @@ def open_where(site: Site, run: Run, shard: str, attempt: Attempt) -> Provider:
 
 
 def may_pay(site: Site, run: Run, shard: str) -> bool:
-    """Whether a run may send a shard that nobody has claimed: its own always, an adopted one if its bounds allow for it.
+    """Whether a run may send a shard, or ask again what is left of it: its own always, an adopted one if its bounds allow for it.
 
     A run that adopts has been approved for its own requests only. Where what it has adopted does not fit into its budget
-    beside them, the run that has reserved it is waited for. Raises BudgetExceeded once that has been for long.
+    beside them, the run that has reserved it is waited for. Raises BudgetExceeded once that has been for long. What it has decided
+    to ask again itself it may.
     """
     approved = site.store.get_shape(run.key("approved.json"), Plan)
     bound = run.job.spec.policy.bound
     if approved is None or shard not in approved.adopted_shards or bound is None:
         return True
-    total = sum_estimates(run.job, [approved.estimate, _liabilities(site, run, approved)]).usd
+    attempts = site.ledger.attempts(shard)
+    if has_put_aside(run, harvested(attempts), attempts):
+        return True
+    total = sum_estimates(run.job, [approved.estimate, _liabilities(site, run, approved, shard)]).usd
     if fits(total, bound):
         return True
     if approved.approved_at is not None and site.now() - approved.approved_at > OWNER_PATIENCE:
@@ -117,10 +118,14 @@ def fits(total: Decimal | None, bound: Decimal) -> bool:
     return total is not None and total <= bound
 
 
-def _liabilities(site: Site, run: Run, approved: Plan) -> Estimate:
-    """What the adopted shards cost that this run has sent, or would send because nobody else has."""
-    attempts = {shard: site.ledger.attempts(shard) for shard in approved.adopted_shards}
-    own = [shard for shard, made in attempts.items() if not made or made[0].claim.run == run.uri]
+def _liabilities(site: Site, run: Run, approved: Plan, shard: str) -> Estimate:
+    """What the adopted shards cost that this run has sent any of, or would send because nobody else has; `shard` is the next of them."""
+    attempts = {adopted: site.ledger.attempts(adopted) for adopted in approved.adopted_shards}
+    own = [
+        adopted
+        for adopted, made in attempts.items()
+        if not made or adopted == shard or any(attempt.claim.run == run.uri for attempt in made)
+    ]
     return estimate_shards(site.store, run.job, map(site.ledger.shard, own))
 
 
@@ -151,6 +156,9 @@ def find(site: Site, shard: str, search: Search, open_attempt: Callable[[Attempt
 
 def _send(site: Site, run: Run, shard: str, number: int, attempts: list[Attempt]) -> Receipt:
     """Upload, book, claim, create, record. Whatever happens in between is found again by the claim's token."""
+    if not may_pay(site, run, shard):
+        why = "the run that has reserved it is to send it (what it costs does not fit into what this run may spend unasked)"
+        raise ShardHeld(shard, why, OWNER_PAUSE.total_seconds())
     facts, claim = site.ledger.shard(shard), _next_claim(site, run, shard, number, attempts)
     book_attempt(site, run, facts, claim, attempts, only_look=True)  # nothing is uploaded for what does not fit
     provider = _provider(site, run, claim.provider)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -14,7 +14,7 @@ from nightshift.providers.protocol import Provider, Snapshot
 from nightshift.runs import Run, Site
 from nightshift.shapes import Receipt
 from nightshift.steps.submit import OWNER_PAUSE, may_pay, open_where, payer_of
-from nightshift.stores.ledger import Attach, Hold, Send, next_move
+from nightshift.stores.ledger import Attach, Attempt, Hold, Send, next_move
 
 UNKNOWN_PATIENCE = timedelta(minutes=10)  # how long a batch that we hold a receipt for may be unknown to the provider
 FILES_GRACE = timedelta(minutes=10)  # after its end, for a batch to show its result files
@@ -118,22 +118,23 @@ def pauses(site: Site, run: Run, shard: str, *, seen: Seen = lambda look: None) 
     """The waiting that a shard needs now, as pauses in seconds: for its batch, for somebody's claim, for the provider's queue."""
     if site.ledger.settled(shard) is not None:
         return  # a receipt that was written late changes nothing any more
-    match next_move(site.ledger.attempts(shard), now=site.now()):
+    attempts = site.ledger.attempts(shard)
+    match next_move(attempts, now=site.now()):
         case Attach(attempt=attempt, receipt=receipt):
             provider = open_where(site, run, shard, attempt)
             yield from watch(provider, receipt, payer_of(site, run, attempt).job, poll_seconds=site.poll_seconds, now=site.now, seen=seen)
         case Hold(until=until):
             yield max(0.0, (until - site.now()).total_seconds())
-        case Send(attempt=1) if not may_pay(site, run, shard):
+        case Send() if not may_pay(site, run, shard):
             yield OWNER_PAUSE.total_seconds()
         case Send():
-            yield from _room(site, run, shard)
+            yield from _room(site, run, shard, attempts)
 
 
-def _room(site: Site, run: Run, shard: str) -> Iterator[float]:
-    """Pauses until a budget has room for a shard beside what is in flight, or for good none."""
+def _room(site: Site, run: Run, shard: str, attempts: Sequence[Attempt]) -> Iterator[float]:
+    """Pauses until a budget has room for the next attempt of a shard beside what is in flight, or for good none."""
     pause, facts = site.poll_seconds, site.ledger.shard(shard)
-    while is_crowded(site, run, facts):
+    while is_crowded(site, run, facts, attempts):
         yield pause
         pause = min(2 * pause, ERROR_PAUSE_MAX_SECONDS)
 
