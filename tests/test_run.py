@@ -37,9 +37,10 @@ from nightshift.progress import latest
 from nightshift.providers.openai import OpenAIAccess, OpenAIBatches
 from nightshift.rehearsal.openai_desk import OpenAIDesk
 from nightshift.rehearsal.served import free_port
-from nightshift.runs import Site, approved_plan
-from nightshift.shapes import Summary
+from nightshift.runs import Site, approved_plan, load_run
+from nightshift.shapes import Assembled, Audit, Summary
 from nightshift.steps.plan import plan
+from nightshift.steps.publish import publish
 from nightshift.stores.objects import Objects
 from nightshift.suite_check import check_suite
 from tests.conftest import World, go, make_world, reviews
@@ -411,6 +412,33 @@ def test_publishing_replaces_the_partition_and_leaves_no_old_part(world):
     assert len(results(world, second)) == 12
     folder = world.site.store.key_of(second.results)
     assert len([found for found in world.site.store.scan(folder) if found.key.endswith(".parquet")]) == 1
+
+
+@pytest.mark.parametrize("moment", ["put_shape", "scan"])
+def test_two_that_publish_one_partition_at_once_leave_it_whole(world, monkeypatch, moment):
+    """One finds its parts there from before. The other one, which replaces them, sweeps them before its manifest, or is about to after it."""
+    first, second = (go(world, world.job(), world.write("in.jsonl", reviews(count))) for count in (10, 12))
+    republish(world, first)
+    quick, slow = (second, first) if moment == "put_shape" else (first, second)
+    store, met = type(world.site.store), []
+    was = getattr(store, moment)
+
+    def overtaken(self, key, *args):
+        if key.startswith("results") and not met:
+            met.append(key)
+            republish(world, quick)
+        return was(self, key, *args)
+
+    monkeypatch.setattr(store, moment, overtaken)
+    republish(world, slow)
+    assert met
+    assert len(results(world, first)) == 10
+
+
+def republish(world: World, summary: Summary) -> None:
+    run = load_run(world.site.store, world.site.store.uri_of(f"runs/reviews/{summary.run}"))
+    assembled, audit = (world.site.store.get_shape(run.key(f"{name}.json"), shape) for name, shape in (("assembled", Assembled), ("audit", Audit)))
+    publish(world.site, run, assembled, audit)
 
 
 def test_a_held_run_leaves_readers_with_what_they_had(world):

@@ -32,34 +32,42 @@ def publish(site: Site, run: Run, assembled: Assembled, audit: Audit) -> Publish
 
 
 def _swap(site: Site, run: Run, folder: str, staged: tuple[str, ...], assembled: Assembled) -> Manifest:
-    """Copy parts in, commit by manifest, then sweep what the replaced manifest named and this one does not.
+    """Copy parts in, commit by manifest, then sweep what the replaced manifest named and the one that stands now does not.
 
-    Parts that no manifest names may belong to a publisher at work beside us; they are swept once they are old.
+    Parts that no manifest names may belong to a publisher at work beside us; they are swept once they are old. One beside us may
+    sweep what we have found there and named, before it can see that we do: so what is named is looked at once more.
     """
+    parts = tuple(_put_part(site, folder, number, key) for number, key in enumerate(staged))
     replaced = site.store.get_shape(f"{folder}/{MANIFEST}", Manifest)
-    parts = []
-    with site.scratch() as scratch:
-        for number, key in enumerate(staged):
-            path = site.store.download(key, Path(scratch) / "part.parquet")
-            digest = _sha256(path)
-            part = Part(name=f"part-{number:05d}-{digest[:16]}.parquet", size=path.stat().st_size, sha256=digest)
-            if site.store.head(f"{folder}/{part.name}") is None:
-                site.store.put(f"{folder}/{part.name}", path)
-            parts.append(part)
     manifest = Manifest(
         job=run.job.name,
         partition=run.input.partition,
-        parts=tuple(parts),
+        parts=parts,
         outcomes=assembled.outcomes,
         prompt_version=run.job.prompt.version,
         model=run.job.spec.request.model,
         made_from=run.made_from,
     )
     site.store.put_shape(f"{folder}/{MANIFEST}", manifest)
+    for number, (key, part) in enumerate(zip(staged, parts, strict=True)):
+        if site.store.head(f"{folder}/{part.name}") is None:
+            _put_part(site, folder, number, key)
     old = {part.name for part in replaced.parts} if replaced else set()
     found = [item for item in site.store.scan(folder) if item.key.rpartition("/")[0] == folder]
-    site.store.delete([item.key for item in found if is_swept(item, manifest, old, site.now().timestamp())])
+    stands = site.store.get_shape(f"{folder}/{MANIFEST}", Manifest) or manifest
+    site.store.delete([item.key for item in found if is_swept(item, stands, old, site.now().timestamp())])
     return manifest
+
+
+def _put_part(site: Site, folder: str, number: int, staged: str) -> Part:
+    """Copy one part in, unless it is there."""
+    with site.scratch() as scratch:
+        path = site.store.download(staged, Path(scratch) / "part.parquet")
+        digest = _sha256(path)
+        part = Part(name=f"part-{number:05d}-{digest[:16]}.parquet", size=path.stat().st_size, sha256=digest)
+        if site.store.head(f"{folder}/{part.name}") is None:
+            site.store.put(f"{folder}/{part.name}", path)
+        return part
 
 
 def is_swept(found: Found, manifest: Manifest, old: set[str], now: float) -> bool:
