@@ -6,9 +6,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from threading import Barrier
 
 import orjson
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -44,6 +46,20 @@ def planned(world: World, job, uri: str, name: str):
 
 def answers_in(world: World) -> set[str]:
     return {found.key for found in world.site.store.scan("answers") if found.key.endswith(".parquet")}
+
+
+def make_old(world: World) -> None:
+    """Let all answers be of last week, and of the model `old`."""
+    for key in answers_in(world):
+        with world.site.scratch() as folder:
+            path = world.site.store.download(key, Path(folder) / "answers.parquet")
+            table = pq.read_table(path)
+            then, old = table.column("answered_at")[0].as_py() - timedelta(days=7), ["old"] * table.num_rows
+            for name, values in {"answered_at": [then] * table.num_rows, "model": old}.items():
+                field = table.schema.field(name)
+                table = table.set_column(table.schema.names.index(name), field, pa.array(values, field.type))
+            pq.write_table(table, path)
+            world.site.store.put(key, path)
 
 
 def answers_of(world: World, summary: Summary) -> list[dict]:
@@ -155,6 +171,28 @@ def test_fresh_buys_anew_and_a_repetition_of_the_same_run_does_not(world):
         drive(world.site, run, ask=lambda run, planned: True)
     assert world.rehearsal.bill()["requests"] == 30
     assert go(world, job, uri).requests.reused == 10
+
+
+def test_what_was_bought_anew_is_what_later_runs_reuse(world):
+    job, uri = world.job(policy={"max_requests_per_shard": 1}), world.write("a.jsonl", reviews(10))  # each request in a file of its own
+    go(world, job, uri)
+    make_old(world)
+    go(world, job, uri, fresh=True)
+    summary = go(world, job, world.write("b.jsonl", reviews(10)))
+    assert (summary.requests.reused, summary.paid) == (10, 0)
+    assert "old" not in {row["model"] for row in answers_of(world, summary)}
+
+
+def test_a_redrive_of_what_was_bought_anew_does_not_take_what_was_there_before(world):
+    job, uri = world.job(policy={"retry": {"invalid": 0}, "publish_at_least": 0}), world.write("a.jsonl", reviews(8))
+    go(world, job, uri)
+    make_old(world)
+    world.rehearsal.faults(invalid=1.0)
+    fresh = go(world, job, uri, fresh=True)
+    world.rehearsal.faults()
+    assert fresh.outcomes["invalid"] == 8
+    summary = again(world, fresh, "invalid")
+    assert (summary.requests.submitted, summary.paid, summary.outcomes["succeeded"]) == (8, 8, 8)
 
 
 def test_rows_that_were_never_answered_are_asked_again_by_the_next_run(world):
@@ -517,7 +555,7 @@ def test_an_adopters_budget_counts_what_it_asks_again_for_another_run(world):
     for pause in pauses(world.site, run, shard):
         time.sleep(pause)
     collect(world.site, run, shard)
-    with pytest.raises(BudgetExceeded, match="policy.monthly_budget_usd"):
+    with pytest.raises(BudgetExceeded, match=r"policy\.monthly_budget_usd"):
         submit(world.site, run, shard)
     assert world.rehearsal.bill()["batches"] == 1
 

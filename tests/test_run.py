@@ -437,7 +437,9 @@ def test_two_that_publish_one_partition_at_once_leave_it_whole(world, monkeypatc
 
 def republish(world: World, summary: Summary) -> None:
     run = load_run(world.site.store, world.site.store.uri_of(f"runs/reviews/{summary.run}"))
-    assembled, audit = (world.site.store.get_shape(run.key(f"{name}.json"), shape) for name, shape in (("assembled", Assembled), ("audit", Audit)))
+    assembled, audit = (
+        world.site.store.get_shape(run.key(f"{name}.json"), shape) for name, shape in (("assembled", Assembled), ("audit", Audit))
+    )
     publish(world.site, run, assembled, audit)
 
 

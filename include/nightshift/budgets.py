@@ -60,9 +60,10 @@ def budgets_of(site: Site, run: Run) -> list[Budget]:
 def book_attempt(site: Site, run: Run, facts: Shard, claim: Claim, attempts: Sequence[Attempt], *, only_look: bool = False) -> None:
     """Book the attempt of a shard that is about to be sent against every budget of its run, once. `attempts`: those before it.
 
-    What the run asks again was decided when its answers were harvested, so it is not refused; what was put aside for it then is its
-    booking. For a first attempt, and for what another run has decided to ask again, it raises ShardHeld where it fits only if what is in flight turns out cheaper than it may be,
-    and BudgetExceeded where it does not fit. `only_look`: raises the same, and books nothing.
+    What the run asks again was decided when its answers were harvested, so it is not refused; what was put aside for it then is
+    its booking. For a first attempt, and for what another run has decided to ask again, it raises ShardHeld where it fits only if
+    what is in flight turns out cheaper than it may be, and BudgetExceeded where it does not fit. `only_look`: raises the same, and
+    books nothing.
     """
     budgets, number = budgets_of(site, run), len(attempts) + 1
     estimate = _estimate(site, run, facts, claim) if budgets else None

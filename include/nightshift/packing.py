@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,21 +60,24 @@ def mark_answered(
     files: Iterable[str],
     models: Collection[str],
     outcomes: Collection[Outcome] = PAID_OUTCOMES,
+    *,
+    since: datetime | None = None,
 ) -> list[str]:
-    """Mark the requests that somebody has paid for, with one of these outcomes; the answer files that hold them.
+    """Mark the requests that somebody has paid for, with one of these outcomes, `since` a moment; the answer files that hold them.
 
-    A failure counts where no file holds a success: what a redrive has mended stays mended.
+    A failure counts where no file holds a success: what a redrive has mended stays mended. Where several files hold one, as once it
+    was bought anew, all of them count: the latest is then joined.
     """
     used = []
     database.execute("CREATE OR REPLACE TEMP TABLE paid_failures (key BLOB, file VARCHAR)")
     for file in files:
         database.execute("CREATE OR REPLACE TEMP TABLE paid_successes (key BLOB)")
-        for batch in answers.paid_keys(file, models, outcomes):
+        for batch in answers.paid_keys(file, models, outcomes, since=since):
             found = pa.Table.from_batches([batch])  # DuckDB finds it by its name in this scope
             database.execute("INSERT INTO paid_successes SELECT request_key FROM found WHERE succeeded")
             database.execute("INSERT INTO paid_failures SELECT request_key, ? FROM found WHERE NOT succeeded", [file])
             del found
-        if _mark(database, "paid_successes", ANSWERED):
+        if _mark(database, "paid_successes", ANSWERED) or _asks_any(database, "paid_successes"):
             used.append(file)
     left = database.execute("SELECT DISTINCT file FROM paid_failures SEMI JOIN (SELECT key FROM requests WHERE known IS NULL) USING (key)")
     used += sorted(file for (file,) in left.fetchall() if file not in used)
@@ -98,6 +102,11 @@ def _mark(database: duckdb.DuckDBPyConnection, table: str, word: str) -> int:
     """Mark the requests of a table of which nothing is known yet; how many there were."""
     database.execute(f"UPDATE requests SET known = '{word}' WHERE known IS NULL AND key IN (SELECT key FROM {table})")
     return int(database.fetchall()[0][0])
+
+
+def _asks_any(database: duckdb.DuckDBPyConnection, table: str) -> bool:
+    """Whether any request of a table is among those that are asked."""
+    return database.execute(f"SELECT 1 FROM requests SEMI JOIN {table} USING (key) LIMIT 1").fetchone() is not None
 
 
 def wanted(database: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:

@@ -7,6 +7,7 @@ submit, wait, collect, assemble, audit, publish, report.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,9 +101,9 @@ def draft_redrive(site: Site, run: Run) -> Plan:
         _check_kept(database, before, original)
         database.execute(KEEP_SIDES)
         failed, files = _choose(database, job, redrive.outcomes, Path(folder)), answers.files()
-        mended = _mended(database, answers, files, job)
+        mended = _mended(database, answers, files, job, before.since)
         lines = whole_lines(_gather_lines(site, Path(folder), database))
-        mark_answered(database, answers, files, job.spec.stand_ins, MENDED)
+        mark_answered(database, answers, files, job.spec.stand_ins, MENDED, since=before.since)
         adopted_shards = mark_in_flight(site, database, in_flight)
         shards, limits = [], site.limits(job)
         for group in groups(database, job.spec.policy, limits, lines):
@@ -131,10 +132,10 @@ def draft_redrive(site: Site, run: Run) -> Plan:
     )
 
 
-def _mended(database: duckdb.DuckDBPyConnection, answers: AnswerStore, files: Sequence[str], job: Job) -> list[str]:
+def _mended(database: duckdb.DuckDBPyConnection, answers: AnswerStore, files: Sequence[str], job: Job, since: datetime | None) -> list[str]:
     """The files that hold what has become of failures since, of those that are not driven again as well: what is mended stays mended."""
     database.execute("CREATE TABLE requests AS SELECT request_key AS key, NULL::VARCHAR AS known FROM words WHERE outcome <> 'succeeded'")
-    found = mark_answered(database, answers, files, job.spec.stand_ins, MENDED)
+    found = mark_answered(database, answers, files, job.spec.stand_ins, MENDED, since=since)
     database.execute("DROP TABLE requests")
     return found
 

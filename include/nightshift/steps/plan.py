@@ -95,6 +95,7 @@ def draft(site: Site, run: Run, *, keep: bool, progress: RowsRead = lambda rows:
             estimate=estimate_shards(site.store, job, shards),
             saved_usd=_saved(site, job, counted),
             seen=seen(files, in_flight),
+            since=run.input.started_at.replace(microsecond=0) if run.input.fresh else None,  # providers' clocks count seconds
         )
 
 

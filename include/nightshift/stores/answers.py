@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -76,23 +77,31 @@ class AnswerStore:
                 return [self._objects.download(key, folder / f"answers-{number:05d}.parquet") for number, key in enumerate(keys)]
         raise StoreUnavailable(self._objects.uri_of(self._folder), "its answers files are being replaced; this is tried again")
 
-    def paid_keys(self, file: str, models: Collection[str], outcomes: Collection[Outcome] = PAID_OUTCOMES) -> Iterator[pa.RecordBatch]:
+    def paid_keys(
+        self, file: str, models: Collection[str], outcomes: Collection[Outcome] = PAID_OUTCOMES, *, since: datetime | None = None
+    ) -> Iterator[pa.RecordBatch]:
         """Request keys in one answers file that hold a paid answer: batches of `request_key`, and whether it `succeeded`.
 
-        An answer that another model gave in place of the one asked counts only where `models` names that model. A file that
+        An answer that another model gave in place of the one asked counts only where `models` names that model, and one from
+        before `since` not at all. A file that
         is rewritten meanwhile is read again; one that is gone was merged into another, which is listed as long as it is.
         """
         while (found := self._objects.head(file)) is not None:
             try:
-                yield from self._paid_keys(file, found.etag, pa.array([None, *models], pa.string()), pa.array(list(outcomes)))
+                yield from self._paid_keys(file, found.etag, pa.array([None, *models], pa.string()), pa.array(list(outcomes)), since)
             except InputChanged:
                 continue
             return
 
-    def _paid_keys(self, file: str, etag: str, models: pa.Array, outcomes: pa.Array) -> Iterator[pa.RecordBatch]:
+    def _paid_keys(self, file: str, etag: str, models: pa.Array, outcomes: pa.Array, since: datetime | None) -> Iterator[pa.RecordBatch]:
         parquet = pq.ParquetFile(self._objects.open(file, etag=etag), pre_buffer=False)
-        for batch in parquet.iter_batches(columns=["request_key", "outcome", "stand_in"], use_threads=False):
+        columns = ["request_key", "outcome", "stand_in", *(["answered_at"] if since else [])]
+        for batch in parquet.iter_batches(columns=columns, use_threads=False):
             wanted = pc.and_(pc.is_in(batch.column("outcome"), outcomes), pc.is_in(batch.column("stand_in"), models))
+            if since is not None:
+                wanted = pc.and_(
+                    wanted, pc.greater_equal(batch.column("answered_at"), pa.scalar(since, batch.schema.field("answered_at").type))
+                )
             paid = batch.filter(wanted)
             yield pa.RecordBatch.from_arrays(
                 [paid.column("request_key"), pc.equal(paid.column("outcome"), "succeeded")], names=["request_key", "succeeded"]
