@@ -385,6 +385,21 @@ def test_a_redrive_follows_the_policy_of_today(world):
     assert [second.cost_usd.actual] == [round(line["usd"], 6) for line in world.rehearsal.bill()["by_batch"] if "mini" in line["model"]]
 
 
+def test_a_redrive_keeps_what_a_stand_in_has_answered_that_today_is_not_asked_any_more(world):
+    world.rehearsal.faults(refused=0.5)
+    job = world.job(policy={"retry": {"refused": {"times": 1, "model": "gpt-5.4-mini"}}, "publish_at_least": 0})
+    first = go(world, job, world.write("a.jsonl", reviews(40)))
+    by_stand_in = {row["id"] for row in answers_of(world, first) if "mini" in row["model"]}
+    assert by_stand_in
+    assert first.outcomes["refused"]
+    world.rehearsal.faults()
+    without = world.job(policy={"retry": {"refused": 0}}).spec.policy
+    second = again(world, first, "refused", policy=without)
+    assert second.paid == first.outcomes["refused"]
+    assert {row["id"] for row in answers_of(world, second) if "mini" in row["model"]} == by_stand_in
+    assert second.outcomes["succeeded"] == 40
+
+
 def test_a_redrive_of_nothing_and_of_nobody_is_told(world):
     first = go(world, world.job(), world.write("a.jsonl", reviews(3)))
     with pytest.raises(InputMissing, match="none of its rows ended as invalid"):

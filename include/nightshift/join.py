@@ -48,7 +48,7 @@ def join(site: Site, job: Job, folder: Path, database: duckdb.DuckDBPyConnection
     database.execute(
         f"""CREATE VIEW everything AS
             SELECT *, {{'file': filename, 'row': file_row_number}} AS line FROM ({placed(files)})
-            WHERE stand_in IS NULL OR stand_in IN ({literals([job.spec.request.model, *job.spec.stand_ins])})"""
+            WHERE stand_in IS NULL OR stand_in IN ({literals([job.spec.request.model, *job.spec.stand_ins, *plan.stand_ins])})"""
     )
     database.execute(
         f"""CREATE TABLE chosen AS SELECT {LAST_WORD} AS place

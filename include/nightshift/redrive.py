@@ -94,16 +94,18 @@ def draft_redrive(site: Site, run: Run) -> Plan:
     assert redrive is not None
     original = load_run(site.store, site.store.uri_of(run_folder(job.name, redrive.run)))
     before = approved_plan(original)
+    accepted = tuple(dict.fromkeys([*before.stand_ins, *original.job.spec.stand_ins]))  # what they have answered is not bought again
+    models = (*job.spec.stand_ins, *accepted)
     answers = site.answers(before.fingerprint)
     in_flight = answers.in_flight(answers.reservations()[0])
     with site.scratch() as folder, open_database(Path(folder)) as database:
-        join(site, job, Path(folder), database, before)
+        join(site, original.job, Path(folder), database, before)
         _check_kept(database, before, original)
         database.execute(KEEP_SIDES)
         failed, files = _choose(database, job, redrive.outcomes, Path(folder)), answers.files()
-        mended = _mended(database, answers, files, job, before.since)
+        mended = _mended(database, answers, files, models, before.since)
         lines = whole_lines(_gather_lines(site, Path(folder), database))
-        mark_answered(database, answers, files, job.spec.stand_ins, MENDED, since=before.since)
+        mark_answered(database, answers, files, models, MENDED, since=before.since)
         adopted_shards = mark_in_flight(site, database, in_flight)
         shards, limits = [], site.limits(job)
         for group in groups(database, job.spec.policy, limits, lines):
@@ -128,14 +130,17 @@ def draft_redrive(site: Site, run: Run) -> Plan:
             "saved_usd": None,
             "approved_at": None,
             "seen": seen(files, in_flight),
+            "stand_ins": accepted,
         }
     )
 
 
-def _mended(database: duckdb.DuckDBPyConnection, answers: AnswerStore, files: Sequence[str], job: Job, since: datetime | None) -> list[str]:
+def _mended(
+    database: duckdb.DuckDBPyConnection, answers: AnswerStore, files: Sequence[str], models: Sequence[str], since: datetime | None
+) -> list[str]:
     """The files that hold what has become of failures since, of those that are not driven again as well: what is mended stays mended."""
     database.execute("CREATE TABLE requests AS SELECT request_key AS key, NULL::VARCHAR AS known FROM words WHERE outcome <> 'succeeded'")
-    found = mark_answered(database, answers, files, job.spec.stand_ins, MENDED, since=since)
+    found = mark_answered(database, answers, files, models, MENDED, since=since)
     database.execute("DROP TABLE requests")
     return found
 

@@ -52,7 +52,7 @@ def _revised(site: Site, run: Run, plan: Plan, in_flight: list[str]) -> Plan:
     with site.scratch() as folder, open_database(Path(folder)) as database:
         _load_keys(site, database, planned)
         outcomes: tuple[Outcome, ...] = ("succeeded",) if run.input.redrive else PAID_OUTCOMES  # a redrive buys failures anew
-        reused = mark_answered(database, answers, files, run.job.spec.stand_ins, outcomes, since=plan.since)
+        reused = mark_answered(database, answers, files, (*run.job.spec.stand_ins, *plan.stand_ins), outcomes, since=plan.since)
         adopted = mark_in_flight(site, database, in_flight)
         own = [_without_known(site, run, Path(folder), database, shard, number) for number, shard in enumerate(planned)]
         counts = dict(database.execute("SELECT coalesce(known, ''), count(*) FROM requests GROUP BY 1").fetchall())

@@ -154,6 +154,7 @@ class Plan(Wire):
     approved_at: datetime | None = None
     month_left: Decimal | None = None  # dollars that the budgets of the month left when it was approved
     seen: str  # digest of what was known then of others' answers and shards: looked at again only where it has changed
+    stand_ins: tuple[str, ...] = ()  # whose answers count beside those of the job's own: of the run that is driven again
     since: datetime | None = None  # earlier answers are not taken: the start of a run that buys anew, also for what drives it again
 
     @property
